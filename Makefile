@@ -1,0 +1,34 @@
+# `make demo` and `make test` work on a fresh clone: they first build .venv, which takes a few minutes, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint venv clean
+
+help:  ## This list.
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+
+demo: venv  ## Build the small world and compare the methods on it.
+	$(BIN)/loraflow demo
+
+# Two workers of one thread each: torch would otherwise start as many threads as there are cores in both.
+test: lint  ## Lint, then run all tests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: venv  ## Style, docstrings against signatures, formatting, types.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+venv: $(INSTALLED)  ## Install the library and its tests' tools in .venv.
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:  ## Remove .venv and all caches.
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache

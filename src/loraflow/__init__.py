@@ -1,0 +1,59 @@
+"""Dynamic fusion of existing LoRA adapters for large language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loraflow.adapters import AdapterSource
+    from loraflow.loading import BaseOptions
+    from loraflow.methods import Average, Base, LoraFlow, Method, Static
+    from loraflow.model import FusedModel
+    from loraflow.prompts import PromptFormat
+    from loraflow.training import FitConfig, FitResult
+    from loraflow.visual.trace import Trace
+
+_HOMES = {
+    "AdapterSource": "loraflow.adapters",
+    "Average": "loraflow.methods",
+    "Base": "loraflow.methods",
+    "BaseOptions": "loraflow.loading",
+    "FitConfig": "loraflow.training",
+    "FitResult": "loraflow.training",
+    "FusedModel": "loraflow.model",
+    "LoraFlow": "loraflow.methods",
+    "Method": "loraflow.methods",
+    "PromptFormat": "loraflow.prompts",
+    "Static": "loraflow.methods",
+    "Trace": "loraflow.visual.trace",
+}
+
+__all__ = [
+    "AdapterSource",
+    "Average",
+    "Base",
+    "BaseOptions",
+    "FitConfig",
+    "FitResult",
+    "FusedModel",
+    "LoraFlow",
+    "Method",
+    "PromptFormat",
+    "Static",
+    "Trace",
+]
+
+
+def __getattr__(name: str):
+    """Import public names when they are first used: `import loraflow` loads neither torch nor transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraflow' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,332 @@
+"""Fused linears and gates inside a transformers model, and out of it again.
+
+A decoder layer keeps its place and its parameters. Its class is swapped for a subclass whose `forward` first computes
+the layer's fusion weights; its target linears are wrapped in `FusedLinear`; and a `LayerFusion` submodule holds what
+both share. The gate is computed inside the layer's own `forward`, so that gradient checkpointing recomputes it with
+the rest of the layer in every version of transformers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loraflow.adapters import Adapter, match_adapter
+from loraflow.architecture import DecoderLayers, check_inside_layers, find_decoder_layers, group_by_input
+from loraflow.linear import FusedLinear, SharedInput, StackedLora, stack_adapters
+from loraflow.methods.base import Method, Place, Site
+
+Gates = dict[str, nn.Module]
+"""The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+
+
+class Stream:
+    """What the layers of one model share during a forward: the input of the first one."""
+
+    embeddings: Tensor | None = None
+
+
+class LayerFusion(nn.Module):
+    """One decoder layer's gates, its fusion weights during a forward, and its groups of fused linears."""
+
+    def __init__(self, index: int, stream: Stream) -> None:
+        super().__init__()
+        self.index = index
+        self.shared_inputs = nn.ModuleList()
+        self.gates = nn.ModuleDict()
+        self.place: Place = "layer"
+        self.recorded: dict[str, Tensor] | None = None
+        self.__dict__["stream"] = stream
+        self.__dict__["gate"] = None
+        self.close()
+
+    def install(self, place: Place, gates: Mapping[str, nn.Module]) -> None:
+        """Take over gates: one under the key "" for the layer, or one for each of its linears by name."""
+        self.place = place
+        # The gate of a whole model belongs to its first layer; the others only call it.
+        owned = {} if place == "model" and self.index > 0 else gates
+        self.gates = nn.ModuleDict({_key(name): gate for name, gate in owned.items()})
+        self.__dict__["gate"] = gates.get("")
+
+    def open(self, hidden_states: Float[Tensor, "*batch hidden"], embeddings: Tensor | None) -> None:
+        """Compute the layer's fusion weights for this forward."""
+        self._shape = hidden_states.shape[:-1]
+        if self.gate is not None:
+            weights = self.gate(hidden_states if embeddings is None else embeddings)
+            # Layers may live on other devices than the model's one gate.
+            self._weights = weights.to(hidden_states.device)
+            self._record("", self._weights)
+
+    def close(self) -> None:
+        """Drop everything that belongs to one forward."""
+        self._shape: Sequence[int] = ()
+        self._weights: Tensor | None = None
+        self._flat_weights: Tensor | None = None
+        for shared in self.shared_inputs:
+            shared.clear()
+
+    def weights_for(self, name: str, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*weights adapters"] | None:
+        """The fusion weights for one of the layer's linears and its input; None for the base alone."""
+        if self.place == "module":
+            key = _key(name)
+            if key not in self.gates:
+                return None
+            weights = self.gates[key](x)
+            self._record(name, weights)
+            return weights
+        weights = self._weights
+        if weights is None or weights.dim() in (1, x.dim()):
+            return weights
+        return self._flattened(weights, x)
+
+    def _flattened(self, weights: Float[Tensor, "batch seq adapters"], x: Tensor) -> Float[Tensor, "tokens adapters"]:
+        # Some models (OPT, shared experts) hand their linears the tokens of the whole batch in one axis.
+        if self._flat_weights is None:
+            self._flat_weights = weights.expand(*self._shape, -1).reshape(-1, weights.shape[-1])
+        if self._flat_weights.shape[0] != x.shape[0]:
+            raise RuntimeError(
+                f"A linear of decoder layer {self.index} got {x.shape[0]} tokens of the layer's {self._flat_weights.shape[0]}: "
+                "modules that see only some tokens (routed experts) cannot be fused. Leave them out of `target_modules`."
+            )
+        return self._flat_weights
+
+    def _record(self, name: str, weights: Tensor) -> None:
+        if self.recorded is not None:
+            self.recorded[name] = weights.detach().float().expand(*self._shape, -1)
+
+
+def _key(name: str) -> str:
+    # nn.ModuleDict takes neither dots nor the empty string.
+    return name.replace(".", "/") or "layer"
+
+
+class FusedDecoderLayer(nn.Module):
+    """Mixed into a decoder layer's class: computes the fusion weights before anything else in the layer."""
+
+    fusion: LayerFusion
+
+    def __call__(self, *args, **kwargs):
+        """Run the layer, inside gradient checkpointing where that is on."""
+        fusion, stream = self.fusion, self.fusion.stream
+        hidden_states, args, kwargs = _take_stream(args, kwargs)
+        if self._checkpoints_without_gradient(hidden_states):
+            # Reentrant checkpointing gives no gradient to a segment none of whose inputs requires one.
+            hidden_states = hidden_states.detach().requires_grad_()
+        if fusion.place == "model" and fusion.gate is not None:
+            if fusion.index == 0:
+                stream.embeddings = hidden_states.detach()
+            # Handed over as an argument, so that a recomputation sees the embeddings of its own forward.
+            kwargs["fusion_embeddings"] = stream.embeddings
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def forward(self, *args, fusion_embeddings: Tensor | None = None, **kwargs):
+        """The decoder layer's own forward, with its fusion weights in place."""
+        hidden_states, args, kwargs = _take_stream(args, kwargs)
+        self.fusion.open(hidden_states, fusion_embeddings)
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.fusion.close()
+
+    def _checkpoints_without_gradient(self, hidden_states: Tensor) -> bool:
+        return (
+            self.training
+            and getattr(self, "gradient_checkpointing", False)
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+        )
+
+
+def _take_stream(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], args, {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+@dataclass
+class Attachment:
+    """Fused linears in a model, and what is needed to take them out again.
+
+    Attributes:
+        model: the base model.
+        adapters: the fused adapters, in order.
+        layers: where its decoder layers are.
+        sites: every place that a gate can stand, by place, then by site name.
+    """
+
+    model: nn.Module
+    adapters: tuple[Adapter, ...]
+    layers: DecoderLayers
+    sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
+    _trained: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def fusions(self) -> list[LayerFusion]:
+        """Each decoder layer's fusion, in order."""
+        return [layer.fusion for layer in self.layers.layers]
+
+    def make_gates(self, method: Method) -> Gates:
+        """Make a method's gates, each on the device of its layer, in float32 at least."""
+        gates = {}
+        for name, site in self.sites[method.place].items():
+            gate = method.gate(site)
+            if gate is not None:
+                layer = self.layers.layers[site.layer]
+                gates[name] = gate.to(_device_of(layer), torch.promote_types(torch.float32, _dtype_of(layer, self.model)))
+        return gates
+
+    def install(self, place: Place, gates: Gates) -> None:
+        """Let these gates give the fusion weights from now on; without any, the base answers alone."""
+        for fusion in self.fusions:
+            prefix = "model" if place == "model" else f"layers.{fusion.index}"
+            mine = {name.removeprefix(prefix).lstrip("."): gate for name, gate in gates.items() if _owns(prefix, name)}
+            fusion.install(place, mine)
+
+    def detach(self) -> None:
+        """Give the base model back as it was before, bit for bit."""
+        for layer in self.layers.layers:
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, FusedLinear):
+                    _replace(layer, name, module.base_layer)
+            _swap_class(layer, type(layer).__mro__[2])
+            del layer.fusion
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+
+def _owns(prefix: str, site_name: str) -> bool:
+    return site_name == prefix or site_name.startswith(f"{prefix}.")
+
+
+def attach(model: nn.Module, adapters: Sequence[Adapter]) -> Attachment:
+    """Put all adapters into a model, in one fused pass for each of its target modules; it answers as the base for now.
+
+    Args:
+        model: the base model, changed in place; all of its parameters are frozen.
+        adapters: the adapters, in the order of their fusion weights.
+
+    Returns:
+        The attachment, whose `install` makes gates active and whose `detach` undoes everything.
+
+    Raises:
+        AdapterError: if an adapter does not fit the base.
+        ArchitectureError: if the base is of a kind that cannot be fused.
+    """
+    if any(isinstance(module, FusedLinear) for module in model.modules()):
+        raise ValueError("The base model is fused already. Detach that fusion first, with its `unload()`.")
+    layers = find_decoder_layers(model)
+    for adapter in adapters:
+        match_adapter(adapter, model)
+        check_inside_layers(adapter, layers)
+    attachment = Attachment(model, tuple(adapters), layers)
+    attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    stream = Stream()
+    for index, layer in enumerate(layers.layers):
+        fusion = LayerFusion(index, stream)
+        for names in group_by_input(_target_names(layer, layers, index, adapters)):
+            fusion.shared_inputs.append(_fuse_group(model, layers, index, layer, fusion, names, adapters))
+        layer.fusion = fusion.train(layer.training)
+        _swap_class(layer, _fused_class(type(layer)))
+    attachment.sites = _sites(attachment)
+    return attachment
+
+
+def _target_names(layer: nn.Module, layers: DecoderLayers, index: int, adapters: Sequence[Adapter]) -> list[str]:
+    targeted = {layers.split(name) for adapter in adapters for name in adapter.modules}
+    # In the layer's own order, not that of a set.
+    return [name for name, _ in layer.named_modules() if (index, name) in targeted]
+
+
+def _fuse_group(
+    model: nn.Module,
+    layers: DecoderLayers,
+    index: int,
+    layer: nn.Module,
+    fusion: LayerFusion,
+    names: Sequence[str],
+    adapters: Sequence[Adapter],
+) -> SharedInput:
+    stacks: list[StackedLora] = []
+    linears: list[FusedLinear] = []
+    device = _device_of(layer.get_submodule(names[0]))
+    for name in names:
+        base_layer = layer.get_submodule(name)
+        updates = [adapter.modules.get(f"{layers.prefix}.{index}.{name}") for adapter in adapters]
+        stack = stack_adapters(updates, base_layer, _dtype_of(base_layer, model))
+        linear = FusedLinear(base_layer, fusion, name, stack, device).train(base_layer.training)
+        _replace(layer, name, linear)
+        stacks.append(stack)
+        linears.append(linear)
+    shared = SharedInput(stacks, device)
+    for member, linear in enumerate(linears):
+        linear.share(shared, member)
+    return shared
+
+
+def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
+    adapters = tuple(adapter.name for adapter in attachment.adapters)
+    hidden, count = attachment.layers.hidden_size, len(attachment.layers.layers)
+    modules = {
+        f"layers.{index}.{linear.name}": Site(adapters, linear_in_features(linear), count, index, linear.name)
+        for index, layer in enumerate(attachment.layers.layers)
+        for linear in fused_linears(layer)
+    }
+    return {
+        "model": {"model": Site(adapters, hidden, count)},
+        "layer": {f"layers.{index}": Site(adapters, hidden, count, index) for index in range(count)},
+        "module": modules,
+    }
+
+
+def fused_linears(layer: nn.Module) -> Iterator[FusedLinear]:
+    """The fused linears of a decoder layer, in its order."""
+    return (module for module in layer.modules() if isinstance(module, FusedLinear))
+
+
+def linear_in_features(linear: FusedLinear) -> int:
+    """Width of a fused linear's input."""
+    return linear.shared.lora_A.shape[1]
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+_fused_classes: dict[type, type] = {}
+
+
+def _fused_class(layer_class: type) -> type:
+    """The fused subclass of a decoder layer's class, under the same name: device maps and FSDP policies go by name."""
+    if layer_class not in _fused_classes:
+        _fused_classes[layer_class] = type(
+            layer_class.__name__, (FusedDecoderLayer, layer_class), {"__module__": layer_class.__module__}
+        )
+    return _fused_classes[layer_class]
+
+
+def _swap_class(layer: nn.Module, new_class: type) -> None:
+    layer.__class__ = new_class
+    if hasattr(layer, "_hf_hook"):
+        # accelerate (device_map) put its own `forward` on the instance, which calls the class's through this one.
+        layer._old_forward = types.MethodType(new_class.forward, layer)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
+def _dtype_of(module: nn.Module, model: nn.Module) -> torch.dtype:
+    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
+    # A quantised weight is no float; its activations have the model's precision.
+    return dtypes[0] if dtypes else model.dtype

@@ -1,0 +1,312 @@
+"""The inside of the sandbox: what a fresh interpreter does to itself before it runs a generated program.
+
+`sandbox.py` starts it with an empty environment, hands it one job on stdin and reads one verdict from its stdout.
+Only the standard library is imported, because nothing else exists in there.
+
+```
+sandbox.py  ->  warden                            ->  prisoner
+                new namespaces, a new file tree,      chroot, limits, another user, no capabilities;
+                the clock, the verdict                process 1 there: when it ends, all it started ends
+```
+
+The verdict counts only if it begins with a token drawn for this job, which the program is never told: a program that
+exits early, or prints what success would print, has not passed. A program written to attack this very file could still
+find the token in the prisoner's memory, as it could make `==` lie to the tests; what it cannot do is get out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# From <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; `os` has only some, from 3.12 on.
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0002_0000, 0x0400_0000, 0x0800_0000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_0000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
+AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = -100, 0x8000, 442
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITY_VERSION_3 = 0x2008_0522
+
+WORK_FOLDER = "/work"
+LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+SINGLE_FILES = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom")
+VERDICT_MAX_BYTES = 1 << 16
+DETAIL_MAX_CHARS = 500
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+
+
+def checked(result: int, what: str) -> None:
+    """Turn a failed C call into an error.
+
+    Raises:
+        OSError: if the result is not 0.
+    """
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+
+
+# ------------------------------------------------------------------------------------------------------- the warden
+
+
+def own_id_span(id_map: str) -> int:
+    """How many user ids this machine or container has, read from the text of `/proc/self/uid_map`."""
+    spans = [line.split() for line in id_map.splitlines()]
+    return max(int(first) + int(length) for first, _, length in spans)
+
+
+def stranger_id(id_span: int, pid: int) -> int:
+    """A user id that nobody has, another one for each job running at the same time.
+
+    The limit on processes counts all of a user's processes, so that jobs sharing an id would starve each other.
+
+    Raises:
+        OSError: if there are too few ids to take a strange one.
+    """
+    if id_span < 1 << 16:
+        raise OSError(0, f"root here owns only {id_span} user ids, 65536 are needed", "setuid")
+    highest = min(id_span, (1 << 32) - 1) - 2
+    return highest - 1 - pid % min(1 << 22, id_span // 2)
+
+
+def enter_namespaces() -> int:
+    """Leave the machine's network, processes, mounts and IPC; return the user id for the program.
+
+    Root takes another user's id. Anybody else keeps their own, in a user namespace that owns nothing outside.
+    """
+    flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+    user_id, group_id = os.geteuid(), os.getegid()
+    if user_id == 0:
+        with open("/proc/self/uid_map") as id_map:
+            user_id = stranger_id(own_id_span(id_map.read()), os.getpid())
+        checked(libc.unshare(flags), "unshare")
+        return user_id
+    checked(libc.unshare(flags | CLONE_NEWUSER), "unshare")
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user_id} {user_id} 1"),
+        ("gid_map", f"{group_id} {group_id} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    return user_id
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    """mount(2)."""
+    encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
+    checked(libc.mount(*encoded, flags, None if data is None else data.encode()), f"mount {target}")
+
+
+def make_read_only(target: str, flags: int) -> None:
+    """mount_setattr(2), which unlike a remount keeps the flags that a user namespace may not take away."""
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
+    checked(
+        libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), flags, attributes, ctypes.sizeof(attributes)),
+        f"mount_setattr {target}",
+    )
+
+
+def visible_paths() -> list[str]:
+    """What of the machine's files the program can read: the standard library and the C libraries behind it."""
+    python = [os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(os.__file__)), *filter(None, sys.path)]
+    kept: list[str] = []
+    for path in sorted({os.path.abspath(path) for path in (*LIBRARY_FOLDERS, *python, *SINGLE_FILES)}):
+        if os.path.exists(path) and not any(path.startswith(above + "/") for above in kept):
+            kept.append(path)
+    return kept
+
+
+def build_root(root: str, user_id: int, file_mib: int) -> None:
+    """Build the program's file tree in memory on the folder `root`; nobody outside sees it and it ends with the job."""
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=0755")
+    for path in visible_paths():
+        target = root + path
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.isdir(path):
+            os.mkdir(target)
+        else:
+            open(target, "x").close()
+        mount(path, target, None, MS_BIND | MS_REC)
+        make_read_only(target, AT_RECURSIVE)
+    os.mkdir(root + WORK_FOLDER)
+    make_read_only(root, 0)
+    options = f"size={file_mib}m,nr_inodes=1024,mode=0700,uid={user_id}"
+    mount("tmpfs", root + WORK_FOLDER, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+
+
+def read_until(file: int, deadline: float) -> tuple[bytes, bool]:
+    """Read a pipe to its end, the deadline or the cap; return what came and whether the deadline passed."""
+    data = b""
+    while len(data) < VERDICT_MAX_BYTES:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0 or not select.select([file], [], [], remaining_s)[0]:
+            return data, True
+        chunk = os.read(file, VERDICT_MAX_BYTES)
+        if not chunk:
+            break
+        data += chunk
+    return data, False
+
+
+def supervise(pid: int, verdicts: int, token: bytes, limits: Mapping[str, Any]) -> dict[str, str]:
+    """Wait for the program's verdict within its time, end all it started, and say how it ended."""
+    data, late = read_until(verdicts, time.monotonic() + limits["wall_s"])
+    os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    if data.startswith(token):
+        verdict: dict[str, str] = json.loads(data[len(token) :].split(b"\n", 1)[0])
+        return verdict
+    if late:
+        return {"reason": "timeout", "detail": f"ran longer than wall_s = {limits['wall_s']:g} s"}
+    if usage.ru_utime + usage.ru_stime > limits["cpu_s"] - 0.1:
+        return {"reason": "timeout", "detail": f"computed longer than cpu_s = {limits['cpu_s']:g} s"}
+    if os.WIFSIGNALED(status):
+        return {"reason": "ended-early", "detail": f"killed by signal {os.WTERMSIG(status)} before the tests' end"}
+    return {"reason": "ended-early", "detail": f"exited with status {os.waitstatus_to_exitcode(status)} before the end"}
+
+
+# ----------------------------------------------------------------------------------------------------- the prisoner
+
+
+def limit_resources(limits: Mapping[str, Any]) -> None:
+    """setrlimit(2), soft and hard alike, so that the program cannot raise what it may use."""
+    mib = 1 << 20
+    for what, value in (
+        (resource.RLIMIT_AS, limits["memory_mib"] * mib),
+        (resource.RLIMIT_CPU, max(1, math.ceil(limits["cpu_s"]))),
+        (resource.RLIMIT_FSIZE, limits["file_mib"] * mib),
+        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(what)
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (allowed, allowed))
+
+
+def give_up_privileges(user_id: int) -> None:
+    """Become the stranger, for good."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(user_id, user_id, user_id)
+        os.setresuid(user_id, user_id, user_id)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    checked(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl no_new_privs")
+    # After the change of user, which clears it.
+    checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl pdeathsig")
+
+
+def shut_in(root: str, user_id: int, limits: Mapping[str, Any], verdicts: int) -> None:
+    """All that happens between the fork and the first line of the program."""
+    # A process group of its own: kill(0) would reach the warden too.
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.closerange(3, verdicts)
+    os.closerange(verdicts + 1, 1024)
+    # Being in a chroot also bars the program from making user namespaces, where it would be root again.
+    os.chroot(root)
+    os.chdir(WORK_FOLDER)
+    os.environ.clear()
+    limit_resources(limits)
+    give_up_privileges(user_id)
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an error whose class the program may have written."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ")[:DETAIL_MAX_CHARS]
+
+
+def judge(code: str, tests: Sequence[str]) -> dict[str, str]:
+    """Run the program, then each test in its namespace."""
+    compiled = []
+    for position, test in enumerate(tests):
+        try:
+            compiled.append(compile(test, f"<test {position}>", "exec", dont_inherit=True))
+        except (SyntaxError, ValueError) as error:
+            return {
+                "reason": "invalid-test",
+                "detail": f"`tests[{position}]` (={test[:DETAIL_MAX_CHARS]!r}) is not Python: {error}",
+            }
+    # A real module, since dataclasses and pickle look their classes' module up.
+    module = types.ModuleType("candidate")
+    sys.modules["candidate"] = module
+    try:
+        exec(compile(code, "<candidate>", "exec", dont_inherit=True), vars(module))
+    except BaseException as error:
+        return {"reason": "error", "detail": describe(error)}
+    for test, program in zip(tests, compiled, strict=True):
+        try:
+            exec(program, vars(module))
+        except BaseException as error:
+            return {"reason": "failed", "detail": f"{describe(error)} in {test.strip()[:DETAIL_MAX_CHARS]}"}
+    return {"reason": "passed", "detail": ""}
+
+
+def imprison(job: Mapping[str, Any], user_id: int, verdicts: int, token: bytes) -> None:
+    """The whole life of the prisoner; never returns."""
+    own_pid, write, leave = os.getpid, os.write, os._exit
+    try:
+        shut_in(job["root"], user_id, job["limits"], verdicts)
+        verdict = judge(job["code"], job["tests"])
+    except OSError as error:
+        verdict = {"reason": "setup", "detail": str(error)}
+    # A copy of this process that the program forked comes here too, and has no say.
+    if own_pid() == 1:
+        write(verdicts, token + json.dumps(verdict).encode() + b"\n")
+    leave(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- both
+
+
+def serve(job: Mapping[str, Any]) -> dict[str, str]:
+    """Run one job to its verdict."""
+    try:
+        user_id = enter_namespaces()
+        build_root(job["root"], user_id, job["limits"]["file_mib"])
+    except OSError as error:
+        return {"reason": "setup", "detail": str(error)}
+    verdicts, verdicts_end = os.pipe()
+    token = os.urandom(16)
+    pid = os.fork()
+    if pid == 0:
+        imprison(job, user_id, verdicts_end, token)
+    os.close(verdicts_end)
+    return supervise(pid, verdicts, token, job["limits"])
+
+
+def main(read: Callable[[], str] = sys.stdin.read, write: Callable[[str], object] = sys.stdout.write) -> None:
+    """Read a job, write its verdict."""
+    # Dies with whoever started it; what it started dies with it.
+    checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl pdeathsig")
+    # Out of memory, the kernel is to take this first; a courtesy, so no harm if it cannot be asked.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    write(json.dumps(serve(json.loads(read()))))
+
+
+if __name__ == "__main__":
+    main()

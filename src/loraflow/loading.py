@@ -1,0 +1,81 @@
+"""Base models and tokenizers, from an id, a path, or as they already are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from loraflow.errors import ArchitectureError, LoraflowError, did_you_mean
+
+QUANTIZATIONS = ("bnb-4bit", "bnb-8bit")
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """How a base model is loaded.
+
+    Attributes:
+        revision: branch, tag or commit on the Hub.
+        dtype: precision of its weights; "auto" is that of its files.
+        device_map: as transformers takes it: None (the CPU), "auto", a device, or a map of modules.
+        quantization: "bnb-4bit" (NF4, double quantisation) or "bnb-8bit", by bitsandbytes.
+        model_kwargs: anything else for `AutoModelForCausalLM.from_pretrained`.
+    """
+
+    revision: str | None = None
+    dtype: str | torch.dtype = "auto"
+    device_map: str | Mapping[str, Any] | None = None
+    quantization: str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise LoraflowError(
+                f"`quantization` is unknown: {self.quantization!r}. {did_you_mean(self.quantization, QUANTIZATIONS)}"
+            )
+
+
+def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
+    """Load a base model for generation, in evaluation mode."""
+    kwargs = dict(options.model_kwargs)
+    if options.quantization is not None:
+        kwargs["quantization_config"] = _bitsandbytes_config(options)
+    return AutoModelForCausalLM.from_pretrained(
+        base, revision=options.revision, dtype=options.dtype, device_map=options.device_map, **kwargs
+    ).eval()
+
+
+def load_empty_base(base: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The base model without its weights (on the meta device): its modules and shapes, in no memory."""
+    config = AutoConfig.from_pretrained(base, revision=revision)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ArchitectureError(f"{base!s} is a {config.model_type!r} model, which transformers has no causal language model for.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(base: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a base model's tokenizer."""
+    return AutoTokenizer.from_pretrained(base, revision=revision)
+
+
+def _bitsandbytes_config(options: BaseOptions) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise LoraflowError(
+            f"`quantization` (={options.quantization!r}) needs bitsandbytes: pip install 'loraflow[quantization]'."
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if options.quantization == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = options.dtype if isinstance(options.dtype, torch.dtype) else getattr(torch, options.dtype, torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )

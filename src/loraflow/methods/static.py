@@ -1,0 +1,82 @@
+"""Constant fusion weights: the base alone, one adapter, the average, or any given weights.
+
+Cost: one low-rank pass, nothing learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loraflow.methods.base import Method, Place, Site, check_weights
+
+
+class ConstantGate(nn.Module):
+    """The same fusion weights for every input."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, " adapters"]:
+        """The constant weights, to be broadcast over the batch and the sequence."""
+        return self.weights
+
+
+@dataclass(frozen=True)
+class Base(Method):
+    """The base model alone, bit for bit."""
+
+    name: ClassVar[str] = "base"
+    learns: ClassVar[bool] = False
+
+    @property
+    def place(self) -> Place:  # noqa: D102
+        return "layer"
+
+    def gate(self, site: Site) -> nn.Module | None:  # noqa: D102
+        return None
+
+
+@dataclass(frozen=True)
+class Average(Method):
+    """Every adapter with weight 1/k."""
+
+    name: ClassVar[str] = "average"
+    learns: ClassVar[bool] = False
+
+    @property
+    def place(self) -> Place:  # noqa: D102
+        return "layer"
+
+    def gate(self, site: Site) -> nn.Module:  # noqa: D102
+        return ConstantGate([1 / len(site.adapters)] * len(site.adapters))
+
+
+@dataclass(frozen=True)
+class Static(Method):
+    """Given weights, the same for every layer, token and query.
+
+    Attributes:
+        weights: weight by adapter name; adapters that are not named get 0.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    name: ClassVar[str] = "static"
+    learns: ClassVar[bool] = False
+
+    @property
+    def place(self) -> Place:  # noqa: D102
+        return "layer"
+
+    def gate(self, site: Site) -> nn.Module:  # noqa: D102
+        return ConstantGate([float(self.weights.get(name, 0.0)) for name in site.adapters])
+
+    def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
+        check_weights(self.weights, adapters, "weights")

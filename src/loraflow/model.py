@@ -1,0 +1,471 @@
+"""`FusedModel`: a transformers model with several LoRA adapters fused into it, used as any other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from loraflow import __version__
+from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.attach import Attachment, Gates, attach
+from loraflow.card import model_card
+from loraflow.errors import FusionError, LoraflowError
+from loraflow.loading import BaseOptions, load_base, load_tokenizer
+from loraflow.methods import METHODS, Method, get_method
+from loraflow.prompts import PromptFormat
+from loraflow.storage import (
+    AdapterRecord,
+    FusionConfig,
+    MethodRecord,
+    base_record,
+    check_base,
+    copy_adapter,
+    fetch_fusion,
+    read_fusion,
+    relative_source,
+    resolve_source,
+    tensors_digest,
+    write_fusion,
+)
+from loraflow.visual.trace import Trace
+
+if TYPE_CHECKING:
+    from loraflow.training import FitConfig, FitResult
+
+_RESERVED = ("best", *METHODS)
+
+
+class FusedModel(nn.Module):
+    """A base model, ordered adapters, and the method that gives their fusion weights.
+
+    Make one with `from_adapters` or `from_pretrained`. It is used as the base model is: `forward`, `generate`, and
+    every attribute of the base (`config`, `device`, ...) are its own; transformers' `Trainer` and `pipeline` and
+    lm-eval's `HFLM` take it as they take any model. Its `state_dict` holds what is learned, never the base.
+
+    Attributes:
+        base_model: the transformers model that it wraps.
+        tokenizer: the base's tokenizer, where there is one.
+        prompt: how questions become prompts; saved with the fusion.
+        training_record: what `fit` did, as JSON values; None before.
+    """
+
+    # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
+    _hf_peft_config_loaded = True
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt: PromptFormat,
+        source: AdapterSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_model: PreTrainedModel = attachment.model  # type: ignore[assignment]
+        self.tokenizer = tokenizer
+        self.prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
+        self.training_record: dict[str, Any] | None = None
+        self._attachment = attachment
+        self._source = source
+        self.method = method
+        # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
+        self._gates: Gates = {}
+        self.set_method(method)
+        _announce_to_pipelines()
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: str | Path | PreTrainedModel,
+        adapters: Mapping[str, str | Path | AdapterSource | Adapter],
+        method: str | Method = "lora-flow",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt: PromptFormat | None = None,
+        options: BaseOptions | None = None,
+    ) -> FusedModel:
+        """Fuse adapters into a base model.
+
+        Args:
+            base: Hub id, path, or a loaded transformers model (which is changed in place until `unload`).
+            adapters: where each adapter is, by the name it gets; their order is that of the fusion weights. A
+                directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`.
+            method: a method's name, an adapter's name (that one alone), or a method object.
+            tokenizer: by default the base's, where `base` is an id or path.
+            prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+            options: precision, placement and quantisation of a base given by id or path.
+
+        Returns:
+            The fused model, in evaluation mode.
+
+        Raises:
+            AdapterError: if an adapter cannot be read, or does not fit the base.
+            ArchitectureError: if the base is of a kind that cannot be fused.
+            LoraflowError: if the adapters' names cannot be used.
+            MethodError: if the method is unknown, or a parameter of it is wrong.
+        """
+        _check_names(list(adapters))
+        resolved = get_method(method, list(adapters))
+        loaded = [a if isinstance(a, Adapter) else load_adapter(name, a) for name, a in adapters.items()]
+        if isinstance(base, PreTrainedModel):
+            if options is not None:
+                raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
+            model, source = base, None
+        else:
+            options = options or BaseOptions()
+            model, source = load_base(base, options), AdapterSource(str(base), options.revision)
+            tokenizer = tokenizer or _tokenizer_if_any(base, options.revision)
+        return cls(attach(model, loaded), resolved, tokenizer, prompt or PromptFormat(), source)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        base: str | Path | PreTrainedModel | None = None,
+        adapters: Mapping[str, str | Path | AdapterSource | Adapter] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+        options: BaseOptions | None = None,
+    ) -> FusedModel:
+        """Load a fusion that `save_pretrained` or `loraflow fit` wrote.
+
+        Args:
+            path: its directory, or its Hub id.
+            base: another place of the same base model, or the loaded model.
+            adapters: other places of the same adapters, by name; those not named are taken from where they were.
+            tokenizer: by default the base's.
+            revision: revision of a fusion on the Hub.
+            options: precision, placement and quantisation of the base.
+
+        Returns:
+            The fused model, giving the logits it gave when it was saved.
+
+        Raises:
+            FusionError: if the base or an adapter is not the one that the fusion was made with.
+        """
+        directory = fetch_fusion(path, revision)
+        config, tensors = read_fusion(directory)
+        moved = dict(adapters or {})
+        unknown = moved.keys() - {record.name for record in config.adapters}
+        if unknown:
+            raise FusionError(f"The fusion {path} has no adapter {sorted(unknown)[0]!r}; it has {[a.name for a in config.adapters]}.")
+        sources = {
+            a.name: moved.get(a.name, AdapterSource(resolve_source(a.path, directory), a.revision)) for a in config.adapters
+        }
+        if config.method.name not in METHODS:
+            raise FusionError(
+                f"The fusion {path} uses the method {config.method.name!r}, which this loraflow {__version__} does not "
+                f"know (it was saved by {config.loraflow_version}). Update loraflow, or install the method's package."
+            )
+        method = get_method(config.method.name, list(sources), config.method.parameters)
+        loaded = _load_recorded(sources, config)
+        if base is None:
+            base = resolve_source(config.base.path, directory)
+        if not isinstance(base, PreTrainedModel) and options is None:
+            options = BaseOptions(revision=config.base.revision if str(base) == config.base.path else None)
+        model = cls.from_adapters(base, loaded, method, tokenizer=tokenizer, prompt=config.prompt, options=options)
+        check_base(config.base, model.base_model)
+        model.load_state_dict(tensors)
+        model.training_record = config.training
+        return model
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The fused adapters, in the order of the fusion weights."""
+        return self._attachment.adapters
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the fused adapters, in order."""
+        return [adapter.name for adapter in self.adapters]
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of the model's own method, by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+        return dict(self._gates)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's defaults for `generate`."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.base_model.generation_config = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that are not the fusion's own are the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, with the fused adapters in it."""
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with everything that it takes; the cache is on."""
+        return self.base_model.generate(*args, **kwargs)
+
+    def set_method(self, method: str | Method) -> None:
+        """Use another method from now on, its gates as before any training.
+
+        Args:
+            method: a method's name, an adapter's name (that one alone), or a method object.
+        """
+        self.method = get_method(method, self.adapter_names)
+        self._gates = self._attachment.make_gates(self.method)
+        self._attachment.install(self.method.place, self._gates)
+        self.requires_grad_(False)
+        for gate in self._gates.values():
+            gate.requires_grad_(self.method.learns)
+
+    @contextlib.contextmanager
+    def using(self, method: str | Method) -> Iterator[FusedModel]:
+        """Use another method, one adapter, or the base ("base") inside a `with` block; learned gates are kept."""
+        mine = (self.method, self._gates, self.training_record)
+        try:
+            self.training_record = None
+            self.set_method(method)
+            yield self
+        finally:
+            self.method, self._gates, self.training_record = mine
+            self._attachment.install(self.method.place, self._gates)
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[FusedModel]:
+        """The base model alone inside a `with` block, as in PEFT."""
+        return self.using("base")
+
+    def fit(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        *,
+        dev: Sequence[Mapping[str, Any]] | None = None,
+        config: FitConfig | None = None,
+    ) -> FitResult:
+        """Learn the method's gates from examples; base and adapters stay as they are.
+
+        Args:
+            examples: each `{"prompt": ..., "completion": ...}` or `{"messages": [...]}`; 200 are enough.
+            dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
+            config: the recipe; by default the paper's.
+
+        Returns:
+            Losses, time, and which examples were cut.
+        """
+        from loraflow.training import fit
+
+        return fit(self, examples, dev=dev, config=config)
+
+    @torch.no_grad()
+    def trace(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        prompt_length: int = 0,
+        **kwargs: Any,
+    ) -> Trace:
+        """The fusion weights at every position of a text, computed in one forward.
+
+        Args:
+            input_ids: the text: a prompt, or a prompt and the answer that `generate` returned.
+            attention_mask: 1 at real tokens, 0 at padding on either side.
+            prompt_length: how many positions are the prompt's; pictures show the rest as generated.
+            kwargs: anything else for the base model's forward.
+
+        Returns:
+            The weights, which show themselves in a notebook.
+
+        Raises:
+            LoraflowError: if the base alone is in use, which has no fusion weights.
+        """
+        if not self._gates:
+            raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        was_training = self.training
+        self.eval()
+        try:
+            with self._recording() as recorded:
+                self.base_model(input_ids=input_ids, attention_mask=mask, **_positions(self.base_model, mask), **kwargs)
+        finally:
+            self.train(was_training)
+        per_layer = [torch.stack(list(weights.values())).mean(dim=0).cpu() for weights in recorded]
+        module_weights = {
+            f"layers.{index}.{name}": w.cpu() for index, found in enumerate(recorded) for name, w in found.items() if name
+        }
+        return Trace(
+            weights=torch.stack(per_layer, dim=2),
+            adapters=tuple(self.adapter_names),
+            tokens=[self._token_texts(row) for row in input_ids.tolist()],
+            input_ids=input_ids.cpu(),
+            attention_mask=mask.cpu(),
+            prompt_length=prompt_length,
+            module_weights=module_weights,
+        )
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[list[dict[str, Tensor]]]:
+        fusions = self._attachment.fusions
+        recorded: list[dict[str, Tensor]] = [{} for _ in fusions]
+        try:
+            for fusion, weights in zip(fusions, recorded):
+                fusion.recorded = weights
+            yield recorded
+        finally:
+            for fusion in fusions:
+                fusion.recorded = None
+
+    def _token_texts(self, ids: Sequence[int]) -> list[str]:
+        if self.tokenizer is None:
+            return [str(token_id) for token_id in ids]
+        return [self.tokenizer.decode([token_id]) for token_id in ids]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """What the method has learned: `site.parameter` to tensor, without base and adapters."""
+        return {f"{site}.{name}": value for site, gate in self._gates.items() for name, value in gate.state_dict().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave.
+
+        Raises:
+            FusionError: if keys are missing, unknown, or of another shape.
+        """
+        mine = self.state_dict()
+        wrong = sorted(mine.keys() ^ state_dict.keys())
+        wrong += sorted(k for k in mine.keys() & state_dict.keys() if mine[k].shape != state_dict[k].shape)
+        if wrong:
+            raise FusionError(
+                f"The learned tensors do not match the method {self.method.name!r}: '{wrong[0]}' is missing, unknown or of "
+                f"another shape ({len(wrong)} such). Use the fusion's own method and adapters."
+            )
+        for site, gate in self._gates.items():
+            prefix = f"{site}."
+            part = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix) and k[len(prefix) :] in gate.state_dict()}
+            gate.load_state_dict(part)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def num_learned_parameters(self) -> int:
+        """Number of values in the method's gates."""
+        return sum(parameter.numel() for gate in self._gates.values() for parameter in gate.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are learned, of how many."""
+        learned, total = self.num_learned_parameters(), sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {learned:,} || all params: {total:,} || trainable%: {100 * learned / total:.4f}")
+
+    def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = False) -> None:
+        """Write `fusion_config.json`, `fusion.safetensors` and a model card.
+
+        Args:
+            directory: where to; an older fusion there is replaced only by a complete new one.
+            copy_adapters: copy local adapters into the directory, so that it can be moved elsewhere as it is.
+        """
+        directory = Path(directory).expanduser()
+        if directory.is_file():
+            raise FusionError(f"{directory} is a file. Give a directory.")
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self._config(directory, copy_adapters)
+        write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Save to a Hub repository, local adapters included, and return its address."""
+        import tempfile
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, copy_adapters=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion"))
+
+    def unload(self) -> PreTrainedModel:
+        """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""
+        self._attachment.detach()
+        return self.base_model
+
+    def _config(self, directory: Path, copy_adapters: bool) -> FusionConfig:
+        base = base_record(self.base_model)
+        if self._source is not None:
+            base.path = self._source.path
+        base.path = relative_source(base.path, directory)
+        records = []
+        for adapter in self.adapters:
+            path = adapter.source.path
+            if adapter.source.is_local:
+                if copy_adapters:
+                    copy_adapter(adapter.source, directory / "adapters" / adapter.name)
+                    path = str(directory / "adapters" / adapter.name)
+                path = relative_source(path, directory)
+            records.append(AdapterRecord(name=adapter.name, path=path, revision=adapter.source.revision, digest=adapter.digest))
+        return FusionConfig(
+            loraflow_version=__version__,
+            base=base,
+            adapters=records,
+            method=MethodRecord(name=self.method.name, parameters=self.method.parameters()),
+            prompt=self.prompt,
+            training=self.training_record,
+            weights_digest=tensors_digest(self.state_dict()),
+        )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
+        raise LoraflowError("No adapters were given. Give at least one, by name.")
+    for name in names:
+        if name in _RESERVED or not name.strip() or "/" in name or name.startswith("."):
+            raise LoraflowError(
+                f"The adapter name {name!r} cannot be used: it must be no path, and none of {', '.join(_RESERVED)}. Rename it."
+            )
+
+
+def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str, Adapter]:
+    loaded = {}
+    for record in config.adapters:
+        source = sources[record.name]
+        adapter = source if isinstance(source, Adapter) else load_adapter(record.name, source)
+        if adapter.digest != record.digest:
+            raise FusionError(
+                f"Adapter {record.name!r} ({adapter.source.path}) is not the one that the fusion was made with: its weights "
+                f"or scaling have the digest {adapter.digest[:19]}..., not {record.digest[:19]}... Restore it, or fit again."
+            )
+        loaded[record.name] = adapter
+    return loaded
+
+
+def _tokenizer_if_any(base: str | Path, revision: str | None) -> PreTrainedTokenizerBase | None:
+    # A base without tokenizer files is whole for callers that bring token ids; text needs `tokenizer=`, and says so.
+    try:
+        return load_tokenizer(base, revision)
+    except (OSError, ValueError):
+        return None
+
+
+def _positions(model: nn.Module, mask: Int[Tensor, "batch seq"]) -> dict[str, Tensor]:
+    """Positions that count real tokens only, as `generate` gives them; a bare forward counts padding too."""
+    import inspect
+
+    if bool(mask.all()) or "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+
+
+def _announce_to_pipelines() -> None:
+    """Let `transformers.pipeline` know the class, as it knows PEFT's: it reports unknown ones as unsupported."""
+    from transformers.pipelines import base
+
+    names = getattr(base, "SUPPORTED_PEFT_TASKS", {}).get("text-generation", [])
+    if FusedModel.__name__ not in names:
+        names.append(FusedModel.__name__)

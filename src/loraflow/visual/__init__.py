@@ -1,0 +1,1 @@
+"""Fusion weights as pictures: in the terminal and in notebooks."""

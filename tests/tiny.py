@@ -1,0 +1,128 @@
+"""Tiny models of real architectures, and real PEFT adapters for them, made in memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loraflow import FusedModel
+from loraflow.linear import FusedLinear
+from loraflow.methods.lora_flow import FlowGate
+from loraflow.reference import reference_gate, reference_linear
+
+VOCAB = 64
+ALL_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+_COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = {
+    **_COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+_GPT2 = {**_COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_NEOX = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
+
+ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
+    "llama": (_LLAMA, ALL_LLAMA),
+    "mistral": ({**_LLAMA, "sliding_window": 6}, ALL_LLAMA),
+    "qwen2": (_LLAMA, ALL_LLAMA),
+    "qwen3": (_LLAMA, ALL_LLAMA),
+    "gemma2": ({**_LLAMA, "query_pre_attn_scalar": 8, "sliding_window": 6}, ALL_LLAMA),
+    "gemma3_text": ({**_LLAMA, "query_pre_attn_scalar": 8, "sliding_window": 6}, ALL_LLAMA),
+    "phi3": (_LLAMA, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "gpt2": (_GPT2, ["c_attn", "c_proj", "c_fc"]),
+    "gpt_neox": (_NEOX, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+    "opt": (
+        {**_COMMON, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32,
+         "max_position_embeddings": 128, "dropout": 0.0},
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    ),
+    "falcon": (
+        {**_COMMON, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 48},
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    ),
+    "mixtral": ({**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "qwen2_moe": (
+        {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        ["q_proj", "v_proj", "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
+    ),
+}  # fmt: skip
+
+
+def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model of an architecture, small enough for milliseconds."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture][0])
+    # The grouped kernels of the experts know no float64.
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Default initialisation is nearly zero at this size: logits that hardly differ would hide errors.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype).eval()
+
+
+def save_adapter(
+    base: PreTrainedModel, directory: Path, targets: Sequence[str] | str | None = None, seed: int = 1, **config: object
+) -> str:
+    """Train nothing, but save a PEFT adapter with random weights, as PEFT writes it; returns its path."""
+    torch.manual_seed(seed)
+    targets = targets if targets is not None else ARCHITECTURES[base.config.model_type][1]
+    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=targets, **settings))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name or name.endswith("lora_B.default.bias"):
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(directory)
+    return str(directory)
+
+
+def peft_model(base: PreTrainedModel, directory: str) -> nn.Module:
+    """What PEFT makes of a saved adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()
+
+
+def random_ids(batch: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
+    """Token ids that are no special tokens."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a fused model compute by the slow reference and plain autograd, keeping its gates' parameters."""
+    prefix = model._attachment.layers.prefix
+
+    def linear_forward(self: FusedLinear, x: torch.Tensor) -> torch.Tensor:
+        weights = self.layer.weights_for(self.name, x)
+        modules = [adapter.modules.get(f"{prefix}.{self.layer.index}.{self.name}") for adapter in model.adapters]
+        weight = self.base_layer.weight.T if isinstance(self.base_layer, Conv1D) else self.base_layer.weight
+        return reference_linear(x, weight, self.base_layer.bias, modules, weights)
+
+    monkeypatch.setattr(FusedLinear, "forward", linear_forward)
+    monkeypatch.setattr(FlowGate, "forward", lambda self, x: reference_gate(x, self.weight, self.bias, self.temperature))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -95,6 +97,21 @@ def save_adapter(
                     parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(directory)
     return str(directory)
+
+
+def edit_config(directory: str | Path, **changes: object) -> None:
+    """Change a saved adapter's settings; `...` removes one."""
+    path = Path(directory) / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def edit_tensors(directory: str | Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change a saved adapter's tensors in place."""
+    path = Path(directory) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def peft_model(base: PreTrainedModel, directory: str) -> nn.Module:

@@ -35,7 +35,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 _KEY_PREFIX = "base_model.model."
-_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?)$")
+_KEY = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?)$"
+)
 
 # Settings that decide the mathematics: they are part of the digest, so that a changed alpha is a changed adapter.
 _MATHS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
@@ -277,7 +279,9 @@ def _locate_local(name: str, source: AdapterSource) -> tuple[Path, Path, Adapter
             "or a Hub id such as 'user/repo'."
         )
     if source.revision is not None:
-        raise AdapterError(f"Adapter {name!r}: a revision ({source.revision!r}) needs a Hub id, not the directory {source.path!r}.")
+        raise AdapterError(
+            f"Adapter {name!r}: a revision ({source.revision!r}) needs a Hub id, not the directory {source.path!r}."
+        )
     config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     if not config_path.is_file():
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
@@ -304,7 +308,9 @@ def _locate_on_hub(name: str, source: AdapterSource) -> tuple[Path, Path, Adapte
             "Check the network, or give a directory."
         ) from error
     except EntryNotFoundError as error:
-        raise AdapterError(f"Adapter {name!r}: {where} has no {CONFIG_FILE}. Is it a PEFT adapter, or in a subfolder?") from error
+        raise AdapterError(
+            f"Adapter {name!r}: {where} has no {CONFIG_FILE}. Is it a PEFT adapter, or in a subfolder?"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterError(f"Adapter {name!r}: {where} cannot be read: {error}") from error
     try:
@@ -332,7 +338,9 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"Adapter {name!r}: {path} is not valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"Adapter {name!r}: {path} holds a {type(config).__name__}, not an object. Save the adapter again.")
+        raise AdapterError(
+            f"Adapter {name!r}: {path} holds a {type(config).__name__}, not an object. Save the adapter again."
+        )
     return config
 
 
@@ -384,7 +392,9 @@ def _module(name: str, path: Path, config: LoraConfig, module: str, found: Mappi
     needed += ["lora_B.bias"] if config.lora_bias else []
     for part in needed:
         if part not in found:
-            raise AdapterError(f"Adapter {name!r}: {path} lacks '{_KEY_PREFIX}{module}.{part}'. Save the adapter again.")
+            raise AdapterError(
+                f"Adapter {name!r}: {path} lacks '{_KEY_PREFIX}{module}.{part}'. Save the adapter again."
+            )
     for part in found:
         if part not in needed:
             raise AdapterError(
@@ -401,7 +411,9 @@ def _module(name: str, path: Path, config: LoraConfig, module: str, found: Mappi
         )
     for part, tensor in found.items():
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"Adapter {name!r}: '{module}.{part}' in {path} holds NaN or infinite values. Train it again.")
+            raise AdapterError(
+                f"Adapter {name!r}: '{module}.{part}' in {path} holds NaN or infinite values. Train it again."
+            )
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     return LoraModule(lora_A, lora_B, scaling, found.get("lora_B.bias"), found.get("lora_magnitude_vector"))
 

@@ -177,7 +177,9 @@ class Attachment:
             gate = method.gate(site)
             if gate is not None:
                 layer = self.layers.layers[site.layer]
-                gates[name] = gate.to(_device_of(layer), torch.promote_types(torch.float32, _dtype_of(layer, self.model)))
+                gates[name] = gate.to(
+                    _device_of(layer), torch.promote_types(torch.float32, _dtype_of(layer, self.model))
+                )
         return gates
 
     def install(self, place: Place, gates: Gates) -> None:

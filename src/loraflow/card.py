@@ -56,7 +56,9 @@ def model_card(config: FusionConfig, learned: int) -> str:
 
 
 def _rows(record: dict[str, Any]) -> str:
-    return "\n".join(f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in record.items() if value is not None)
+    return "\n".join(
+        f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in record.items() if value is not None
+    )
 
 
 def _cell(value: Any) -> str:

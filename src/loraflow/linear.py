@@ -223,7 +223,9 @@ class FusedLinear(nn.Module):
     gate where the method places one on every module.
     """
 
-    def __init__(self, base_layer: nn.Module, layer: nn.Module, name: str, stack: StackedLora, device: torch.device) -> None:
+    def __init__(
+        self, base_layer: nn.Module, layer: nn.Module, name: str, stack: StackedLora, device: torch.device
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)

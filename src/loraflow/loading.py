@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from loraflow.errors import ArchitectureError, LoraflowError, did_you_mean
 
@@ -41,22 +48,51 @@ class BaseOptions:
 
 
 def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
-    """Load a base model for generation, in evaluation mode."""
+    """Load a base model for generation, in evaluation mode.
+
+    Raises:
+        ArchitectureError: if transformers has no causal language model of its kind.
+        LoraflowError: if it cannot be found or read.
+    """
     kwargs = dict(options.model_kwargs)
     if options.quantization is not None:
         kwargs["quantization_config"] = _bitsandbytes_config(options)
-    return AutoModelForCausalLM.from_pretrained(
-        base, revision=options.revision, dtype=options.dtype, device_map=options.device_map, **kwargs
-    ).eval()
+    _base_config(base, options.revision)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base, revision=options.revision, dtype=options.dtype, device_map=options.device_map, **kwargs
+        ).eval()
+    except OSError as error:
+        raise LoraflowError(f"The base model {str(base)!r} cannot be loaded: {error}") from error
 
 
 def load_empty_base(base: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """The base model without its weights (on the meta device): its modules and shapes, in no memory."""
-    config = AutoConfig.from_pretrained(base, revision=revision)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ArchitectureError(f"{base!s} is a {config.model_type!r} model, which transformers has no causal language model for.")
+    """The base model without its weights (on the meta device): its modules and shapes, in no memory.
+
+    Raises:
+        ArchitectureError: if transformers has no causal language model of its kind.
+        LoraflowError: if it cannot be found or read.
+    """
+    config = _base_config(base, revision)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _base_config(base: str | Path, revision: str | None) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision)
+    except (OSError, ValueError) as error:
+        # The first lines of transformers' messages name the cause; the rest is general advice.
+        reason = str(error).strip().partition("\n")[0]
+        raise LoraflowError(
+            f"The base model {str(base)!r} cannot be read: {reason} Give a Hub id, or a directory with a config.json."
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ArchitectureError(
+            f"{str(base)!r} is a {config.model_type!r} model, for which transformers has no causal language model. "
+            "Only decoder-only models can be fused."
+        )
+    return config
 
 
 def load_tokenizer(base: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

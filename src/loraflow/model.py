@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from loraflow.methods import METHODS, Method, get_method
 from loraflow.prompts import PromptFormat
 from loraflow.storage import (
     AdapterRecord,
+    BaseRecord,
     FusionConfig,
     MethodRecord,
     base_record,
@@ -67,7 +70,7 @@ class FusedModel(nn.Module):
         method: Method,
         tokenizer: PreTrainedTokenizerBase | None,
         prompt: PromptFormat,
-        source: AdapterSource | None = None,
+        base: BaseRecord,
     ) -> None:
         super().__init__()
         self.base_model: PreTrainedModel = attachment.model  # type: ignore[assignment]
@@ -75,7 +78,7 @@ class FusedModel(nn.Module):
         self.prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
         self.training_record: dict[str, Any] | None = None
         self._attachment = attachment
-        self._source = source
+        self._base = base
         self.method = method
         # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
         self._gates: Gates = {}
@@ -119,12 +122,13 @@ class FusedModel(nn.Module):
         if isinstance(base, PreTrainedModel):
             if options is not None:
                 raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
-            model, source = base, None
+            model = base
         else:
             options = options or BaseOptions()
-            model, source = load_base(base, options), AdapterSource(str(base), options.revision)
+            model = load_base(base, options)
             tokenizer = tokenizer or _tokenizer_if_any(base, options.revision)
-        return cls(attach(model, loaded), resolved, tokenizer, prompt or PromptFormat(), source)
+        record = base_record(model)
+        return cls(attach(model, loaded), resolved, tokenizer, prompt or PromptFormat(), record)
 
     @classmethod
     def from_pretrained(
@@ -158,9 +162,12 @@ class FusedModel(nn.Module):
         moved = dict(adapters or {})
         unknown = moved.keys() - {record.name for record in config.adapters}
         if unknown:
-            raise FusionError(f"The fusion {path} has no adapter {sorted(unknown)[0]!r}; it has {[a.name for a in config.adapters]}.")
+            raise FusionError(
+                f"The fusion {path} has no adapter {sorted(unknown)[0]!r}; it has {[a.name for a in config.adapters]}."
+            )
         sources = {
-            a.name: moved.get(a.name, AdapterSource(resolve_source(a.path, directory), a.revision)) for a in config.adapters
+            a.name: moved.get(a.name, AdapterSource(resolve_source(a.path, directory), a.revision))
+            for a in config.adapters
         }
         if config.method.name not in METHODS:
             raise FusionError(
@@ -174,7 +181,7 @@ class FusedModel(nn.Module):
         if not isinstance(base, PreTrainedModel) and options is None:
             options = BaseOptions(revision=config.base.revision if str(base) == config.base.path else None)
         model = cls.from_adapters(base, loaded, method, tokenizer=tokenizer, prompt=config.prompt, options=options)
-        check_base(config.base, model.base_model)
+        check_base(config.base, model._base)
         model.load_state_dict(tensors)
         model.training_record = config.training
         return model
@@ -202,6 +209,12 @@ class FusedModel(nn.Module):
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
         self.base_model.generation_config = value
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's forward takes `num_items_in_batch`, which the Trainer asks before it gives it."""
+        parameters = inspect.signature(self.base_model.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the fusion's own are the base model's."""
@@ -305,7 +318,10 @@ class FusedModel(nn.Module):
             self.train(was_training)
         per_layer = [torch.stack(list(weights.values())).mean(dim=0).cpu() for weights in recorded]
         module_weights = {
-            f"layers.{index}.{name}": w.cpu() for index, found in enumerate(recorded) for name, w in found.items() if name
+            f"layers.{index}.{name}": w.cpu()
+            for index, found in enumerate(recorded)
+            for name, w in found.items()
+            if name
         }
         return Trace(
             weights=torch.stack(per_layer, dim=2),
@@ -336,7 +352,9 @@ class FusedModel(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What the method has learned: `site.parameter` to tensor, without base and adapters."""
-        return {f"{site}.{name}": value for site, gate in self._gates.items() for name, value in gate.state_dict().items()}
+        return {
+            f"{site}.{name}": value for site, gate in self._gates.items() for name, value in gate.state_dict().items()
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gave.
@@ -354,7 +372,11 @@ class FusedModel(nn.Module):
             )
         for site, gate in self._gates.items():
             prefix = f"{site}."
-            part = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix) and k[len(prefix) :] in gate.state_dict()}
+            part = {
+                k[len(prefix) :]: v
+                for k, v in state_dict.items()
+                if k.startswith(prefix) and k[len(prefix) :] in gate.state_dict()
+            }
             gate.load_state_dict(part)
         return nn.modules.module._IncompatibleKeys([], [])
 
@@ -383,13 +405,13 @@ class FusedModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save to a Hub repository, local adapters included, and return its address."""
-        import tempfile
-
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, copy_adapters=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion"))
+            return str(
+                api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion")
+            )
 
     def unload(self) -> PreTrainedModel:
         """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""
@@ -397,10 +419,7 @@ class FusedModel(nn.Module):
         return self.base_model
 
     def _config(self, directory: Path, copy_adapters: bool) -> FusionConfig:
-        base = base_record(self.base_model)
-        if self._source is not None:
-            base.path = self._source.path
-        base.path = relative_source(base.path, directory)
+        base = self._base.model_copy(update={"path": relative_source(self._base.path, directory)})
         records = []
         for adapter in self.adapters:
             path = adapter.source.path
@@ -409,7 +428,9 @@ class FusedModel(nn.Module):
                     copy_adapter(adapter.source, directory / "adapters" / adapter.name)
                     path = str(directory / "adapters" / adapter.name)
                 path = relative_source(path, directory)
-            records.append(AdapterRecord(name=adapter.name, path=path, revision=adapter.source.revision, digest=adapter.digest))
+            records.append(
+                AdapterRecord(name=adapter.name, path=path, revision=adapter.source.revision, digest=adapter.digest)
+            )
         return FusionConfig(
             loraflow_version=__version__,
             base=base,
@@ -455,8 +476,6 @@ def _tokenizer_if_any(base: str | Path, revision: str | None) -> PreTrainedToken
 
 def _positions(model: nn.Module, mask: Int[Tensor, "batch seq"]) -> dict[str, Tensor]:
     """Positions that count real tokens only, as `generate` gives them; a bare forward counts padding too."""
-    import inspect
-
     if bool(mask.all()) or "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}

@@ -45,7 +45,9 @@ class PromptFormat(BaseModel):
         if not isinstance(chat_template, str | None):
             raise DataError("The tokenizer has several chat templates. Give one as `chat_template`.")
         if chat_template is None:
-            return self.model_copy(update={"template": "{prompt}" if self.system_prompt is None else "{system}\n\n{prompt}"})
+            return self.model_copy(
+                update={"template": "{prompt}" if self.system_prompt is None else "{system}\n\n{prompt}"}
+            )
         return self.model_copy(update={"chat_template": chat_template})
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

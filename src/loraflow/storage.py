@@ -79,7 +79,7 @@ class FusionConfig(_Record):
 
 
 def base_record(model: nn.Module) -> BaseRecord:
-    """Describe a base model, so that another one is recognised when the fusion is loaded."""
+    """Describe a base model, before anything is attached to it, so that another one is recognised later."""
     config = model.config.get_text_config(decoder=True)
     return BaseRecord(
         path=str(getattr(model.config, "_name_or_path", "") or ""),
@@ -105,13 +105,12 @@ def _base_digest(model: nn.Module) -> str | None:
     return f"sha256:{digest.hexdigest()}"
 
 
-def check_base(expected: BaseRecord, model: nn.Module) -> None:
+def check_base(expected: BaseRecord, found: BaseRecord) -> None:
     """Check that a model is the base that a fusion was made with.
 
     Raises:
         FusionError: if its shape differs, or (in the same precision, unquantised) its weights do.
     """
-    found = base_record(model)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         ours, theirs = getattr(found, key), getattr(expected, key)
         if ours != theirs:
@@ -178,7 +177,9 @@ def read_fusion(directory: Path) -> tuple[FusionConfig, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise FusionError(f"{weights_path} is not a readable safetensors file ({error}). Save the fusion again.") from error
+        raise FusionError(
+            f"{weights_path} is not a readable safetensors file ({error}). Save the fusion again."
+        ) from error
     digest = tensors_digest(tensors)
     for origin, text in _config_texts(directory, metadata):
         config = _parse_config(origin, text)
@@ -226,7 +227,9 @@ def fetch_fusion(path: str | Path, revision: str | None) -> Path:
     if directory.is_dir():
         return directory
     if source.is_local:
-        raise FusionError(f"There is no fusion at {source.path!r}. Give a directory written by `save_pretrained`, or a Hub id.")
+        raise FusionError(
+            f"There is no fusion at {source.path!r}. Give a directory written by `save_pretrained`, or a Hub id."
+        )
     try:
         return Path(snapshot_download(source.path, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -235,6 +238,8 @@ def fetch_fusion(path: str | Path, revision: str | None) -> Path:
 
 def relative_source(path: str, directory: Path) -> str:
     """A path as a fusion records it: Hub ids as they are, directories relative to the fusion's own."""
+    if not path:
+        return path
     local = Path(path).expanduser()
     return Path(os.path.relpath(local.resolve(), directory.resolve())).as_posix() if local.exists() else path
 

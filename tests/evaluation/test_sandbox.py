@@ -87,6 +87,15 @@ def test_verdict(code: str, reason: str, detail: str) -> None:
 
 
 @pytest.mark.usefixtures("works")
+def test_passes_with_the_smallest_limits_and_the_strictest_umask() -> None:
+    umask = os.umask(0o077)
+    try:
+        assert run_tests(DOUBLE, DOUBLE_TESTS, Limits(memory_mib=64, processes=1, file_mib=1)).detail == ""
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.usefixtures("works")
 def test_exit_inside_a_test_is_a_failure() -> None:
     assert run_tests("import sys\ndef double(x): sys.exit(0)", DOUBLE_TESTS).reason == "failed"
 
@@ -135,7 +144,7 @@ def test_run_many_keeps_the_order() -> None:
     ("code", "limits", "detail"),
     [
         ("import time\ntime.sleep(20)", Limits(wall_s=0.3), "ran longer than wall_s = 0.3 s"),
-        ("for _ in range(10**10): pass", Limits(wall_s=10, cpu_s=1), "computed longer than cpu_s = 1 s"),
+        ("for _ in range(10**10): pass", Limits(wall_s=20, cpu_s=1), "computed longer than cpu_s = 1 s"),
         (
             "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(20)",
             Limits(wall_s=0.3),

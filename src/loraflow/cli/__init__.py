@@ -1,0 +1,69 @@
+"""The `loraflow` command: one file for each subcommand.
+
+Subcommands import torch and transformers only when they run, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from loraflow import __version__
+from loraflow.cli import demo, fit, generate, info, trace
+from loraflow.cli.options import spread_values
+from loraflow.errors import LoraflowError
+
+
+class _Group(TyperGroup):
+    """Takes several values after one option, as vLLM does, and shows this library's errors without a traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread_values(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraflowError as error:
+            from rich.console import Console
+
+            Console(stderr=True).print("[bold red]Error:[/] ", end="")
+            print(error, file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            print("Interrupted.", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    name="loraflow",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Dynamic fusion of existing LoRA adapters for large language models. Start with `loraflow demo`.",
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo.demo)
+app.command()(info.info)
+app.command()(fit.fit)
+app.command()(generate.generate)
+app.command()(trace.trace)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"loraflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options of the program itself."""

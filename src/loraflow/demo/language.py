@@ -63,7 +63,9 @@ PEOPLE: tuple[Person, ...] = (
 )
 
 NOUNS: tuple[Noun, ...] = (
-    Noun(("apple", "apples"), ("manzana", "manzanas", "f"), ("苹果", "个"), ("яблоко", "яблоко", "яблока", "яблок", "n")),
+    Noun(
+        ("apple", "apples"), ("manzana", "manzanas", "f"), ("苹果", "个"), ("яблоко", "яблоко", "яблока", "яблок", "n")
+    ),
     Noun(("book", "books"), ("libro", "libros", "m"), ("书", "本"), ("книга", "книгу", "книги", "книг", "f")),
     Noun(("ball", "balls"), ("pelota", "pelotas", "f"), ("球", "个"), ("мяч", "мяч", "мяча", "мячей", "m")),
     Noun(("coin", "coins"), ("moneda", "monedas", "f"), ("硬币", "枚"), ("монета", "монету", "монеты", "монет", "f")),
@@ -79,8 +81,12 @@ NOUNS: tuple[Noun, ...] = (
     Noun(("card", "cards"), ("tarjeta", "tarjetas", "f"), ("卡片", "张"), ("карта", "карту", "карты", "карт", "f")),
     Noun(("egg", "eggs"), ("huevo", "huevos", "m"), ("鸡蛋", "个"), ("яйцо", "яйцо", "яйца", "яиц", "n")),
     Noun(("flower", "flowers"), ("flor", "flores", "f"), ("花", "朵"), ("цветок", "цветок", "цветка", "цветков", "m")),
-    Noun(("toy", "toys"), ("juguete", "juguetes", "m"), ("玩具", "个"), ("игрушка", "игрушку", "игрушки", "игрушек", "f")),
-    Noun(("ticket", "tickets"), ("billete", "billetes", "m"), ("票", "张"), ("билет", "билет", "билета", "билетов", "m")),
+    Noun(
+        ("toy", "toys"), ("juguete", "juguetes", "m"), ("玩具", "个"), ("игрушка", "игрушку", "игрушки", "игрушек", "f")
+    ),
+    Noun(
+        ("ticket", "tickets"), ("billete", "billetes", "m"), ("票", "张"), ("билет", "билет", "билета", "билетов", "m")
+    ),
     Noun(("lemon", "lemons"), ("limón", "limones", "m"), ("柠檬", "个"), ("лимон", "лимон", "лимона", "лимонов", "m")),
     Noun(("pear", "pears"), ("pera", "peras", "f"), ("梨", "个"), ("груша", "грушу", "груши", "груш", "f")),
     Noun(("stamp", "stamps"), ("sello", "sellos", "m"), ("邮票", "张"), ("марка", "марку", "марки", "марок", "f")),
@@ -446,7 +452,7 @@ def _name(language: str, person: Person) -> str:
 
 
 def _russian_noun(noun: Noun, count: int) -> dict[str, str]:
-    """The form after a number: 1, 21, 31 take the singular; 2 to 4, 22 to 24 the genitive singular; others its plural."""
+    """The form after a number: 1, 21 take the singular; 2 to 4, 22 to 24 the genitive singular; others its plural."""
     nominative, accusative, genitive, many, gender = noun.ru
     fields = {"plural": many, "noun_acc": accusative, "plural_nom": _russian_plural(noun)} | _RUSSIAN_WORDS[gender]
     ones, teens = count % 10, 10 < count % 100 < 20
@@ -457,7 +463,7 @@ def _russian_noun(noun: Noun, count: int) -> dict[str, str]:
 
 
 def _russian_plural(noun: Noun) -> str:
-    """The nominative plural: for all nouns here the genitive singular, but for the masculines and stress-shifted neuters."""
+    """The nominative plural: as the genitive singular for all nouns here but those in `_RUSSIAN_PLURALS`."""
     return _RUSSIAN_PLURALS.get(noun.ru[0], noun.ru[2])
 
 

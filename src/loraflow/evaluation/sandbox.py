@@ -1,9 +1,9 @@
-"""Running generated programs against their tests, so that nothing outside can come to harm.
+r"""Running generated programs against their tests, so that nothing outside can come to harm.
 
-Each program gets an interpreter of its own (`jail.py`) that sees an empty folder in memory and the standard library,
-read-only, and nothing else: no network, no environment, no other process, no file of this machine. It runs as a user
-that owns nothing, within its `Limits`, and what it prints is thrown away. When it ends, or its time does, the kernel
-ends whatever it has started.
+Each program gets an interpreter of its own (`jail.py`) that sees an empty folder in memory and, read-only, Python's and
+the system's libraries, and nothing else: no network, no environment, no other process, no other file. Started by root,
+it runs as a user that owns nothing; started by anybody else, as that user without a way out. It stays within its
+`Limits`, and what it prints is thrown away. When it ends, or its time does, the kernel ends whatever it has started.
 
 The kernel itself is shared, so this is a fence against programs that go wrong, not against an attack on the kernel.
 Linux 5.12 or later is needed, and either root or user namespaces.

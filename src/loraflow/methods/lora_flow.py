@@ -99,7 +99,9 @@ class LoraFlow(Method):
 
     def __post_init__(self) -> None:
         if self.granularity not in _PLACES:
-            raise MethodError(f"`granularity` is unknown: {self.granularity!r}. {did_you_mean(self.granularity, _PLACES)}")
+            raise MethodError(
+                f"`granularity` is unknown: {self.granularity!r}. {did_you_mean(self.granularity, _PLACES)}"
+            )
         if not 0 < self.temperature < float("inf"):
             raise MethodError(f"`temperature` (={self.temperature}) must be a positive number.")
 

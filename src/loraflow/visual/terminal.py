@@ -23,7 +23,9 @@ def _legend(trace: Trace) -> Text:
     for index, name in enumerate(trace.adapters):
         legend.append(f" {name} ", style=f"reverse {adapter_colour(index)}").append(" ")
     if trace.prompt_length:
-        legend.append("(a generated token shows the weights that produced it, those of the position before)", style="dim")
+        legend.append(
+            "(a generated token shows the weights that produced it, those of the position before)", style="dim"
+        )
     return legend
 
 

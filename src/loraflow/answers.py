@@ -1,0 +1,86 @@
+"""Answers to many prompts: batches of similar length, greedy by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loraflow.errors import LoraflowError
+from loraflow.prompts import Message, PromptFormat
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, or an error that says how to give one.
+
+    Raises:
+        LoraflowError: if there is none.
+    """
+    if tokenizer is None:
+        raise LoraflowError("Text needs a tokenizer, and the base model came without one. Give it as `tokenizer=`.")
+    return tokenizer
+
+
+def generate_answers(
+    model: Any,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptFormat,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] = lambda count: None,
+    **options: Any,
+) -> list[str]:
+    """Answer conversations with `model.generate`.
+
+    Args:
+        model: anything with transformers' `generate`.
+        conversations: each ends with the user's turn.
+        tokenizer: the model's tokenizer.
+        prompt: how a conversation becomes a prompt.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: how many are generated together.
+        on_batch: called after each batch with its size, for progress bars.
+        options: further options of `generate`; sampling is off unless one of them turns it on.
+
+    Returns:
+        The answers, in the order of the conversations.
+    """
+    ids = [prompt.prompt_ids(tokenizer, conversation) for conversation in conversations]
+    answers = [""] * len(ids)
+    # Rows of similar length waste the least padding.
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        for row, text in zip(rows, _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, options)):
+            answers[row] = text
+        on_batch(len(rows))
+    return answers
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> list[str]:
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        **{"do_sample": False, **options},
+    )
+    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

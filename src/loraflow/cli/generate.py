@@ -1,0 +1,128 @@
+"""`loraflow generate`: answers from a fusion."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraflow.cli import options as o
+from loraflow.errors import LoraflowError
+
+
+def generate(
+    fusion: o.Fusion = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The question. Without it and --data, standard input is read.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Answer every prompt of a file of JSON lines (`prompt`, or --prompt-field).")] = None,
+    prompt_field: Annotated[str, typer.Option("--prompt-field", help="Field of --data that is the prompt.")] = "prompt",
+    output: Annotated[Path | None, typer.Option("--output", help="Where --data's answers go, one JSON object a line.  [default: standard output]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers are sampled.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts of --data answered together.")] = 16,
+    method: o.Method = None,
+    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
+    base: o.Base = None,
+    lora_modules: o.LoraModules = [],  # noqa: B006
+    revision: o.Revision = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    quantization: o.Quantization = None,
+) -> None:  # fmt: skip
+    """Answer prompts with a fusion; one answer is streamed as it comes.
+
+    Examples: `loraflow generate zh-math --prompt "..."`; with another method: `--method average`, `--method math`,
+    `--method base`; without a fusion: `--base B --lora-modules zh=path math=path --method average`.
+    """
+    records = _read_prompts(data, prompt_field) if data is not None else []
+    where = {"revision": revision, "dtype": dtype, "device": device, "quantization": quantization}
+    model = o.open_model(fusion, base, lora_modules, method, method_option, **where)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+
+    from transformers import set_seed
+
+    set_seed(seed)
+    if data is not None:
+        _answer_all(model, records, prompt_field, output, max_new_tokens, batch_size, options)
+    else:
+        _stream(model, prompt if prompt is not None else sys.stdin.read(), max_new_tokens, options)
+
+
+def _read_prompts(path: Path, field: str) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraflowError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise LoraflowError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}).") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise LoraflowError(f"{path}:{number}: there is no text field {field!r}. Name it with --prompt-field.")
+        records.append(record)
+    return records
+
+
+def _stream(model: Any, prompt: str, max_new_tokens: int, options: dict[str, Any]) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    from loraflow.answers import require_tokenizer
+
+    tokenizer = require_tokenizer(model.tokenizer)
+    ids = torch.tensor([model.prompt.prompt_ids(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **{"do_sample": False, **options},
+    )
+
+
+def _answer_all(
+    model: Any,
+    records: list[dict[str, Any]],
+    field: str,
+    output: Path | None,
+    max_new_tokens: int,
+    batch_size: int,
+    options: dict[str, Any],
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from loraflow.answers import generate_answers, require_tokenizer
+    from loraflow.storage import write_atomically
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("answering", total=len(records))
+        answers = generate_answers(
+            model,
+            [[{"role": "user", "content": record[field]}] for record in records],
+            tokenizer=require_tokenizer(model.tokenizer),
+            prompt=model.prompt,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=lambda count: progress.advance(task, count),
+            **options,
+        )
+    lines = "".join(
+        json.dumps({**record, "answer_text": answer}, ensure_ascii=False) + "\n"
+        for record, answer in zip(records, answers)
+    )
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, lines.encode())

@@ -1,0 +1,238 @@
+"""Options that several subcommands share, and what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loraflow.errors import LoraflowError, MethodError
+
+if TYPE_CHECKING:
+    from loraflow.model import FusedModel
+    from loraflow.prompts import PromptFormat
+
+# Options that take several values after one flag, as in `--lora-modules zh=path math=path`.
+_SEVERAL = ("--lora-modules", "--method-option")
+
+_SOURCES = "Base and adapters"
+_READING = "How text is read"
+
+Fusion = Annotated[
+    str | None, typer.Argument(help="A saved fusion: its directory or Hub id. Or give --base and --lora-modules.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Base model: Hub id or directory.", rich_help_panel=_SOURCES, show_default=False),
+]
+LoraModules = Annotated[
+    list[str],
+    typer.Option(
+        "--lora-modules",
+        help="Adapters, as `name=path`, several after one flag. A path is a directory, `user/repo` or `user/repo/subfolder`, "
+        "a Hub id optionally with `@revision`.",
+        rich_help_panel=_SOURCES,
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Revision of the base on the Hub.", rich_help_panel=_SOURCES)
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Precision of the base: auto, float32, bfloat16, float16.", rich_help_panel=_SOURCES),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, ..., or auto (over all GPUs).  [default: cuda if there is one]",
+        rich_help_panel=_SOURCES,
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option("--quantization", help="Quantise the base: bnb-4bit or bnb-8bit.", rich_help_panel=_SOURCES),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="base, average, static, lora-flow, or an adapter's name (that one alone)."),
+]
+MethodOptions = Annotated[
+    list[str],
+    typer.Option(
+        "--method-option",
+        help="Parameters of the method, as `key=value`: for lora-flow granularity (step, layer, module), temperature, and "
+        'start (best, average, an adapter, or weights as JSON); for static `weights={"zh": 0.3, "math": 0.7}`.',
+        show_default=False,
+    ),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--system-prompt", help="Put before every conversation; saved with the fusion.", rich_help_panel=_READING
+    ),
+]
+PromptTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-template",
+        help="Plain prompt text with {prompt} and {system}; \\n is a new line.",
+        rich_help_panel=_READING,
+    ),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template", help="File with a Jinja chat template, instead of the tokenizer's.", rich_help_panel=_READING
+    ),
+]
+
+
+def spread_values(arguments: Sequence[str]) -> list[str]:
+    """`--lora-modules a=1 b=2` as `--lora-modules a=1 --lora-modules b=2`, which is what the parser knows."""
+    spread: list[str] = []
+    flag: str | None = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag = argument if argument in _SEVERAL else None
+            spread.append(argument)
+        elif flag is not None and "=" in argument and spread[-1] != flag:
+            spread += [flag, argument]
+        else:
+            spread.append(argument)
+    return spread
+
+
+def parse_adapters(modules: Sequence[str]) -> dict[str, str]:
+    """`name=path` pairs by name, in order.
+
+    Raises:
+        LoraflowError: if one has another form, or a name comes twice.
+    """
+    adapters: dict[str, str] = {}
+    for module in modules:
+        name, separator, path = module.partition("=")
+        if not (name and separator and path):
+            raise LoraflowError(f"`--lora-modules` takes name=path, found {module!r}.")
+        if name in adapters:
+            raise LoraflowError(f"`--lora-modules` names {name!r} twice. Give each adapter its own name.")
+        adapters[name] = path
+    return adapters
+
+
+def parse_method_options(options: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs; a value is JSON where it can be, else text.
+
+    Raises:
+        MethodError: if one has another form.
+    """
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not (key and separator):
+            raise MethodError(f"`--method-option` takes key=value, found {option!r}.")
+        try:
+            parsed[key] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[key] = value
+    return parsed
+
+
+def prompt_format(system: str | None, template: str | None, chat_template: Path | None) -> PromptFormat:
+    """The prompt format that the options describe.
+
+    Raises:
+        LoraflowError: if the chat template's file cannot be read.
+    """
+    from loraflow.prompts import PromptFormat
+
+    try:
+        chat = chat_template.read_text(encoding="utf-8") if chat_template is not None else None
+    except OSError as error:
+        raise LoraflowError(f"`--chat-template`: {error}") from error
+    plain = template.replace("\\n", "\n") if template is not None else None
+    return PromptFormat(system_prompt=system, template=plain, chat_template=chat)
+
+
+def build_model(
+    base: str | None,
+    lora_modules: Sequence[str],
+    method: str | None,
+    method_options: Sequence[str],
+    prompt: PromptFormat,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+    quantization: str | None,
+) -> FusedModel:
+    """A fused model from `--base` and `--lora-modules`.
+
+    Raises:
+        LoraflowError: if one of the two is missing.
+    """
+    if base is None or not lora_modules:
+        missing = "--base" if base is None else "--lora-modules"
+        raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules name=path ...")
+    from loraflow.methods import get_method
+    from loraflow.model import FusedModel
+
+    adapters = parse_adapters(lora_modules)
+    resolved = get_method(method or "lora-flow", list(adapters), parse_method_options(method_options))
+    options = base_options(revision, dtype, device, quantization)
+    return FusedModel.from_adapters(base, adapters, resolved, prompt=prompt, options=options)
+
+
+def open_model(
+    fusion: str | None,
+    base: str | None,
+    lora_modules: Sequence[str],
+    method: str | None,
+    method_options: Sequence[str],
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+    quantization: str | None,
+) -> FusedModel:
+    """A saved fusion, or one made now from `--base` and `--lora-modules`; with `--method`, another method on it.
+
+    Raises:
+        LoraflowError: if the method would learn, but nothing has been learned.
+    """
+    from loraflow.methods import get_method
+    from loraflow.model import FusedModel
+
+    if fusion is not None:
+        options = base_options(revision, dtype, device, quantization)
+        model = FusedModel.from_pretrained(
+            fusion, base=base, adapters=parse_adapters(lora_modules) or None, options=options
+        )
+        if method is not None:
+            model.set_method(get_method(method, model.adapter_names, parse_method_options(method_options)))
+    else:
+        from loraflow.prompts import PromptFormat
+
+        where = {"revision": revision, "dtype": dtype, "device": device, "quantization": quantization}
+        model = build_model(base, lora_modules, method or "average", method_options, PromptFormat(), **where)  # type: ignore[arg-type]
+    if model.method.learns and (fusion is None or method is not None):
+        raise LoraflowError(
+            f"The method {model.method.name!r} must be fitted first. Run `loraflow fit`, and give the directory it writes."
+        )
+    return model
+
+
+def base_options(revision: str | None, dtype: str, device: str | None, quantization: str | None) -> Any:
+    """How the base is to be loaded."""
+    import torch
+
+    from loraflow.loading import BaseOptions
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LoraflowError(f"`--dtype` is unknown: {dtype!r}. Known: auto, float32, bfloat16, float16.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return BaseOptions(revision=revision, dtype=dtype, device_map=device, quantization=quantization)

@@ -1,0 +1,97 @@
+"""The recipe of a fit, and what came out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraflow.errors import LoraflowError
+
+# The grid that the paper chooses from on its dev sets.
+SEARCH_GRID = tuple({"learning_rate": lr, "batch_size": batch} for lr in (1e-3, 1e-4) for batch in (2, 4, 8))
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How gates are learned; the defaults are the paper's recipe (section 5.1 and the official code).
+
+    Attributes:
+        epochs: passes over the examples.
+        learning_rate: the peak of the schedule.
+        batch_size: examples in a step.
+        gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly.
+        betas: AdamW's.
+        epsilon: AdamW's.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are clipped to this norm.
+        warmup: share of the steps over which the learning rate rises; it falls along a cosine after that.
+        adapter_dropout: dropout on the adapters' input. Off here; the official code appears to leave 0.1 on.
+        gradient_checkpointing: recompute activations in the backward, to save memory.
+        max_length: longest example, in tokens; None takes the model's limit, at most 2048.
+        seed: of the examples' order, and of dropout.
+        checkpoint_steps: steps between checkpoints; None makes one after every epoch.
+        score_max_new_tokens: longest answer when dev examples are scored by generation.
+    """
+
+    epochs: int = 5
+    learning_rate: float = 1e-3
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-5
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    warmup: float = 0.2
+    adapter_dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    max_length: int | None = None
+    seed: int = 0
+    checkpoint_steps: int | None = None
+    score_max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation", "learning_rate", "score_max_new_tokens"):
+            if not getattr(self, name) > 0:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")
+        for name in ("adapter_dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0 and less than 1.")
+        for name in ("max_length", "checkpoint_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        if self.batch_size % self.gradient_accumulation:
+            raise LoraflowError(
+                f"`gradient_accumulation` (={self.gradient_accumulation}) must divide `batch_size` (={self.batch_size})."
+            )
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit did.
+
+    Attributes:
+        start: the fusion weights at which training started, by adapter.
+        start_losses: each adapter's loss alone on the examples, where the start was chosen by it.
+        steps: optimiser steps of the whole run, those before a resume included.
+        train_loss: mean loss of the last epoch's steps, in nats for each response token.
+        dev_loss: loss on the dev examples at the kept checkpoint.
+        dev_score: score on the dev examples at the kept checkpoint, where they were scored.
+        kept_step: the step whose gates were kept.
+        seconds: wall-clock time of this call.
+        truncated: origins of the examples that were cut to `max_length`.
+        log: every logged loss, as (step, loss).
+        search: dev results by setting, where a grid was searched.
+    """
+
+    start: Mapping[str, float]
+    start_losses: Mapping[str, float]
+    steps: int
+    train_loss: float
+    dev_loss: float | None
+    dev_score: float | None
+    kept_step: int
+    seconds: float
+    truncated: list[str]
+    log: list[tuple[int, float]]
+    search: list[dict[str, Any]] = field(default_factory=list)

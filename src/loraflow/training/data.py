@@ -1,0 +1,83 @@
+"""Examples as token ids, with the loss on the response only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from loraflow.errors import DataError
+from loraflow.examples import Example
+from loraflow.prompts import PromptFormat
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """Prompt and completion in one row; `labels` are the ids of the completion, and ignored elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class TokenExamples(Dataset):
+    """A data set of token examples, and the origins of those that had to be cut."""
+
+    rows: list[TokenExample]
+    truncated: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenExample:
+        return self.rows[index]
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat, max_length: int
+) -> TokenExamples:
+    """Turn examples into token ids; one that is too long loses the end of its completion, and is reported.
+
+    Raises:
+        DataError: if an example's prompt alone leaves no room for its completion.
+    """
+    rows, truncated = [], []
+    for example in examples:
+        prompt_ids = prompt.prompt_ids(tokenizer, example.messages)
+        completion_ids = prompt.completion_ids(tokenizer, example.messages, example.completion)
+        if len(prompt_ids) >= max_length:
+            raise DataError(
+                f"{example.origin}: the prompt has {len(prompt_ids)} tokens, which leaves none of the {max_length} "
+                "(`max_length`) for the completion. Shorten it, or raise the limit."
+            )
+        if len(prompt_ids) + len(completion_ids) > max_length:
+            truncated.append(example.origin)
+        ids = (prompt_ids + completion_ids)[:max_length]
+        rows.append(TokenExample(ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]))
+    return TokenExamples(rows, truncated)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[TokenExample]) -> dict[str, Tensor]:
+        """A batch of `input_ids`, `attention_mask` and `labels`, each `[batch, seq]`."""
+        width = max(len(row.input_ids) for row in rows)
+
+        def pad(values: list[int], fill: int) -> list[int]:
+            return values + [fill] * (width - len(values))
+
+        return {
+            "input_ids": torch.tensor([pad(row.input_ids, self.pad_token_id) for row in rows]),
+            "attention_mask": torch.tensor([pad([1] * len(row.input_ids), 0) for row in rows]),
+            "labels": torch.tensor([pad(row.labels, IGNORED) for row in rows]),
+        }

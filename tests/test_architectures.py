@@ -17,6 +17,7 @@ from tests.tiny import (
     random_ids,
     relative_error,
     save_adapter,
+    set_random_gates,
     tiny_model,
     use_reference,
 )
@@ -134,8 +135,5 @@ def test_unloading_gives_the_untouched_base(fusion):
 
 def _with_random_gates(model, granularity):
     model.set_method(LoraFlow(granularity=granularity))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in (p for gate in model.gates.values() for p in gate.parameters()):
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    set_random_gates(model)
     return model

@@ -12,8 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from loraflow import FusedModel
@@ -65,10 +66,12 @@ ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
 }  # fmt: skip
 
 
-def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model of an architecture, small enough for milliseconds."""
+def tiny_model(
+    architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
+) -> PreTrainedModel:
+    """A random model of an architecture, small enough for milliseconds; `changes` are to its configuration."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture][0])
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture][0], **changes})
     # The grouped kernels of the experts know no float64.
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -114,11 +117,11 @@ def edit_tensors(directory: str | Path, edit: Callable[[dict[str, torch.Tensor]]
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def peft_model(base: PreTrainedModel, directory: str) -> nn.Module:
+def peft_model(base: PreTrainedModel, directory: str, *, copied: bool = True) -> nn.Module:
     """What PEFT makes of a saved adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()
+        return PeftModel.from_pretrained(copy.deepcopy(base) if copied else base, directory).eval()
 
 
 def random_ids(batch: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
@@ -139,7 +142,24 @@ def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         weights = self.layer.weights_for(self.name, x)
         modules = [adapter.modules.get(f"{prefix}.{self.layer.index}.{self.name}") for adapter in model.adapters]
         weight = self.base_layer.weight.T if isinstance(self.base_layer, Conv1D) else self.base_layer.weight
-        return reference_linear(x, weight, self.base_layer.bias, modules, weights)
+        return reference_linear(x, weight, self.base_layer.bias, modules, weights.to(x.dtype))
 
     monkeypatch.setattr(FusedLinear, "forward", linear_forward)
     monkeypatch.setattr(FlowGate, "forward", lambda self, x: reference_gate(x, self.weight, self.bias, self.temperature))
+
+
+def set_random_gates(model: FusedModel, seed: int = 5) -> None:
+    """Give a fused model's gates random values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gate in model.gates.values():
+            for parameter in gate.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the numbers from 3 on, each its own id."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{str(number): number for number in range(3, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

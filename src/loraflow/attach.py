@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraflow.adapters import Adapter, match_adapter
-from loraflow.architecture import DecoderLayers, check_inside_layers, find_decoder_layers, group_by_input
+from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_input
+from loraflow.errors import LoraflowError
 from loraflow.linear import FusedLinear, SharedInput, StackedLora, stack_adapters
 from loraflow.methods.base import Method, Place, Site
 
@@ -205,11 +206,22 @@ def _owns(prefix: str, site_name: str) -> bool:
     return site_name == prefix or site_name.startswith(f"{prefix}.")
 
 
-def attach(model: nn.Module, adapters: Sequence[Adapter]) -> Attachment:
+def check_unfused(model: nn.Module) -> None:
+    """Check that no adapters are fused into a model yet.
+
+    Raises:
+        LoraflowError: if there are.
+    """
+    if any(isinstance(module, FusedLinear) for module in model.modules()):
+        raise LoraflowError("The base model is fused already. Take that fusion out first, with its `unload()`.")
+
+
+def attach(model: nn.Module, layers: DecoderLayers, adapters: Sequence[Adapter]) -> Attachment:
     """Put all adapters into a model, in one fused pass for each of its target modules; it answers as the base for now.
 
     Args:
         model: the base model, changed in place; all of its parameters are frozen.
+        layers: where its decoder layers are.
         adapters: the adapters, in the order of their fusion weights.
 
     Returns:
@@ -217,11 +229,7 @@ def attach(model: nn.Module, adapters: Sequence[Adapter]) -> Attachment:
 
     Raises:
         AdapterError: if an adapter does not fit the base.
-        ArchitectureError: if the base is of a kind that cannot be fused.
     """
-    if any(isinstance(module, FusedLinear) for module in model.modules()):
-        raise ValueError("The base model is fused already. Detach that fusion first, with its `unload()`.")
-    layers = find_decoder_layers(model)
     for adapter in adapters:
         match_adapter(adapter, model)
         check_inside_layers(adapter, layers)

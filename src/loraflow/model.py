@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.attach import Attachment, Gates, attach
+from loraflow.architecture import find_decoder_layers
+from loraflow.attach import Attachment, Gates, attach, check_unfused
 from loraflow.card import model_card
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.loading import BaseOptions, load_base, load_tokenizer
@@ -83,6 +85,7 @@ class FusedModel(nn.Module):
         # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
         self._gates: Gates = {}
         self.set_method(method)
+        self.__class__ = _with_forward_of(type(self), type(self.base_model))
         _announce_to_pipelines()
 
     @classmethod
@@ -119,7 +122,7 @@ class FusedModel(nn.Module):
         _check_names(list(adapters))
         resolved = get_method(method, list(adapters))
         loaded = [a if isinstance(a, Adapter) else load_adapter(name, a) for name, a in adapters.items()]
-        if isinstance(base, PreTrainedModel):
+        if isinstance(base, nn.Module):
             if options is not None:
                 raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
             model = base
@@ -127,8 +130,10 @@ class FusedModel(nn.Module):
             options = options or BaseOptions()
             model = load_base(base, options)
             tokenizer = tokenizer or _tokenizer_if_any(base, options.revision)
+        check_unfused(model)
+        layers = find_decoder_layers(model)
         record = base_record(model)
-        return cls(attach(model, loaded), resolved, tokenizer, prompt or PromptFormat(), record)
+        return cls(attach(model, layers, loaded), resolved, tokenizer, prompt or PromptFormat(), record)
 
     @classmethod
     def from_pretrained(
@@ -178,7 +183,7 @@ class FusedModel(nn.Module):
         loaded = _load_recorded(sources, config)
         if base is None:
             base = resolve_source(config.base.path, directory)
-        if not isinstance(base, PreTrainedModel) and options is None:
+        if not isinstance(base, nn.Module) and options is None:
             options = BaseOptions(revision=config.base.revision if str(base) == config.base.path else None)
         model = cls.from_adapters(base, loaded, method, tokenizer=tokenizer, prompt=config.prompt, options=options)
         check_base(config.base, model._base)
@@ -209,12 +214,6 @@ class FusedModel(nn.Module):
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
         self.base_model.generation_config = value
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base's forward takes `num_items_in_batch`, which the Trainer asks before it gives it."""
-        parameters = inspect.signature(self.base_model.forward).parameters.values()
-        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that are not the fusion's own are the base model's."""
@@ -440,6 +439,18 @@ class FusedModel(nn.Module):
             training=self.training_record,
             weights_digest=tensors_digest(self.state_dict()),
         )
+
+
+@functools.cache
+def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
+    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
+
+    def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    forward.__doc__ = cls.forward.__doc__
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _check_names(names: Sequence[str]) -> None:

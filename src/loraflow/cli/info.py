@@ -66,7 +66,7 @@ def info(
         console.print("[bold red]does not fit:[/] ", end="")
         print(message)
     if fitting:
-        _count(model, fitting, dtype, quantization, console)
+        _count(model, layers, fitting, dtype, quantization, console)
     if refused:
         raise typer.Exit(1)
 
@@ -121,7 +121,7 @@ def _adapter_table(adapters: list[Adapter], console: Console) -> None:
     console.print(table)
 
 
-def _count(model: Any, adapters: list[Adapter], dtype: str, quantization: str | None, console: Console) -> None:
+def _count(model: Any, layers: Any, adapters: list[Adapter], dtype: str, quantization: str | None, console: Console) -> None:
     import torch
 
     from loraflow.attach import attach
@@ -136,7 +136,7 @@ def _count(model: Any, adapters: list[Adapter], dtype: str, quantization: str | 
         # DoRA needs the base's real weights, which are not here; its gates are counted without it.
         console.print("gates: not counted for DoRA adapters before the base is loaded")
     else:
-        attachment = attach(model, adapters)
+        attachment = attach(model, layers, adapters)
         for granularity in ("step", "layer", "module"):
             gates = attachment.make_gates(LoraFlow(granularity=granularity, start="average"))  # type: ignore[arg-type]
             count = sum(parameter.numel() for gate in gates.values() for parameter in gate.parameters())

@@ -21,6 +21,7 @@ test: lint  ## Lint, then run all tests.
 lint: venv  ## Style, docstrings against signatures, formatting, types.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/flake8 src
 	$(BIN)/mypy
 
 venv: $(INSTALLED)  ## Install the library and its tests' tools in .venv.

@@ -19,7 +19,16 @@ from loraflow import FusedModel
 from loraflow.adapters import Adapter, AdapterSource, load_adapter, match_adapter
 from loraflow.architecture import check_inside_layers, find_decoder_layers
 from loraflow.errors import AdapterError
-from tests.tiny import ALL_LLAMA, edit_config, edit_tensors, peft_model, random_ids, relative_error, save_adapter, tiny_model
+from tests.tiny import (
+    ALL_LLAMA,
+    edit_config,
+    edit_tensors,
+    peft_model,
+    random_ids,
+    relative_error,
+    save_adapter,
+    tiny_model,
+)
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -42,7 +51,11 @@ def fused_alone(base, directory):
 def assert_gives_what_peft_gives(base, directory):
     ids = random_ids()
     with torch.no_grad():
-        found, expected, plain = fused_alone(base, directory)(ids).logits, peft_model(base, directory)(ids).logits, base(ids).logits
+        found, expected, plain = (
+            fused_alone(base, directory)(ids).logits,
+            peft_model(base, directory)(ids).logits,
+            base(ids).logits,
+        )
     assert relative_error(plain, expected) > 1e-3, "the adapter does nothing: the comparison would prove nothing"
     assert relative_error(found, expected) < 1e-5
 
@@ -103,8 +116,16 @@ def test_matching_leaves_the_adapter_as_it_was(base, tmp_path):
     use_rslora=st.booleans(),
     kind=st.sampled_from(["plain", "dora", "lora_bias"]),
 )
-def test_any_plain_rslora_or_dora_adapter_gives_what_peft_gives(base, tmp_path_factory, targets, r, alpha, use_rslora, kind):
-    config = {"r": r, "lora_alpha": alpha, "use_rslora": use_rslora, "use_dora": kind == "dora", "lora_bias": kind == "lora_bias"}
+def test_any_plain_rslora_or_dora_adapter_gives_what_peft_gives(
+    base, tmp_path_factory, targets, r, alpha, use_rslora, kind
+):
+    config = {
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "use_dora": kind == "dora",
+        "lora_bias": kind == "lora_bias",
+    }
     directory = save_adapter(base, tmp_path_factory.mktemp("any"), sorted(targets), **config)
     assert_gives_what_peft_gives(base, directory)
 
@@ -272,7 +293,9 @@ def test_unknown_settings_that_are_off_are_harmless(base, saved):
     assert_gives_what_peft_gives(base, saved)
 
 
-@pytest.mark.parametrize("config", [{"corda_config": {"corda_method": "ipm"}}, {"lora_ga_config": {"direction": "ArB2r"}}])
+@pytest.mark.parametrize(
+    "config", [{"corda_config": {"corda_method": "ipm"}}, {"lora_ga_config": {"direction": "ArB2r"}}]
+)
 def test_an_adapter_converted_by_pefts_remedy_is_fused(base, saved, config):
     # The conversion that the refusal recommends sets `init_lora_weights` to true, but leaves the other settings there.
     edit_config(saved, init_lora_weights=True, **config)
@@ -282,7 +305,9 @@ def test_an_adapter_converted_by_pefts_remedy_is_fused(base, saved, config):
 def test_pissa_converted_as_the_refusal_says_is_fused(base, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="pissa"))
+        model = get_peft_model(
+            copy.deepcopy(base), LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="pissa")
+        )
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(tmp_path / "start")
         model.peft_config["default"].init_lora_weights = "pissa"
@@ -319,7 +344,9 @@ def test_a_missing_factor_is_refused(saved, part):
     assert f"lacks '{Q0}.{part.removesuffix('.weight')}'" in refusal(saved)
 
 
-@pytest.mark.parametrize(("config", "part"), [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")])
+@pytest.mark.parametrize(
+    ("config", "part"), [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")]
+)
 def test_parts_and_settings_must_agree(base, tmp_path, config, part):
     directory = save_adapter(base, tmp_path, ["q_proj"], **config)
     edit_config(directory, **dict.fromkeys(config, False))
@@ -329,7 +356,9 @@ def test_parts_and_settings_must_agree(base, tmp_path, config, part):
     assert f"{part}'. Save the adapter again." in refusal(directory)
 
 
-@pytest.mark.parametrize(("config", "part"), [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")])
+@pytest.mark.parametrize(
+    ("config", "part"), [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")]
+)
 def test_vectors_of_another_length_are_refused(base, tmp_path, config, part):
     directory = save_adapter(base, tmp_path, ["q_proj"], **config)
 
@@ -393,7 +422,9 @@ def test_an_incomplete_file_is_refused(base, saved):
 
 def test_an_adapter_of_the_output_head_is_refused(base, tmp_path):
     directory = save_adapter(base, tmp_path, ["q_proj", "lm_head"])
-    assert "key 'base_model.model.lm_head.base_layer.weight' in" in refusal(directory, base), "PEFT saves the head itself too"
+    assert "key 'base_model.model.lm_head.base_layer.weight' in" in refusal(directory, base), (
+        "PEFT saves the head itself too"
+    )
     edit_tensors(directory, lambda tensors: tensors.pop("base_model.model.lm_head.base_layer.weight"))
     assert "targets 'lm_head', which is outside the decoder layers (model.layers)" in refusal(directory, base)
 
@@ -499,7 +530,12 @@ def test_hub_ids_are_read_with_their_commit(hub, saved, source, subfolder, revis
     assert isinstance(adapter, Adapter)
     assert adapter.source == AdapterSource(source.partition("@")[0], hub.COMMIT)
     assert adapter.digest == load_adapter("one", saved).digest
-    assert hub.calls[0] == {"repo_id": "user/repo", "filename": "adapter_config.json", "subfolder": subfolder, "revision": revision}
+    assert hub.calls[0] == {
+        "repo_id": "user/repo",
+        "filename": "adapter_config.json",
+        "subfolder": subfolder,
+        "revision": revision,
+    }
 
 
 def test_both_files_are_of_one_commit(hub):

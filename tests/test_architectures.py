@@ -97,7 +97,8 @@ def test_padded_rows_are_the_rows_alone(fusion, side):
     if side == "left":
         together = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 9:]
         for i, row in enumerate(rows):
-            expected = model.generate(row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=6, do_sample=False)
+            mask_alone = torch.ones(1, len(row))
+            expected = model.generate(row[None], attention_mask=mask_alone, max_new_tokens=6, do_sample=False)
             expected = expected[0, len(row) :]
             assert together[i, : len(expected)].tolist() == expected.tolist()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -62,7 +63,9 @@ def fuse(base_layers, module_lists, dtype=torch.float64):
     layer = OneLayer()
     stacks = [stack_adapters(modules, base, dtype) for base, modules in zip(base_layers, module_lists)]
     shared = SharedInput(stacks, CPU)
-    linears = [FusedLinear(base, layer, f"linear{i}", stack, CPU) for i, (base, stack) in enumerate(zip(base_layers, stacks))]
+    linears = [
+        FusedLinear(base, layer, f"linear{i}", stack, CPU) for i, (base, stack) in enumerate(zip(base_layers, stacks))
+    ]
     for member, linear in enumerate(linears):
         linear.share(shared, member)
     return layer, linears
@@ -121,7 +124,9 @@ def test_fused_update_passes_gradcheck(shape, dora, bias):
 
     leading = {"constant": (), "per row": (BATCH, 1), "per token": (BATCH, SEQ)}[shape]
     inputs = [leaf(BATCH, SEQ, out_features), leaf(BATCH, SEQ, slots), leaf(*leading, slots), leaf(*leading, adapters)]
-    lora_B, scale, base_bias = (leaf(*size).detach() for size in [(slots, out_features), (adapters, out_features), (out_features,)])
+    lora_B, scale, base_bias = (
+        leaf(*size).detach() for size in [(slots, out_features), (adapters, out_features), (out_features,)]
+    )
 
     def update(base_output, u, slot_weights, adapter_weights):
         dora_inputs = (adapter_weights, scale, base_bias if bias else None) if dora else (None, None, None)
@@ -132,7 +137,10 @@ def test_fused_update_passes_gradcheck(shape, dora, bias):
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(first=plans, extra=st.lists(st.sampled_from([None, (1, "plain"), (3, "lora_bias"), (2, "dora")]), min_size=5, max_size=5))
+@given(
+    first=plans,
+    extra=st.lists(st.sampled_from([None, (1, "plain"), (3, "lora_bias"), (2, "dora")]), min_size=5, max_size=5),
+)
 def test_linears_that_share_an_input_give_the_reference(first, extra):
     second = extra[: len(first)]
     if not any(second):
@@ -287,21 +295,33 @@ def test_adapter_dropout_only_acts_while_training():
 @torch.no_grad()
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "lora_bias"])
-def test_on_a_quantised_base_one_adapter_gives_what_peft_gives(tmp_path, quantization, config):
+def test_on_a_quantised_base_one_adapter_gives_what_peft_gives_on_its_weights(tmp_path, quantization, config):
     pytest.importorskip("bitsandbytes")
     # bitsandbytes' kernels need multiples of 64.
     base = tiny_model(hidden_size=64, intermediate_size=64, head_dim=16, num_key_value_heads=4)
     base.save_pretrained(tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", **config)
     options = BaseOptions(quantization=quantization, dtype=torch.float32)
-    quantised, ids = load_base(tmp_path / "base", options), random_ids()
-    plain = quantised(ids).logits
+    plain, dense = (
+        load_base(tmp_path / "base", options)(ids := random_ids()).logits,
+        dequantised(tmp_path / "base", options),
+    )
+    # PEFT itself is wrong for DoRA on a quantised base on the CPU, so it is asked about the dequantised one.
+    expected = peft_model(dense, adapter)(ids).logits
+    kernel_error = relative_error(plain, dense(ids).logits)
     model = FusedModel.from_adapters(tmp_path / "base", {"one": adapter}, "one", options=options)
     assert type(model.base_model.model.layers[0].self_attn.q_proj.base_layer).__module__.startswith("bitsandbytes")
-    found = model(ids).logits
+    for _ in range(2):
+        assert relative_error(model(ids).logits, expected) <= 2 * kernel_error < 0.1 < relative_error(plain, expected)
     with model.using("base"):
         assert torch.equal(model(ids).logits, plain)
     assert torch.equal(model.unload()(ids).logits, plain)
-    expected = peft_model(load_base(tmp_path / "base", options), adapter, copied=False)(ids).logits
-    assert relative_error(plain, expected) > 1e-2
-    assert relative_error(found, expected) < 1e-4
+
+
+def dequantised(path, options):
+    """A quantised base's weights in a plain float64 model."""
+    quantised, dense = load_base(path, options), load_base(path, BaseOptions(dtype=torch.float64))
+    for name, module in quantised.named_modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            dense.get_submodule(name).weight.copy_(dequantize_module_weight(module))
+    return dense

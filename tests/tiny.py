@@ -36,7 +36,33 @@ _LLAMA = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
-_GPT2 = {**_COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GPT2 = {
+    **_COMMON,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_OPT = {
+    **_COMMON,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 32,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+}
+_QWEN2_MOE = {
+    **_LLAMA,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
 _NEOX = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
 
 ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
@@ -49,21 +75,17 @@ ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
     "phi3": (_LLAMA, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     "gpt2": (_GPT2, ["c_attn", "c_proj", "c_fc"]),
     "gpt_neox": (_NEOX, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
-    "opt": (
-        {**_COMMON, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32,
-         "max_position_embeddings": 128, "dropout": 0.0},
-        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    ),
+    "opt": (_OPT, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
     "falcon": (
         {**_COMMON, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 48},
         ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     ),
     "mixtral": ({**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}, ["q_proj", "k_proj", "v_proj", "o_proj"]),
     "qwen2_moe": (
-        {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        _QWEN2_MOE,
         ["q_proj", "v_proj", "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
     ),
-}  # fmt: skip
+}
 
 
 def tiny_model(
@@ -139,13 +161,19 @@ def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = model._attachment.layers.prefix
 
     def linear_forward(self: FusedLinear, x: torch.Tensor) -> torch.Tensor:
-        weights = self.layer.weights_for(self.name, x)
-        modules = [adapter.modules.get(f"{prefix}.{self.layer.index}.{self.name}") for adapter in model.adapters]
+        layer = self.weigh.__self__
+        weights = layer.weights_for(self.shared, x).to(x.dtype)
+        if layer.place == "module":
+            weights = weights.split(len(model.adapters), dim=-1)[self.member]
+        modules = [adapter.modules.get(f"{prefix}.{layer.index}.{self.name}") for adapter in model.adapters]
         weight = self.base_layer.weight.T if isinstance(self.base_layer, Conv1D) else self.base_layer.weight
-        return reference_linear(x, weight, self.base_layer.bias, modules, weights.to(x.dtype))
+        return reference_linear(x, weight, self.base_layer.bias, modules, weights)
+
+    def gate_forward(self: FlowGate, x: torch.Tensor) -> torch.Tensor:
+        return reference_gate(x, self.weight, self.bias, self.temperature)
 
     monkeypatch.setattr(FusedLinear, "forward", linear_forward)
-    monkeypatch.setattr(FlowGate, "forward", lambda self, x: reference_gate(x, self.weight, self.bias, self.temperature))
+    monkeypatch.setattr(FlowGate, "forward", gate_forward)
 
 
 def set_random_gates(model: FusedModel, seed: int = 5) -> None:

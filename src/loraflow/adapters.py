@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -247,7 +247,7 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> None:
         )
 
 
-def _targets(config: LoraConfig, module_name: str) -> bool:
+def _targets(config: PeftConfig, module_name: str) -> bool:
     # PEFT answers with a falsy object for excluded modules and with a truthy match otherwise.
     return bool(check_target_module_exists(config, module_name))
 
@@ -326,8 +326,8 @@ def _locate_on_hub(name: str, source: AdapterSource) -> tuple[Path, Path, Adapte
 def _no_weights(name: str, where: str, *, pickled: bool) -> str:
     if pickled:
         return (
-            f"Adapter {name!r}: {where} has no {WEIGHTS_FILE}; pickled weights ({PICKLE_FILE}) can run code and are not read. "
-            "Load it with PEFT and save it again with `save_pretrained` (safetensors is its default)."
+            f"Adapter {name!r}: {where} has no {WEIGHTS_FILE}; pickled weights ({PICKLE_FILE}) can run code and are "
+            "not read. Load it with PEFT and save it again with `save_pretrained` (safetensors is its default)."
         )
     return f"Adapter {name!r}: {where} has no {WEIGHTS_FILE}. Save the adapter again."
 
@@ -380,8 +380,8 @@ def _by_module(name: str, path: Path, tensors: Mapping[str, Tensor]) -> dict[str
         match = _KEY.match(key.removeprefix(_KEY_PREFIX))
         if match is None:
             raise AdapterError(
-                f"Adapter {name!r}: key '{key}' in {path} is not a LoRA weight of a linear module (embedding LoRA and saved "
-                "base weights cannot be fused). Retrain it on linear modules only."
+                f"Adapter {name!r}: key '{key}' in {path} is not a LoRA weight of a linear module (embedding LoRA and "
+                "saved base weights cannot be fused). Retrain it on linear modules only."
             )
         parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor
     return parts
@@ -402,12 +402,12 @@ def _module(name: str, path: Path, config: LoraConfig, module: str, found: Mappi
                 f"(use_dora={config.use_dora}, lora_bias={config.lora_bias}). Save the adapter again."
             )
     lora_A, lora_B = found["lora_A"], found["lora_B"]
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    rank = _by_pattern(config.rank_pattern, module, config.r)
+    alpha = _by_pattern(config.alpha_pattern, module, config.lora_alpha)
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
         raise AdapterError(
-            f"Adapter {name!r}: '{module}' has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} in {path}, "
-            f"but {CONFIG_FILE} says rank {rank}. Save the adapter again."
+            f"Adapter {name!r}: '{module}' has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} in "
+            f"{path}, but {CONFIG_FILE} says rank {rank}. Save the adapter again."
         )
     for part, tensor in found.items():
         if not torch.isfinite(tensor).all():
@@ -416,6 +416,12 @@ def _module(name: str, path: Path, config: LoraConfig, module: str, found: Mappi
             )
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     return LoraModule(lora_A, lora_B, scaling, found.get("lora_B.bias"), found.get("lora_magnitude_vector"))
+
+
+def _by_pattern(pattern: Mapping[str, int] | None, module: str, default: int) -> int:
+    """A setting of one module: that of the first pattern that fits its name, else the whole adapter's."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), module), default)
 
 
 def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

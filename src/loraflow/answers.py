@@ -55,7 +55,8 @@ def generate_answers(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        for row, text in zip(rows, _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, options)):
+        texts = _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, options)
+        for row, text in zip(rows, texts, strict=True):
             answers[row] = text
         on_batch(len(rows))
     return answers

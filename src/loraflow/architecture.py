@@ -85,8 +85,8 @@ def check_inside_layers(adapter: Adapter, layers: DecoderLayers) -> None:
     for module_name in adapter.modules:
         if layers.split(module_name) is None:
             raise AdapterError(
-                f"Adapter {adapter.name!r} ({adapter.source.path}) targets '{module_name}', which is outside the decoder "
-                f"layers ({layers.prefix}); fusion weights exist per layer. Retrain it without that target."
+                f"Adapter {adapter.name!r} ({adapter.source.path}) targets '{module_name}', which is outside the "
+                f"decoder layers ({layers.prefix}); fusion weights exist per layer. Retrain it without that target."
             )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loraflow.adapters import Adapter, match_adapter
 from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_input
 from loraflow.errors import LoraflowError
-from loraflow.linear import FusedLinear, SharedInput, StackedLora, stack_adapters
+from loraflow.linear import FusedLinear, SharedInput, stack_adapters
 from loraflow.methods.base import Method, Place, Site
 
 Gates = dict[str, nn.Module]
@@ -32,8 +32,33 @@ class Stream:
     embeddings: Tensor | None = None
 
 
+class LayerForward:
+    """What one decoder layer keeps during one forward. A plain object: modules are slow to assign to."""
+
+    __slots__ = ("flat_weights", "shape", "weights")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop everything, so that no activation outlives its layer."""
+        self.shape: Sequence[int] = ()
+        self.weights: Tensor | None = None
+        self.flat_weights: Tensor | None = None
+
+
 class LayerFusion(nn.Module):
-    """One decoder layer's gates, its fusion weights during a forward, and its groups of fused linears."""
+    """One decoder layer's gates, its fusion weights during a forward, and its groups of fused linears.
+
+    Attributes:
+        index: the layer's place in the model.
+        stream: what the model's layers share.
+        shared_inputs: the groups of fused linears.
+        gates: the gates that this layer owns.
+        place: where the method's gates stand.
+        gate: the one that gives this layer's weights, unless each linear has its own.
+        recorded: where the weights of a forward are noted, by linear ("" for the layer), while a trace is taken.
+    """
 
     def __init__(self, index: int, stream: Stream) -> None:
         super().__init__()
@@ -42,9 +67,16 @@ class LayerFusion(nn.Module):
         self.gates = nn.ModuleDict()
         self.place: Place = "layer"
         self.recorded: dict[str, Tensor] | None = None
+        # Plain references: neither is this layer's own.
         self.__dict__["stream"] = stream
         self.__dict__["gate"] = None
-        self.close()
+        self._names: dict[SharedInput, list[str]] = {}
+        self._now = LayerForward()
+
+    def add_group(self, shared: SharedInput, names: Sequence[str]) -> None:
+        """Take over the group of linears of these names, which read one input."""
+        self.shared_inputs.append(shared)
+        self._names[shared] = list(names)
 
     def install(self, place: Place, gates: Mapping[str, nn.Module]) -> None:
         """Take over gates: one under the key "" for the layer, or one for each of its linears by name."""
@@ -56,49 +88,59 @@ class LayerFusion(nn.Module):
 
     def open(self, hidden_states: Float[Tensor, "*batch hidden"], embeddings: Tensor | None) -> None:
         """Compute the layer's fusion weights for this forward."""
-        self._shape = hidden_states.shape[:-1]
+        now = self._now
+        now.shape = hidden_states.shape[:-1]
         if self.gate is not None:
             weights = self.gate(hidden_states if embeddings is None else embeddings)
             # Layers may live on other devices than the model's one gate.
-            self._weights = weights.to(hidden_states.device)
-            self._record("", self._weights)
+            if weights.device != hidden_states.device:
+                weights = weights.to(hidden_states.device)
+            now.weights = weights
+            if self.recorded is not None:
+                self._record("", weights)
 
     def close(self) -> None:
         """Drop everything that belongs to one forward."""
-        self._shape: Sequence[int] = ()
-        self._weights: Tensor | None = None
-        self._flat_weights: Tensor | None = None
-        for shared in self.shared_inputs:
-            shared.clear()
+        self._now.clear()
+        for shared in self._names:
+            shared.last.clear()
 
-    def weights_for(self, name: str, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*weights adapters"] | None:
-        """The fusion weights for one of the layer's linears and its input; None for the base alone."""
+    def weights_for(
+        self, shared: SharedInput, x: Float[Tensor, "*batch features"]
+    ) -> Float[Tensor, "*weights gates"] | None:
+        """The fusion weights for a group of the layer's linears and its input; None for the base alone."""
         if self.place == "module":
-            key = _key(name)
-            if key not in self.gates:
-                return None
-            weights = self.gates[key](x)
-            self._record(name, weights)
-            return weights
-        weights = self._weights
+            return self._weights_of_each(self._names[shared], x)
+        weights = self._now.weights
         if weights is None or weights.dim() in (1, x.dim()):
             return weights
         return self._flattened(weights, x)
 
+    def _weights_of_each(self, names: Sequence[str], x: Float[Tensor, "*batch features"]) -> Tensor | None:
+        """The weights of linears with gates of their own, side by side."""
+        if not self.gates:
+            return None
+        weights = [self.gates[_key(name)](x) for name in names]
+        if self.recorded is not None:
+            for name, found in zip(names, weights, strict=True):
+                self._record(name, found)
+        return torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0]
+
     def _flattened(self, weights: Float[Tensor, "batch seq adapters"], x: Tensor) -> Float[Tensor, "tokens adapters"]:
         # Some models (OPT, shared experts) hand their linears the tokens of the whole batch in one axis.
-        if self._flat_weights is None:
-            self._flat_weights = weights.expand(*self._shape, -1).reshape(-1, weights.shape[-1])
-        if self._flat_weights.shape[0] != x.shape[0]:
+        now = self._now
+        if now.flat_weights is None:
+            now.flat_weights = weights.expand(*now.shape, -1).reshape(-1, weights.shape[-1])
+        if now.flat_weights.shape[0] != x.shape[0]:
             raise RuntimeError(
-                f"A linear of decoder layer {self.index} got {x.shape[0]} tokens of the layer's {self._flat_weights.shape[0]}: "
+                f"A linear of decoder layer {self.index} got {x.shape[0]} tokens of the layer's {now.flat_weights.shape[0]}: "
                 "modules that see only some tokens (routed experts) cannot be fused. Leave them out of `target_modules`."
             )
-        return self._flat_weights
+        return now.flat_weights
 
     def _record(self, name: str, weights: Tensor) -> None:
-        if self.recorded is not None:
-            self.recorded[name] = weights.detach().float().expand(*self._shape, -1)
+        assert self.recorded is not None
+        self.recorded[name] = weights.detach().float().expand(*self._now.shape, -1)
 
 
 def _key(name: str) -> str:
@@ -240,7 +282,7 @@ def attach(model: nn.Module, layers: DecoderLayers, adapters: Sequence[Adapter])
     for index, layer in enumerate(layers.layers):
         fusion = LayerFusion(index, stream)
         for names in group_by_input(_target_names(layer, layers, index, adapters)):
-            fusion.shared_inputs.append(_fuse_group(model, layers, index, layer, fusion, names, adapters))
+            _fuse_group(model, layers, index, fusion, names, adapters)
         layer.fusion = fusion.train(layer.training)
         _swap_class(layer, _fused_class(type(layer)))
     attachment.sites = _sites(attachment)
@@ -257,33 +299,28 @@ def _fuse_group(
     model: nn.Module,
     layers: DecoderLayers,
     index: int,
-    layer: nn.Module,
     fusion: LayerFusion,
     names: Sequence[str],
     adapters: Sequence[Adapter],
-) -> SharedInput:
-    stacks: list[StackedLora] = []
-    linears: list[FusedLinear] = []
-    device = _device_of(layer.get_submodule(names[0]))
-    for name in names:
-        base_layer = layer.get_submodule(name)
+) -> None:
+    layer = layers.layers[index]
+    base_layers = [layer.get_submodule(name) for name in names]
+    stacks = []
+    for name, base_layer in zip(names, base_layers, strict=True):
         updates = [adapter.modules.get(f"{layers.prefix}.{index}.{name}") for adapter in adapters]
-        stack = stack_adapters(updates, base_layer, _dtype_of(base_layer, model))
-        linear = FusedLinear(base_layer, fusion, name, stack, device).train(base_layer.training)
-        _replace(layer, name, linear)
-        stacks.append(stack)
-        linears.append(linear)
-    shared = SharedInput(stacks, device)
-    for member, linear in enumerate(linears):
-        linear.share(shared, member)
-    return shared
+        stacks.append(stack_adapters(updates, base_layer, _dtype_of(base_layer, model)))
+    shared = SharedInput(stacks, _device_of(base_layers[0]))
+    fusion.add_group(shared, names)
+    for member, (name, base_layer, stack) in enumerate(zip(names, base_layers, stacks, strict=True)):
+        linear = FusedLinear(base_layer, name, stack, shared, member, fusion.weights_for)
+        _replace(layer, name, linear.train(base_layer.training))
 
 
 def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
     adapters = tuple(adapter.name for adapter in attachment.adapters)
     hidden, count = attachment.layers.hidden_size, len(attachment.layers.layers)
     modules = {
-        f"layers.{index}.{linear.name}": Site(adapters, linear_in_features(linear), count, index, linear.name)
+        f"layers.{index}.{linear.name}": Site(adapters, linear.in_features, count, index, linear.name)
         for index, layer in enumerate(attachment.layers.layers)
         for linear in fused_linears(layer)
     }
@@ -297,11 +334,6 @@ def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
 def fused_linears(layer: nn.Module) -> Iterator[FusedLinear]:
     """The fused linears of a decoder layer, in its order."""
     return (module for module in layer.modules() if isinstance(module, FusedLinear))
-
-
-def linear_in_features(linear: FusedLinear) -> int:
-    """Width of a fused linear's input."""
-    return linear.shared.lora_A.shape[1]
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ Modules that read the same input (q, k and v; gate and up) share one product wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,55 +110,76 @@ def _dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_featu
     return weight.T if isinstance(base_layer, Conv1D) else weight
 
 
-class FusedUpdate(torch.autograd.Function):
-    r"""`y + B (w * u) + (y - bias) * (v @ C)`, keeping for the backward only what the gate's gradient needs.
+class WeightedProduct(torch.autograd.Function):
+    r"""`(A x + bias) * (w E)`, keeping for the backward only what the gate's gradient needs.
 
-    With the adapters frozen, $\partial L / \partial w = (B^T g) \odot u$ and $\partial L / \partial u = (B^T g) \odot w$:
-    the R slots of `u` are kept for each token; neither the module's input nor any adapter's full-size output is.
-    DoRA needs the base's output too.
+    With the adapters frozen and $u = A x$, $\partial L / \partial w = E (g \odot u)$ and
+    $\partial L / \partial x = A^T (g \odot w E)$: the slots of `u` and the fusion weights are kept for each token; the
+    module's input and the expanded weights are not.
     """
 
     @staticmethod
-    def forward(ctx, base_output, u, slot_weights, lora_B, adapter_weights, output_scale, base_bias):  # type: ignore[override]  # noqa: D102
-        ctx.save_for_backward(
-            u,
-            slot_weights,
-            lora_B,
-            *((adapter_weights, output_scale, base_bias, base_output) if output_scale is not None else ()),
-        )
-        return _update(base_output, u * slot_weights, lora_B, adapter_weights, output_scale, base_bias)
+    def forward(ctx, x, lora_A, input_bias, weights, expand):  # type: ignore[override]
+        """Weighted slots, `[..., slots]`, in the precision of `lora_A`."""
+        u = F.linear(x, lora_A, input_bias)
+        ctx.save_for_backward(lora_A, u, weights, expand)
+        return u * _slot_weights(weights, expand, u.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[override]  # noqa: D102
-        u, slot_weights, lora_B, *dora = ctx.saved_tensors
-        grad_slots = grad_output @ lora_B.T.to(grad_output.dtype)
-        grad_u = grad_slots * slot_weights if ctx.needs_input_grad[1] else None
-        grad_weights = (grad_slots * u).sum_to_size(slot_weights.shape) if ctx.needs_input_grad[2] else None
-        grad_base, grad_adapter_weights = grad_output, None
-        if dora:
-            adapter_weights, output_scale, base_bias, base_output = dora
-            grad_base = grad_output + grad_output * (adapter_weights @ output_scale)
-            product = base_output if base_bias is None else base_output - base_bias
-            if ctx.needs_input_grad[4]:
-                grad_adapter_weights = ((grad_output * product) @ output_scale.T).sum_to_size(adapter_weights.shape)
-        return grad_base, grad_u, grad_weights, None, grad_adapter_weights, None, None
+    def backward(ctx, grad_output):  # type: ignore[override]
+        """Gradients of `x` and `weights`."""
+        lora_A, u, weights, expand = ctx.saved_tensors
+        grad_x = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_output * _slot_weights(weights, expand, u.dtype)) @ lora_A
+        if ctx.needs_input_grad[3]:
+            grad_weights = ((grad_output * u).to(weights.dtype) @ expand.T.to(weights.dtype)).sum_to_size(weights.shape)
+        return grad_x, None, None, grad_weights, None
 
 
-def _update(
-    base_output: Float[Tensor, "*batch out_features"],
-    weighted: Float[Tensor, "*batch slots"],
-    lora_B: Float[Tensor, "slots out_features"],
-    adapter_weights: Float[Tensor, "*weights adapters"] | None,
-    output_scale: Float[Tensor, "adapters out_features"] | None,
-    base_bias: Float[Tensor, " out_features"] | None,
-) -> Float[Tensor, "*batch out_features"]:
-    features = base_output.shape[-1]
-    flat = torch.addmm(base_output.reshape(-1, features), weighted.reshape(-1, weighted.shape[-1]), lora_B)
-    result = flat.view(base_output.shape)
-    if output_scale is None:
-        return result
-    product = base_output if base_bias is None else base_output - base_bias
-    return result + product * (adapter_weights @ output_scale)
+class ScaledOutput(torch.autograd.Function):
+    r"""DoRA's `W x * (w C)`, with C its output scales; the backward keeps W x and w, not their product with C."""
+
+    @staticmethod
+    def forward(ctx, product, weights, output_scale):  # type: ignore[override]
+        """The part of DoRA's update that is no low-rank product, `[..., out_features]`."""
+        ctx.save_for_backward(product, weights, output_scale)
+        return product * _slot_weights(weights, output_scale, product.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):  # type: ignore[override]
+        """Gradients of `product` and `weights`."""
+        product, weights, output_scale = ctx.saved_tensors
+        grad_product = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_product = grad_output * _slot_weights(weights, output_scale, product.dtype)
+        if ctx.needs_input_grad[1]:
+            scale = output_scale.T.to(weights.dtype)
+            grad_weights = ((grad_output * product).to(weights.dtype) @ scale).sum_to_size(weights.shape)
+        return grad_product, grad_weights, None
+
+
+def _slot_weights(weights: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    # In the gate's precision, then rounded once. At one token a no-op `to` costs as much as the product.
+    if matrix.dtype != weights.dtype:
+        matrix = matrix.to(weights.dtype)
+    slots = weights @ matrix
+    return slots if slots.dtype == dtype else slots.to(dtype)
+
+
+class Projection:
+    """What a group of linears has computed for its last input. A plain object: modules are slow to assign to."""
+
+    __slots__ = ("products", "seen", "weights")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget it, so that no activation outlives its layer."""
+        self.seen: Tensor | None = None
+        self.products: tuple[Tensor, ...] = ()
+        self.weights: tuple[Tensor, ...] = ()
 
 
 class SharedInput(nn.Module):
@@ -167,102 +188,160 @@ class SharedInput(nn.Module):
     The product with the stacked A is computed when the first of them is called, and handed to the others as long as
     they are called with the very same tensor. Modules that turn out to read different inputs are still right, at the
     price of a product each.
+
+    Where each module has a gate of its own, the weights of all of them stand side by side, `[..., modules * adapters]`.
+
+    Attributes:
+        lora_A: the modules' stacked A, one below the other, `[slots, in_features]`.
+        input_bias: theirs, `[slots]`, or None.
+        expand: the 0/1 matrix E for weights that all modules share, `[adapters, slots]`.
+        expand_each: the same for weights of each module, `[modules * adapters, slots]`.
+        dropout: probability with which inputs of A are dropped in training.
     """
+
+    lora_A: Tensor
+    input_bias: Tensor | None
+    expand: Tensor
+    expand_each: Tensor
 
     def __init__(self, stacks: Sequence[StackedLora], device: torch.device) -> None:
         super().__init__()
         self.sizes = [stack.lora_A.shape[0] for stack in stacks]
-        self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
-        biases = [stack.input_bias for stack in stacks]
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat([s.lora_A.new_zeros(n) if b is None else b for s, b, n in zip(stacks, biases, self.sizes)])
-            bias = bias.to(device)
-        self.register_buffer("input_bias", bias, persistent=False)
-        self.register_buffer("expand", _expansion(stacks).to(device), persistent=False)
+        self.adapters = len(stacks[0].slots)
         self.dropout = 0.0
-        self.clear()
+        expansions = [_expansion(stack) for stack in stacks]
+        self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
+        self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
+        self.register_buffer("expand", torch.cat(expansions, dim=1).to(device), persistent=False)
+        self.register_buffer("expand_each", torch.block_diag(*expansions).to(device), persistent=False)
+        self.last = Projection()
 
-    def clear(self) -> None:
-        """Forget the last input and its products, so that no activation outlives its layer."""
-        self._input: Tensor | None = None
-        self._products: tuple[Tensor, ...] = ()
-        self._weights: Tensor | None = None
-        self._slot_weights: tuple[Tensor, ...] = ()
-
-    def product(self, member: int, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch slots"]:
-        """`A x` of one member (its position in the group), computed once for the whole group."""
-        if self._input is not x:
-            self._input = x
-            if self.dropout and self.training:
-                x = F.dropout(x, self.dropout)
-            self._products = F.linear(x.to(self.lora_A.dtype), self.lora_A, self.input_bias).split(self.sizes, dim=-1)
-        return self._products[member]
-
-    def slot_weights(self, member: int, weights: Float[Tensor, "*weights adapters"]) -> Float[Tensor, "*weights slots"]:
-        """Fusion weights repeated over the slots of one member, in the adapters' precision."""
-        if self._weights is not weights:
-            self._weights = weights
-            expanded = (weights @ self.expand.to(weights.dtype)).to(self.lora_A.dtype)
-            self._slot_weights = expanded.split(self.sizes, dim=-1)
-        return self._slot_weights[member]
+    def project(self, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*weights gates"]) -> None:
+        """Compute the weighted slots of all modules for one input: `products`, `[tokens, slots]` for each module."""
+        last, lora_A = self.last, self.lora_A
+        last.seen = x
+        if weights.shape[-1] == self.adapters:
+            expand = self.expand
+            last.weights = (weights,) * len(self.sizes)
+        else:
+            expand = self.expand_each
+            last.weights = weights.split(self.adapters, dim=-1)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        if x.dtype != lora_A.dtype:
+            x = x.to(lora_A.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+            weighted = WeightedProduct.apply(x, lora_A, self.input_bias, weights, expand)
+        else:
+            weighted = F.linear(x, lora_A, self.input_bias)
+            weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
+        weighted = weighted.view(-1, weighted.shape[-1])
+        last.products = weighted.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (weighted,)
 
 
-def _expansion(stacks: Sequence[StackedLora]) -> Float[Tensor, "adapters slots"]:
-    """The 0/1 matrix E of the module docstring, for all members of a group side by side."""
-    adapters = len(stacks[0].slots)
-    owner = [adapter for stack in stacks for adapter, count in enumerate(stack.slots) for _ in range(count)]
-    return F.one_hot(torch.tensor(owner), adapters).T.float().contiguous()
+def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
+    if all(stack.input_bias is None for stack in stacks):
+        return None
+    zeros = (stack.lora_A.new_zeros(stack.lora_A.shape[0]) for stack in stacks)
+    return torch.cat([z if s.input_bias is None else s.input_bias for s, z in zip(stacks, zeros, strict=True)]).to(
+        device
+    )
+
+
+def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
+    """The 0/1 matrix E of the module docstring, for one module."""
+    owner = [adapter for adapter, count in enumerate(stack.slots) for _ in range(count)]
+    return F.one_hot(torch.tensor(owner), len(stack.slots)).T.float().contiguous()
 
 
 class FusedLinear(nn.Module):
     """A base linear with all adapters' weighted updates added to its output.
 
     The base layer is called, never modified, so anything that PEFT itself can wrap works: `nn.Linear`, `Conv1D`, and
-    the quantised linears. The fusion weights come from the decoder layer it belongs to (`layer`), or from its own
-    gate where the method places one on every module.
+    the quantised linears. The fusion weights come from `weigh`, the function of its decoder layer that gives them for
+    an input.
+
+    Attributes:
+        base_layer: the base's linear.
+        lora_B: its adapters' stacked B, `[slots, out_features]`.
+        output_scale: DoRA's `c - 1`, `[adapters, out_features]`, or None.
+        uses_dora: whether there is an output scale.
+        name: its name within the decoder layer.
+        shared: the group of modules that read its input.
+        member: its position in that group.
     """
 
+    lora_B: Tensor
+    output_scale: Tensor | None
+    shared: SharedInput
+
     def __init__(
-        self, base_layer: nn.Module, layer: nn.Module, name: str, stack: StackedLora, device: torch.device
+        self, base_layer: nn.Module, name: str, stack: StackedLora, shared: SharedInput, member: int, weigh: Weigh
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        device = shared.lora_A.device
         self.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
         scale = stack.output_scale
         self.register_buffer("output_scale", None if scale is None else scale.to(device), persistent=False)
+        self.uses_dora = scale is not None
         self.name = name
-        # Plain references: as registered submodules these would appear below every linear of the layer.
-        self.__dict__["layer"] = layer
-        self.__dict__["shared"] = None
-        self.member = 0
-
-    def share(self, shared: SharedInput, member: int) -> None:
-        """Join a group of modules that read one input, as its `member`-th."""
-        self.__dict__["shared"] = shared
         self.member = member
-
-    def __getattr__(self, name: str):
-        """Fall back to the base layer, whose `weight`, `in_features`, ... model code may ask for."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+        # Plain references: as submodules, the layer's would appear below every linear of it.
+        self.__dict__["shared"] = shared
+        self.__dict__["weigh"] = weigh
 
     def forward(self, x: Float[Tensor, "*batch in_features"], *args, **kwargs) -> Float[Tensor, "*batch out_features"]:
         """The base layer's output plus the weighted sum of the adapters' updates."""
         base_output = self.base_layer(x, *args, **kwargs)
-        weights = self.layer.weights_for(self.name, x)
-        if weights is None:
-            return base_output
-        u = self.shared.product(self.member, x)
-        slot_weights = self.shared.slot_weights(self.member, weights)
-        bias = None if self.output_scale is None else getattr(self.base_layer, "bias", None)
-        # The arguments' order is FusedUpdate's.
-        if torch.is_grad_enabled() and (slot_weights.requires_grad or u.requires_grad):
-            scale_weights = None if self.output_scale is None else weights.to(self.lora_B.dtype)
-            return FusedUpdate.apply(
-                base_output, u.to(base_output.dtype), slot_weights, self.lora_B, scale_weights, self.output_scale, bias
-            )
-        scale_weights = None if self.output_scale is None else weights.to(self.lora_B.dtype)
-        return _update(base_output, u * slot_weights, self.lora_B, scale_weights, self.output_scale, bias)
+        last = self.shared.last
+        if last.seen is not x:
+            weights = self.weigh(self.shared, x)
+            if weights is None:
+                return base_output
+            self.shared.project(x, weights)
+        result = _add_product(base_output, last.products[self.member], self.lora_B)
+        if not self.uses_dora:
+            return result
+        assert self.output_scale is not None
+        bias = self.base_layer.bias
+        product = base_output if bias is None else base_output - bias
+        return result + ScaledOutput.apply(product, last.weights[self.member], self.output_scale)
+
+    # What model code reads of a linear, besides calling it.
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.shared.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.lora_B.shape[1]
+
+
+Weigh = Callable[[SharedInput, Tensor], "Tensor | None"]
+"""Gives the fusion weights for a group's input, or None for the base alone."""
+
+
+def _add_product(
+    base_output: Float[Tensor, "*batch out_features"],
+    weighted: Float[Tensor, "tokens slots"],
+    lora_B: Float[Tensor, "slots out_features"],
+) -> Float[Tensor, "*batch out_features"]:
+    """`base_output + weighted @ lora_B` in one kernel."""
+    dtype = base_output.dtype
+    if weighted.dtype != dtype or lora_B.dtype != dtype:
+        weighted, lora_B = weighted.to(dtype), lora_B.to(dtype)
+    return torch.addmm(base_output.view(-1, base_output.shape[-1]), weighted, lora_B).view(base_output.shape)

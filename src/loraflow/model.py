@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -43,6 +42,8 @@ from loraflow.storage import (
 from loraflow.visual.trace import Trace
 
 if TYPE_CHECKING:
+    from transformers.generation.utils import GenerativePreTrainedModel
+
     from loraflow.training import FitConfig, FitResult
 
 _RESERVED = ("best", *METHODS)
@@ -66,6 +67,11 @@ class FusedModel(nn.Module):
     _hf_peft_config_loaded = True
     main_input_name = "input_ids"
 
+    base_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    prompt: PromptFormat
+    training_record: dict[str, Any] | None
+
     def __init__(
         self,
         attachment: Attachment,
@@ -75,17 +81,17 @@ class FusedModel(nn.Module):
         base: BaseRecord,
     ) -> None:
         super().__init__()
-        self.base_model: PreTrainedModel = attachment.model  # type: ignore[assignment]
+        self.base_model = attachment.model
         self.tokenizer = tokenizer
         self.prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
-        self.training_record: dict[str, Any] | None = None
+        self.training_record = None
         self._attachment = attachment
         self._base = base
         self.method = method
         # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
         self._gates: Gates = {}
         self.set_method(method)
-        self.__class__ = _with_forward_of(type(self), type(self.base_model))
+        self.__class__ = _class_for(type(self), type(self.base_model))
         _announce_to_pipelines()
 
     @classmethod
@@ -230,7 +236,8 @@ class FusedModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with everything that it takes; the cache is on."""
-        return self.base_model.generate(*args, **kwargs)
+        # `find_decoder_layers` checked that it can.
+        return cast("GenerativePreTrainedModel", self.base_model).generate(*args, **kwargs)
 
     def set_method(self, method: str | Method) -> None:
         """Use another method from now on, its gates as before any training.
@@ -337,7 +344,7 @@ class FusedModel(nn.Module):
         fusions = self._attachment.fusions
         recorded: list[dict[str, Tensor]] = [{} for _ in fusions]
         try:
-            for fusion, weights in zip(fusions, recorded):
+            for fusion, weights in zip(fusions, recorded, strict=True):
                 fusion.recorded = weights
             yield recorded
         finally:
@@ -347,7 +354,7 @@ class FusedModel(nn.Module):
     def _token_texts(self, ids: Sequence[int]) -> list[str]:
         if self.tokenizer is None:
             return [str(token_id) for token_id in ids]
-        return [self.tokenizer.decode([token_id]) for token_id in ids]
+        return self.tokenizer.batch_decode([[token_id] for token_id in ids])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What the method has learned: `site.parameter` to tensor, without base and adapters."""
@@ -366,8 +373,8 @@ class FusedModel(nn.Module):
         wrong += sorted(k for k in mine.keys() & state_dict.keys() if mine[k].shape != state_dict[k].shape)
         if wrong:
             raise FusionError(
-                f"The learned tensors do not match the method {self.method.name!r}: '{wrong[0]}' is missing, unknown or of "
-                f"another shape ({len(wrong)} such). Use the fusion's own method and adapters."
+                f"The learned tensors do not match the method {self.method.name!r}: '{wrong[0]}' is missing, unknown "
+                f"or of another shape ({len(wrong)} such). Use the fusion's own method and adapters."
             )
         for site, gate in self._gates.items():
             prefix = f"{site}."
@@ -394,6 +401,9 @@ class FusedModel(nn.Module):
         Args:
             directory: where to; an older fusion there is replaced only by a complete new one.
             copy_adapters: copy local adapters into the directory, so that it can be moved elsewhere as it is.
+
+        Raises:
+            FusionError: if the directory is a file.
         """
         directory = Path(directory).expanduser()
         if directory.is_file():
@@ -441,10 +451,17 @@ class FusedModel(nn.Module):
         )
 
 
-@functools.cache
-def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
-    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
+_classes: dict[tuple[type, type], type[FusedModel]] = {}
 
+
+def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
+    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
+    if (cls, base_class) not in _classes:
+        _classes[cls, base_class] = _with_forward_of(cls, base_class)
+    return _classes[cls, base_class]
+
+
+def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
     def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 
@@ -459,7 +476,8 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if name in _RESERVED or not name.strip() or "/" in name or name.startswith("."):
             raise LoraflowError(
-                f"The adapter name {name!r} cannot be used: it must be no path, and none of {', '.join(_RESERVED)}. Rename it."
+                f"The adapter name {name!r} cannot be used: it must be no path, and none of {', '.join(_RESERVED)}. "
+                "Rename it."
             )
 
 
@@ -470,8 +488,9 @@ def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str
         adapter = source if isinstance(source, Adapter) else load_adapter(record.name, source)
         if adapter.digest != record.digest:
             raise FusionError(
-                f"Adapter {record.name!r} ({adapter.source.path}) is not the one that the fusion was made with: its weights "
-                f"or scaling have the digest {adapter.digest[:19]}..., not {record.digest[:19]}... Restore it, or fit again."
+                f"Adapter {record.name!r} ({adapter.source.path}) is not the one that the fusion was made with: its "
+                f"weights or scaling have the digest {adapter.digest[:19]}..., not {record.digest[:19]}... "
+                "Restore it, or fit again."
             )
         loaded[record.name] = adapter
     return loaded

@@ -80,6 +80,8 @@ class PromptFormat(BaseModel):
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         options: dict[str, Any] = {"chat_template": self.chat_template, "tokenize": False}
         try:
-            return tokenizer.apply_chat_template(list(messages), add_generation_prompt=not answered, **options)
+            text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not answered, **options)
         except jinja2.TemplateError as error:
             raise DataError(f"The chat template refuses the conversation: {error}") from error
+        assert isinstance(text, str)
+        return text

@@ -53,7 +53,7 @@ def merged_weight(
     r"""The explicit $W + \sum_i w_i \Delta W_i$ for constant fusion weights, in float64."""
     wide = weight.double()
     merged = wide.clone()
-    for module, fusion_weight in zip(modules, fusion_weights):
+    for module, fusion_weight in zip(modules, fusion_weights, strict=True):
         if module is None:
             continue
         delta = module.scaling * module.lora_B.double() @ module.lora_A.double()

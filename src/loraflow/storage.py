@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loraflow.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from loraflow.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
@@ -78,7 +79,7 @@ class FusionConfig(_Record):
     weights_digest: str
 
 
-def base_record(model: nn.Module) -> BaseRecord:
+def base_record(model: PreTrainedModel) -> BaseRecord:
     """Describe a base model, before anything is attached to it, so that another one is recognised later."""
     config = model.config.get_text_config(decoder=True)
     return BaseRecord(
@@ -94,7 +95,7 @@ def base_record(model: nn.Module) -> BaseRecord:
 
 
 def _base_digest(model: nn.Module) -> str | None:
-    """SHA-256 of a few values of every parameter; None where they are quantised or offloaded, and cannot be compared."""
+    """SHA-256 of a few values of every parameter; None where they are quantised or offloaded: those do not compare."""
     if getattr(model, "is_quantized", False) or any(p.is_meta for p in model.parameters()):
         return None
     digest = hashlib.sha256()
@@ -115,8 +116,8 @@ def check_base(expected: BaseRecord, found: BaseRecord) -> None:
         ours, theirs = getattr(found, key), getattr(expected, key)
         if ours != theirs:
             raise FusionError(
-                f"Wrong base model: the fusion was made with {expected.path!r} ({key}={theirs}), but {found.path!r} has "
-                f"{key}={ours}. Give the base that it was made with."
+                f"Wrong base model: the fusion was made with {expected.path!r} ({key}={theirs}), but {found.path!r} "
+                f"has {key}={ours}. Give the base that it was made with."
             )
     comparable = found.dtype == expected.dtype and found.digest is not None and expected.digest is not None
     if comparable and found.digest != expected.digest:
@@ -205,7 +206,8 @@ def _parse_config(origin: str, text: str) -> FusionConfig:
         version = json.loads(text).get("format_version")
         if version != FORMAT_VERSION:
             raise FusionError(
-                f"{origin} has format_version {version}; this loraflow reads {FORMAT_VERSION}. Install a matching version."
+                f"{origin} has format_version {version}; this loraflow reads {FORMAT_VERSION}. "
+                "Install a matching version."
             )
         return FusionConfig.model_validate_json(text)
     except (json.JSONDecodeError, AttributeError) as error:

@@ -15,10 +15,18 @@ from loraflow.errors import LoraflowError
 
 def generate(
     fusion: o.Fusion = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The question. Without it and --data, standard input is read.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Answer every prompt of a file of JSON lines (`prompt`, or --prompt-field).")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The question. Without it and --data, standard input is read.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Answer every prompt of a file of JSON lines (`prompt`, or --prompt-field)."),
+    ] = None,
     prompt_field: Annotated[str, typer.Option("--prompt-field", help="Field of --data that is the prompt.")] = "prompt",
-    output: Annotated[Path | None, typer.Option("--output", help="Where --data's answers go, one JSON object a line.  [default: standard output]")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Where --data's answers go, one JSON object a line.  [default: standard output]"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers are sampled.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
@@ -32,15 +40,15 @@ def generate(
     dtype: o.Dtype = "auto",
     device: o.Device = None,
     quantization: o.Quantization = None,
-) -> None:  # fmt: skip
+) -> None:
     """Answer prompts with a fusion; one answer is streamed as it comes.
 
     Examples: `loraflow generate zh-math --prompt "..."`; with another method: `--method average`, `--method math`,
     `--method base`; without a fusion: `--base B --lora-modules zh=path math=path --method average`.
     """
     records = _read_prompts(data, prompt_field) if data is not None else []
-    where = {"revision": revision, "dtype": dtype, "device": device, "quantization": quantization}
-    model = o.open_model(fusion, base, lora_modules, method, method_option, **where)  # type: ignore[arg-type]
+    placement = o.Placement(revision, dtype, device, quantization)
+    model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
 
     from transformers import set_seed
@@ -119,7 +127,7 @@ def _answer_all(
         )
     lines = "".join(
         json.dumps({**record, "answer_text": answer}, ensure_ascii=False) + "\n"
-        for record, answer in zip(records, answers)
+        for record, answer in zip(records, answers, strict=True)
     )
     if output is None:
         sys.stdout.write(lines)

@@ -28,7 +28,7 @@ def info(
     """Check which adapters fit a base, and count parameters and memory, without loading the base's weights.
 
     Examples: `loraflow info zh-math`; `loraflow info --base B --lora-modules zh=path math=path`
-    """
+    """  # noqa: DOC501 (it is the --help text)
     from rich.console import Console
 
     from loraflow.adapters import AdapterSource, load_adapter
@@ -121,7 +121,9 @@ def _adapter_table(adapters: list[Adapter], console: Console) -> None:
     console.print(table)
 
 
-def _count(model: Any, layers: Any, adapters: list[Adapter], dtype: str, quantization: str | None, console: Console) -> None:
+def _count(
+    model: Any, layers: Any, adapters: list[Adapter], dtype: str, quantization: str | None, console: Console
+) -> None:
     import torch
 
     from loraflow.attach import attach
@@ -138,7 +140,7 @@ def _count(model: Any, layers: Any, adapters: list[Adapter], dtype: str, quantiz
     else:
         attachment = attach(model, layers, adapters)
         for granularity in ("step", "layer", "module"):
-            gates = attachment.make_gates(LoraFlow(granularity=granularity, start="average"))  # type: ignore[arg-type]
+            gates = attachment.make_gates(LoraFlow(granularity=granularity, start="average"))
             count = sum(parameter.numel() for gate in gates.values() for parameter in gate.parameters())
             console.print(f"gates, {granularity:6} ({len(names)} adapters): {count:,} values in {len(gates)}")
     base_bytes = total * _BYTES[quantization or precision]

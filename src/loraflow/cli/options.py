@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from loraflow.errors import LoraflowError, MethodError
 
 if TYPE_CHECKING:
+    from loraflow.loading import BaseOptions
     from loraflow.model import FusedModel
     from loraflow.prompts import PromptFormat
 
@@ -32,8 +34,8 @@ LoraModules = Annotated[
     list[str],
     typer.Option(
         "--lora-modules",
-        help="Adapters, as `name=path`, several after one flag. A path is a directory, `user/repo` or `user/repo/subfolder`, "
-        "a Hub id optionally with `@revision`.",
+        help="Adapters, as `name=path`, several after one flag. A path is a directory, `user/repo` or "
+        "`user/repo/subfolder`, a Hub id optionally with `@revision`.",
         rich_help_panel=_SOURCES,
         show_default=False,
     ),
@@ -65,8 +67,8 @@ MethodOptions = Annotated[
     list[str],
     typer.Option(
         "--method-option",
-        help="Parameters of the method, as `key=value`: for lora-flow granularity (step, layer, module), temperature, and "
-        'start (best, average, an adapter, or weights as JSON); for static `weights={"zh": 0.3, "math": 0.7}`.',
+        help="Parameters of the method, as `key=value`: for lora-flow granularity (step, layer, module), temperature, "
+        'and start (best, average, an adapter, or weights as JSON); for static `weights={"zh": 0.3, "math": 0.7}`.',
         show_default=False,
     ),
 ]
@@ -90,6 +92,38 @@ ChatTemplate = Annotated[
         "--chat-template", help="File with a Jinja chat template, instead of the tokenizer's.", rich_help_panel=_READING
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the base is to be loaded, as the command line says it.
+
+    Attributes:
+        revision: `--revision`.
+        dtype: `--dtype`.
+        device: `--device`; None is a GPU if there is one.
+        quantization: `--quantization`.
+    """
+
+    revision: str | None
+    dtype: str
+    device: str | None
+    quantization: str | None
+
+    def options(self) -> BaseOptions:
+        """The same as the library takes it.
+
+        Raises:
+            LoraflowError: if the dtype is unknown.
+        """
+        import torch
+
+        from loraflow.loading import BaseOptions
+
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise LoraflowError(f"`--dtype` is unknown: {self.dtype!r}. Known: auto, float32, bfloat16, float16.")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return BaseOptions(self.revision, self.dtype, device, self.quantization)
 
 
 def spread_values(arguments: Sequence[str]) -> list[str]:
@@ -164,11 +198,7 @@ def build_model(
     method: str | None,
     method_options: Sequence[str],
     prompt: PromptFormat,
-    *,
-    revision: str | None,
-    dtype: str,
-    device: str | None,
-    quantization: str | None,
+    placement: Placement,
 ) -> FusedModel:
     """A fused model from `--base` and `--lora-modules`.
 
@@ -183,8 +213,7 @@ def build_model(
 
     adapters = parse_adapters(lora_modules)
     resolved = get_method(method or "lora-flow", list(adapters), parse_method_options(method_options))
-    options = base_options(revision, dtype, device, quantization)
-    return FusedModel.from_adapters(base, adapters, resolved, prompt=prompt, options=options)
+    return FusedModel.from_adapters(base, adapters, resolved, prompt=prompt, options=placement.options())
 
 
 def open_model(
@@ -193,11 +222,7 @@ def open_model(
     lora_modules: Sequence[str],
     method: str | None,
     method_options: Sequence[str],
-    *,
-    revision: str | None,
-    dtype: str,
-    device: str | None,
-    quantization: str | None,
+    placement: Placement,
 ) -> FusedModel:
     """A saved fusion, or one made now from `--base` and `--lora-modules`; with `--method`, another method on it.
 
@@ -208,31 +233,18 @@ def open_model(
     from loraflow.model import FusedModel
 
     if fusion is not None:
-        options = base_options(revision, dtype, device, quantization)
         model = FusedModel.from_pretrained(
-            fusion, base=base, adapters=parse_adapters(lora_modules) or None, options=options
+            fusion, base=base, adapters=parse_adapters(lora_modules) or None, options=placement.options()
         )
         if method is not None:
             model.set_method(get_method(method, model.adapter_names, parse_method_options(method_options)))
     else:
         from loraflow.prompts import PromptFormat
 
-        where = {"revision": revision, "dtype": dtype, "device": device, "quantization": quantization}
-        model = build_model(base, lora_modules, method or "average", method_options, PromptFormat(), **where)  # type: ignore[arg-type]
+        model = build_model(base, lora_modules, method or "average", method_options, PromptFormat(), placement)
     if model.method.learns and (fusion is None or method is not None):
         raise LoraflowError(
-            f"The method {model.method.name!r} must be fitted first. Run `loraflow fit`, and give the directory it writes."
+            f"The method {model.method.name!r} must be fitted first. "
+            "Run `loraflow fit`, and give the directory it writes."
         )
     return model
-
-
-def base_options(revision: str | None, dtype: str, device: str | None, quantization: str | None) -> Any:
-    """How the base is to be loaded."""
-    import torch
-
-    from loraflow.loading import BaseOptions
-
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise LoraflowError(f"`--dtype` is unknown: {dtype!r}. Known: auto, float32, bfloat16, float16.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return BaseOptions(revision=revision, dtype=dtype, device_map=device, quantization=quantization)

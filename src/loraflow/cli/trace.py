@@ -12,10 +12,15 @@ from loraflow.cli import options as o
 
 def trace(
     fusion: o.Fusion = None,
-    prompt: Annotated[str, typer.Option("--prompt", help="The question.")] = ...,  # type: ignore[assignment]
-    answer: Annotated[str | None, typer.Option("--answer", help="Trace this answer.  [default: the one that the fusion generates]")] = None,
+    *,
+    prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
+    answer: Annotated[
+        str | None, typer.Option("--answer", help="Trace this answer.  [default: the one that the fusion generates]")
+    ] = None,
     numbers: Annotated[bool, typer.Option("--numbers", help="Print every token's weights too.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write tokens and all weights (seq, layers, adapters) there.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write tokens and all weights (seq, layers, adapters) there.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.")] = 256,
     method: o.Method = None,
     method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
@@ -25,14 +30,14 @@ def trace(
     dtype: o.Dtype = "auto",
     device: o.Device = None,
     quantization: o.Quantization = None,
-) -> None:  # fmt: skip
+) -> None:
     """Colour each token by the adapter that dominates it.
 
     A generated token has the colour of the weights that produced it, those of the position before it (the paper's
     figure 5). Example: `loraflow trace zh-math --prompt "..." --numbers`
     """
-    where = {"revision": revision, "dtype": dtype, "device": device, "quantization": quantization}
-    model = o.open_model(fusion, base, lora_modules, method, method_option, **where)  # type: ignore[arg-type]
+    placement = o.Placement(revision, dtype, device, quantization)
+    model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
 
     from rich.console import Console
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -34,12 +35,12 @@ class GateLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight):  # type: ignore[override]  # noqa: D102
+    def forward(ctx, x, weight):  # noqa: D102
         ctx.save_for_backward(x, weight)
         return x.to(weight.dtype) @ weight.T
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[override]  # noqa: D102
+    def backward(ctx, grad_output):  # noqa: D102
         x, weight = ctx.saved_tensors
         grad_x = (grad_output @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
@@ -57,6 +58,10 @@ class FlowGate(nn.Module):
         temperature: the divisor of the logits.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+    temperature: float
+
     def __init__(self, features: int, adapters: int, temperature: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(adapters, features))
@@ -71,7 +76,8 @@ class FlowGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
         """Fusion weights of each position."""
-        logits = GateLogits.apply(x, self.weight)
+        learning = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
+        logits = GateLogits.apply(x, self.weight) if learning else F.linear(x.to(self.weight.dtype), self.weight)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return torch.softmax(logits, dim=-1) + self.bias

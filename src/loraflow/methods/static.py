@@ -19,6 +19,8 @@ from loraflow.methods.base import Method, Place, Site, check_weights
 class ConstantGate(nn.Module):
     """The same fusion weights for every input."""
 
+    weights: Float[Tensor, " adapters"]
+
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)

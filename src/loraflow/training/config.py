@@ -62,7 +62,8 @@ class FitConfig:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
         if self.batch_size % self.gradient_accumulation:
             raise LoraflowError(
-                f"`gradient_accumulation` (={self.gradient_accumulation}) must divide `batch_size` (={self.batch_size})."
+                f"`gradient_accumulation` (={self.gradient_accumulation}) must divide "
+                f"`batch_size` (={self.batch_size})."
             )
 
 

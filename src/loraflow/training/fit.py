@@ -22,6 +22,7 @@ from loraflow.answers import generate_answers, require_tokenizer
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
 from loraflow.methods import LoraFlow
+from loraflow.methods.lora_flow import FlowGate
 from loraflow.storage import write_atomically
 from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
 from loraflow.training.data import Collator, TokenExamples, tokenize
@@ -103,7 +104,7 @@ def search(
     resume: bool = False,
     console: Console | None = None,
 ) -> FitResult:
-    """Fit once for each setting of a grid (by default the paper's), and keep the gates that are best on the dev examples.
+    """Fit once for each setting of a grid (by default the paper's); keep the gates that are best on the dev examples.
 
     Args:
         model: the fused model; its gates are changed in place.
@@ -279,7 +280,8 @@ def _scorer(model: FusedModel, examples: Sequence[Example], config: FitConfig, s
             prompt=model.prompt,
             max_new_tokens=config.score_max_new_tokens,
         )
-        return sum(score(answer, example.record) for answer, example in zip(answers, examples)) / len(examples)
+        scores = [score(answer, example.record) for answer, example in zip(answers, examples, strict=True)]
+        return sum(scores) / len(scores)
 
     return mean_score
 
@@ -293,6 +295,7 @@ def _set_start(model: FusedModel, train: TokenExamples, config: FitConfig) -> di
                 losses[name] = mean_loss(model, train, batch_size=max(config.batch_size, 8))
     model.set_method(model.method)
     for gate in model.gates.values():
+        assert isinstance(gate, FlowGate)
         gate.start_at(list(_start_weights(model, losses).values()))
     return losses
 
@@ -300,7 +303,7 @@ def _set_start(model: FusedModel, train: TokenExamples, config: FitConfig) -> di
 def _start_weights(model: FusedModel, losses: Mapping[str, float]) -> dict[str, float]:
     assert isinstance(model.method, LoraFlow)
     best = min(losses, key=losses.__getitem__) if losses else None
-    return dict(zip(model.adapter_names, model.method.start_weights(model.adapter_names, best)))
+    return dict(zip(model.adapter_names, model.method.start_weights(model.adapter_names, best), strict=True))
 
 
 @torch.no_grad()
@@ -358,8 +361,8 @@ def _checkpoint(model: FusedModel, data: _Data, config: FitConfig, directory: Pa
     for key, value in _identity(model, data, config).items():
         if recorded.get(key) != value:
             raise LoraflowError(
-                f"Cannot resume from {found[-1]}: its run had another `{key}`. Give the same arguments and data as then, "
-                "or start afresh without --resume."
+                f"Cannot resume from {found[-1]}: its run had another `{key}`. Give the same arguments and data as "
+                "then, or start afresh without --resume."
             )
     return found[-1]
 

@@ -64,7 +64,8 @@ class RichProgress(TrainerCallback):
         """Print a line where there is no bar."""
         if self._progress is None:
             self._console.print(
-                f"{self._description}: epoch {state.epoch or 0:.0f}, step {state.global_step}/{state.max_steps}, loss {self._loss:.4f}"
+                f"{self._description}: epoch {state.epoch or 0:.0f}, step {state.global_step}/{state.max_steps}, "
+                f"loss {self._loss:.4f}"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

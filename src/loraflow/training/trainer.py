@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class GateTrainer(Trainer):
         """Trainer's loss on the dev examples, and their score where one is asked for."""
         metrics = super().evaluate(*args, **kwargs)
         if self._score is not None:
+            assert self.model is not None
             self.model.eval()
             metrics["eval_score"] = self._score()
             self.log({"eval_score": metrics["eval_score"]})
@@ -56,6 +57,6 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def logged(history: list[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+def logged(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """All values of a key in the trainer's log, as (step, value)."""
     return [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]

@@ -38,12 +38,10 @@ def _row(trace: Trace, row: int) -> str:
 def _token(token: str, weights: list[float], adapters: tuple[str, ...]) -> str:
     top = max(range(len(weights)), key=weights.__getitem__)
     share = max(weights[top], 0.0) / (sum(max(w, 0.0) for w in weights) or 1.0)
-    numbers = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(adapters, weights))
+    numbers = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(adapters, weights, strict=True))
     opacity = round(255 * (0.15 + 0.45 * share))
-    return (
-        f'<span title="{escape(numbers, quote=True)}" style="background:{adapter_colour(top)}{opacity:02x};border-radius:3px">'
-        f"{escape(token)}</span>"
-    )
+    style = f"background:{adapter_colour(top)}{opacity:02x};border-radius:3px"
+    return f'<span title="{escape(numbers, quote=True)}" style="{style}">{escape(token)}</span>'
 
 
 def _swatch(name: str, colour: str) -> str:

@@ -164,12 +164,16 @@ def test_a_dora_adapter_says_so(base, tmp_path):
 # ---- What is refused ---------------------------------------------------------------------------------------------
 
 
+def load_and_check(directory, base):
+    adapter = load_adapter("one", directory)
+    match_adapter(adapter, base)
+    check_inside_layers(adapter, find_decoder_layers(base))
+
+
 def refusal(directory, base=None) -> str:
     """The message with which an adapter is refused, by itself or on a base."""
     with pytest.raises(AdapterError) as caught:
-        adapter = load_adapter("one", directory)
-        match_adapter(adapter, base)
-        check_inside_layers(adapter, find_decoder_layers(base))
+        load_and_check(directory, base)
     assert "'one'" in str(caught.value)
     return str(caught.value)
 
@@ -494,7 +498,7 @@ def test_paths_are_local_even_where_nothing_is(path):
 
 
 class FakeHub:
-    """`hf_hub_download` from a directory laid out like the cache, with one adapter in `user/repo/zh` and at its root."""
+    """`hf_hub_download` from a directory laid out like the cache, with one adapter at its root and in `zh`."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,4 +1,4 @@
-"""The fused linear against slow loops over the adapters: values, gradients, what is kept for the backward, other bases."""
+"""The fused linear against slow loops: values, gradients, what is kept for the backward, quantised bases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraflow import BaseOptions, FusedModel
 from loraflow.adapters import LoraModule
-from loraflow.linear import FusedLinear, FusedUpdate, SharedInput, stack_adapters
+from loraflow.linear import ScaledOutput, SharedInput, WeightedProduct, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.loading import load_base
 from loraflow.reference import reference_linear
 from tests.tiny import peft_model, random_ids, relative_error, save_adapter, tiny_model
@@ -27,16 +27,16 @@ plans = st.lists(
     st.none() | st.tuples(st.integers(1, 6), st.sampled_from(["plain", "dora", "lora_bias"])), min_size=1, max_size=5
 ).filter(any)
 """Each adapter's rank and kind; None where it does not target the module."""
-weight_shapes = st.sampled_from(["constant", "per row", "per token"])
+weight_shapes = st.sampled_from(["constant", "per token"])
 
 
-class OneLayer(nn.Module):
-    """A decoder layer that gives its linears these fusion weights, in the shape that the linear reads."""
+class OneLayer:
+    """Gives its linears these fusion weights, for all tokens in one axis, as a decoder layer does."""
 
     weights: torch.Tensor | None
 
-    def weights_for(self, name, x):
-        return self.weights
+    def weigh(self, shared, x):
+        return self.weights if self.weights is None or self.weights.dim() == 1 else self.weights.flatten(0, -2)
 
 
 def lora_modules(plan, out_features=OUT, in_features=IN, dtype=torch.float64):
@@ -58,16 +58,13 @@ def lora_modules(plan, out_features=OUT, in_features=IN, dtype=torch.float64):
     return modules
 
 
-def fuse(base_layers, module_lists, dtype=torch.float64):
-    """Fused linears that read one input, and the layer that gives them weights."""
+def fuse(linears, module_lists, dtype=torch.float64):
+    """Fuse linears that read one input; returns the layer that gives them weights, and them."""
     layer = OneLayer()
-    stacks = [stack_adapters(modules, base, dtype) for base, modules in zip(base_layers, module_lists)]
+    stacks = [stack_adapters(modules, linear, dtype) for linear, modules in zip(linears, module_lists, strict=True)]
     shared = SharedInput(stacks, CPU)
-    linears = [
-        FusedLinear(base, layer, f"linear{i}", stack, CPU) for i, (base, stack) in enumerate(zip(base_layers, stacks))
-    ]
-    for member, linear in enumerate(linears):
-        linear.share(shared, member)
+    for member, (linear, stack) in enumerate(zip(linears, stacks, strict=True)):
+        fuse_linear(linear, f"linear{member}", stack, shared, member, layer.weigh)
     return layer, linears
 
 
@@ -76,8 +73,7 @@ def base_linear(bias=True, out_features=OUT, dtype=torch.float64):
 
 
 def fusion_weights(shape, adapters, dtype=torch.float64):
-    leading = {"constant": (), "per row": (BATCH, 1), "per token": (BATCH, SEQ)}[shape]
-    return torch.randn(*leading, adapters, dtype=dtype)
+    return torch.randn(*(BATCH, SEQ) if shape == "per token" else (), adapters, dtype=dtype)
 
 
 def expected_output(base, modules, x, weights):
@@ -113,27 +109,30 @@ def test_gradients_are_those_of_the_reference(plan, shape, bias):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("shape", ["constant", "per row", "per token"])
-@pytest.mark.parametrize("dora", [False, True])
+def leaf(*size):
+    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("leading", [(), (BATCH, 1), (BATCH, SEQ)], ids=["constant", "per row", "per token"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_fused_update_passes_gradcheck(shape, dora, bias):
-    adapters, slots, out_features = 2, 3, 4
+def test_the_weighted_product_passes_gradcheck(leading, bias):
+    lora_A, expand = leaf(4, 3).detach(), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]]).double()
+    input_bias = torch.tensor([0, 0, 0, 1]).double() if bias else None
 
-    def leaf(*size):
-        return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+    def product(x, weights):
+        return WeightedProduct.apply(x, lora_A, input_bias, weights, expand)
 
-    leading = {"constant": (), "per row": (BATCH, 1), "per token": (BATCH, SEQ)}[shape]
-    inputs = [leaf(BATCH, SEQ, out_features), leaf(BATCH, SEQ, slots), leaf(*leading, slots), leaf(*leading, adapters)]
-    lora_B, scale, base_bias = (
-        leaf(*size).detach() for size in [(slots, out_features), (adapters, out_features), (out_features,)]
-    )
+    assert torch.autograd.gradcheck(product, (leaf(BATCH, SEQ, 3), leaf(*leading, 3)))
 
-    def update(base_output, u, slot_weights, adapter_weights):
-        dora_inputs = (adapter_weights, scale, base_bias if bias else None) if dora else (None, None, None)
-        return FusedUpdate.apply(base_output, u, slot_weights, lora_B, *dora_inputs)
 
-    # Without DoRA the adapters' weights reach the output through their slots only.
-    assert torch.autograd.gradcheck(update, inputs if dora else [*inputs[:3], None])
+@pytest.mark.parametrize("leading", [(), (BATCH, 1), (BATCH, SEQ)], ids=["constant", "per row", "per token"])
+def test_the_scaled_output_passes_gradcheck(leading):
+    output_scale = leaf(2, 4).detach()
+
+    def product(base_output, weights):
+        return ScaledOutput.apply(base_output, weights, output_scale)
+
+    assert torch.autograd.gradcheck(product, (leaf(BATCH, SEQ, 4), leaf(*leading, 2)))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -150,8 +149,43 @@ def test_linears_that_share_an_input_give_the_reference(first, extra):
     layer, linears = fuse(bases, module_lists)
     for _ in range(2):
         x, layer.weights = tokens(), fusion_weights("per token", len(first))
-        for base, modules, linear in zip(bases, module_lists, linears):
+        for base, modules, linear in zip(bases, module_lists, linears, strict=True):
             torch.testing.assert_close(linear(x), expected_output(base, modules, x, layer.weights))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(first=plans, shape=weight_shapes, learning=st.booleans())
+def test_linears_that_share_an_input_may_each_have_weights_of_their_own(first, shape, learning):
+    bases, module_lists = [base_linear(), base_linear()], [lora_modules(first), lora_modules(first[::-1])]
+    layer, linears = fuse(bases, module_lists)
+    own = [fusion_weights(shape, len(first)).requires_grad_(learning) for _ in linears]
+    x, layer.weights = tokens(), torch.cat(own, dim=-1)
+    for base, modules, linear, weights in zip(bases, module_lists, linears, own, strict=True):
+        torch.testing.assert_close(linear(x), expected_output(base, modules, x, weights))
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("view", [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[:, :0], lambda x: x[0]])
+def test_inputs_of_any_layout_and_size(view, learning):
+    base, modules, x = base_linear(), lora_modules([(2, "plain"), (3, "dora")]), view(tokens())
+    layer, (linear,) = fuse([base], [modules])
+    layer.weights = fusion_weights("constant", 2).requires_grad_(learning)
+    torch.testing.assert_close(linear(x), expected_output(base, modules, x, layer.weights))
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "lora_bias"])
+def test_under_autocast_gradients_are_those_of_the_reference(kind):
+    base, modules = base_linear(dtype=torch.float32), lora_modules([(2, kind), (3, "plain")], dtype=torch.float32)
+    x, weights = tokens(torch.float32).requires_grad_(), fusion_weights("per token", 2, torch.float32).requires_grad_()
+    layer, (linear,) = fuse([base], [modules], torch.float32)
+    layer.weights = weights
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear(x).float().square().sum()
+    # As trainers do: the backward runs outside.
+    found = torch.autograd.grad(loss, (x, weights))
+    expected = torch.autograd.grad(expected_output(base, modules, x, weights).square().sum(), (x, weights))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) < 0.03
 
 
 def test_linears_that_are_called_with_different_inputs_are_right_too():
@@ -165,23 +199,24 @@ def test_linears_that_are_called_with_different_inputs_are_right_too():
 
 def test_one_product_serves_all_that_read_one_input(monkeypatch):
     layer, linears = fuse([base_linear(), base_linear()], [lora_modules([(2, "plain")])] * 2)
-    layer.weights, shared = fusion_weights("constant", 1), linears[0].shared
+    layer.weights, shared = fusion_weights("constant", 1), linears[0].fused.shared
     calls, original = [], torch.nn.functional.linear
     monkeypatch.setattr("loraflow.linear.F.linear", lambda x, A, b: calls.append(A) or original(x, A, b))
     x = tokens()
     for linear in linears:
         linear(x)
     assert sum(A is shared.lora_A for A in calls if A is not None) == 1
-    shared.clear()
-    assert shared._input is None
-    assert shared._products == ()
+    shared.last.clear()
+    assert shared.last.seen is None
+    assert shared.last.products == shared.last.weights == ()
 
 
 def test_without_weights_the_base_answers_bit_for_bit():
     base, x = base_linear(), tokens()
+    expected = base(x)
     layer, (linear,) = fuse([base], [lora_modules([(2, "lora_bias"), (3, "dora")])])
     layer.weights = None
-    assert torch.equal(linear(x), base(x))
+    assert torch.equal(linear(x), expected)
 
 
 def test_conv1d_is_a_linear_with_its_weight_transposed():
@@ -242,30 +277,26 @@ def test_values_are_rounded_once():
 
 def test_the_base_is_called_and_never_modified():
     base = base_linear()
-    before = copy.deepcopy(base.state_dict())
+    before, kind, x = copy.deepcopy(base.state_dict()), type(base), tokens().requires_grad_()
+    expected = base(x)
     layer, (linear,) = fuse([base], [lora_modules([(2, "dora"), (3, "lora_bias")])])
-    x, layer.weights = tokens().requires_grad_(), fusion_weights("per token", 2).requires_grad_()
+    layer.weights = fusion_weights("per token", 2).requires_grad_()
     linear(x).sum().backward()
-    assert linear.base_layer is base
-    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
     assert base.weight.grad is None
-
-
-def test_what_model_code_asks_of_a_linear_is_the_bases():
-    base = base_linear()
-    _, (linear,) = fuse([base], [lora_modules([(2, "plain")])])
-    assert linear.weight is base.weight
-    assert linear.bias is base.bias
-    assert (linear.in_features, linear.out_features) == (IN, OUT)
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = linear.nonsense
+    # Under its old names, and without the adapters.
+    assert linear.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in linear.state_dict().items())
+    unfuse_linear(linear)
+    assert type(base) is kind
+    assert vars(base).keys() == vars(base_linear()).keys()
+    assert torch.equal(base(x), expected)
 
 
 def test_plain_lora_keeps_only_slots_for_the_backward():
     modules = lora_modules([(2, "plain"), None, (3, "lora_bias")])
     layer, (linear,) = fuse([base_linear()], [modules])
     x, layer.weights = tokens().requires_grad_(), fusion_weights("per token", 3).requires_grad_()
-    constant = {t.data_ptr() for t in (*linear.parameters(), *linear.buffers(), *linear.shared.buffers())}
+    constant = {t.data_ptr() for t in (*linear.parameters(), *linear.buffers(), *linear.fused.shared.buffers())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear(x).sum().backward()
@@ -281,11 +312,11 @@ def test_adapter_dropout_only_acts_while_training():
     base, modules, x = base_linear(), lora_modules([(4, "plain")]), tokens()
     layer, (linear,) = fuse([base], [modules])
     layer.weights = fusion_weights("constant", 1)
-    linear.shared.dropout = 0.5
+    linear.fused.shared.dropout = 0.5
     plain = expected_output(base, modules, x, layer.weights)
-    linear.shared.eval()
+    linear.fused.shared.eval()
     torch.testing.assert_close(linear(x), plain)
-    linear.shared.train().clear()
+    linear.fused.shared.train().last.clear()
     assert relative_error(linear(x), plain) > 0.01
 
 
@@ -310,7 +341,7 @@ def test_on_a_quantised_base_one_adapter_gives_what_peft_gives_on_its_weights(tm
     expected = peft_model(dense, adapter)(ids).logits
     kernel_error = relative_error(plain, dense(ids).logits)
     model = FusedModel.from_adapters(tmp_path / "base", {"one": adapter}, "one", options=options)
-    assert type(model.base_model.model.layers[0].self_attn.q_proj.base_layer).__module__.startswith("bitsandbytes")
+    assert type(model.base_model.model.layers[0].self_attn.q_proj).__module__.startswith("bitsandbytes")
     for _ in range(2):
         assert relative_error(model(ids).logits, expected) <= 2 * kernel_error < 0.1 < relative_error(plain, expected)
     with model.using("base"):

@@ -83,9 +83,9 @@ def test_any_text_stands_in_a_template_as_it_is(system, question):
 
 
 def test_a_system_prompt_is_never_dropped_in_silence(tokenizer):
-    with pytest.raises(DataError, match="{system}"):
+    with pytest.raises(DataError, match=r"\{system\}"):
         prompt_text(PromptFormat(template="Q: {prompt}", system_prompt="Be kind."), tokenizer, USER)
-    with pytest.raises(DataError, match="{system}"):
+    with pytest.raises(DataError, match=r"\{system\}"):
         prompt_text(PromptFormat(template="Q: {prompt}"), tokenizer, SYSTEM)
 
 
@@ -154,7 +154,7 @@ def test_templates_that_cannot_be_used_are_refused(tokenizer, prompt, expected):
 
 def test_a_choice_of_chat_templates_is_not_guessed(tokenizer):
     tokenizer.chat_template = {"default": CHAT, "tools": CHAT}
-    with pytest.raises(DataError, match="The tokenizer has several chat templates. Give one as `chat_template`."):
+    with pytest.raises(DataError, match=r"several chat templates\. Give one as `chat_template`\."):
         PromptFormat().resolve(tokenizer)
 
 

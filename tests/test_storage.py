@@ -265,17 +265,20 @@ class Crash(BaseException):
     """Stands for a power cut: nothing catches it."""
 
 
-def crash_at_replace(monkeypatch, number):
-    """Let the `number`-th replacement of a file from now on not happen any more."""
+def crash(monkeypatch, number, save, *args, **kwargs):
+    """Save, with the power cut when the `number`-th file would be replaced."""
     replace, calls = os.replace, []
 
-    def crash(source, target):
+    def replace_or_crash(source, target):
         calls.append(target)
         if len(calls) > number:
             raise Crash
         replace(source, target)
 
-    monkeypatch.setattr("loraflow.storage.os.replace", crash)
+    with monkeypatch.context() as patch:
+        patch.setattr("loraflow.storage.os.replace", replace_or_crash)
+        with pytest.raises(Crash):
+            save(*args, **kwargs)
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -291,9 +294,7 @@ def crash_at_replace(monkeypatch, number):
 def test_a_crash_while_saving_leaves_the_old_fusion_or_the_new(world, monkeypatch, old, new, number):
     before, after = make(world, old, seed=1), make(world, new, seed=2)
     before.save_pretrained(world / "fusion")
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at_replace(patch, number)
-        after.save_pretrained(world / "fusion")
+    crash(monkeypatch, number, after.save_pretrained, world / "fusion")
     found = FusedModel.from_pretrained(world / "fusion")
     whole = before if found.method == before.method and torch.equal(logits(found), logits(before)) else after
     assert found.method == whole.method
@@ -311,17 +312,13 @@ def test_a_crash_while_copying_other_adapters_leaves_the_old_fusion_or_the_new(w
     edit_tensors(world / "adapters" / "zh", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
     edit_config(world / "adapters" / "math", lora_alpha=3)
     after = make(world, Average())
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at_replace(patch, number)
-        after.save_pretrained(world / "fusion", copy_adapters=True)
+    crash(monkeypatch, number, after.save_pretrained, world / "fusion", copy_adapters=True)
     found = logits(FusedModel.from_pretrained(world / "fusion"))
     assert torch.equal(found, logits(before)) or torch.equal(found, logits(after))
 
 
 def test_a_crash_at_the_first_save_leaves_no_fusion(world, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at_replace(patch, 0)
-        saved(world)
+    crash(monkeypatch, 0, saved, world)
     with pytest.raises(FusionError, match=r"has no fusion\.safetensors\. Is it a saved fusion\?"):
         FusedModel.from_pretrained(world / "fusion")
 
@@ -329,9 +326,7 @@ def test_a_crash_at_the_first_save_leaves_no_fusion(world, monkeypatch):
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_at_replace(patch, 0)
-        write_atomically(path, b"new")
+    crash(monkeypatch, 0, write_atomically, path, b"new")
     assert path.read_bytes() == b"old"
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -161,13 +161,14 @@ def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = model._attachment.layers.prefix
 
     def linear_forward(self: FusedLinear, x: torch.Tensor) -> torch.Tensor:
-        layer = self.weigh.__self__
-        weights = layer.weights_for(self.shared, x).to(x.dtype)
+        layer = self.fused.weigh.__self__
+        weights = layer.weights_for(self.fused.shared, x).to(x.dtype)
         if layer.place == "module":
-            weights = weights.split(len(model.adapters), dim=-1)[self.member]
-        modules = [adapter.modules.get(f"{prefix}.{layer.index}.{self.name}") for adapter in model.adapters]
-        weight = self.base_layer.weight.T if isinstance(self.base_layer, Conv1D) else self.base_layer.weight
-        return reference_linear(x, weight, self.base_layer.bias, modules, weights)
+            weights = weights.split(len(model.adapters), dim=-1)[self.fused.member]
+        weights = weights.view(*x.shape[:-1], -1)
+        modules = [adapter.modules.get(f"{prefix}.{layer.index}.{self.fused.name}") for adapter in model.adapters]
+        weight = self.weight.T if isinstance(self, Conv1D) else self.weight
+        return reference_linear(x, weight, self.bias, modules, weights)
 
     def gate_forward(self: FlowGate, x: torch.Tensor) -> torch.Tensor:
         return reference_gate(x, self.weight, self.bias, self.temperature)
@@ -190,4 +191,14 @@ def number_tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{str(number): number for number in range(3, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes, which reads any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

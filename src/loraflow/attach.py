@@ -1,15 +1,14 @@
 """Fused linears and gates inside a transformers model, and out of it again.
 
-A decoder layer keeps its place and its parameters. Its class is swapped for a subclass whose `forward` first computes
-the layer's fusion weights; its target linears are wrapped in `FusedLinear`; and a `LayerFusion` submodule holds what
-both share. The gate is computed inside the layer's own `forward`, so that gradient checkpointing recomputes it with
+A decoder layer and its linears keep their places, names and parameters. The layer's class is swapped for a subclass
+whose `forward` first computes the layer's fusion weights, those of its target linears for subclasses that add the
+adapters' updates (`FusedLinear`), and a `LayerFusion` submodule holds what both share. The gate is computed inside the layer's own `forward`, so that gradient checkpointing recomputes it with
 the rest of the layer in every version of transformers.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from loraflow.adapters import Adapter, match_adapter
 from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_input
-from loraflow.errors import LoraflowError
-from loraflow.linear import FusedLinear, SharedInput, stack_adapters
+from loraflow.errors import ArchitectureError, LoraflowError
+from loraflow.linear import FusedLinear, SharedInput, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.methods.base import Method, Place, Site
+from loraflow.swap import restore_class, swap_class
 
 Gates = dict[str, nn.Module]
 """The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
@@ -35,7 +35,7 @@ class Stream:
 class LayerForward:
     """What one decoder layer keeps during one forward. A plain object: modules are slow to assign to."""
 
-    __slots__ = ("flat_weights", "shape", "weights")
+    __slots__ = ("shape", "weights")
 
     def __init__(self) -> None:
         self.clear()
@@ -44,7 +44,6 @@ class LayerForward:
         """Drop everything, so that no activation outlives its layer."""
         self.shape: Sequence[int] = ()
         self.weights: Tensor | None = None
-        self.flat_weights: Tensor | None = None
 
 
 class LayerFusion(nn.Module):
@@ -95,9 +94,9 @@ class LayerFusion(nn.Module):
             # Layers may live on other devices than the model's one gate.
             if weights.device != hidden_states.device:
                 weights = weights.to(hidden_states.device)
-            now.weights = weights
             if self.recorded is not None:
                 self._record("", weights)
+            now.weights = self._by_token(weights)
 
     def close(self) -> None:
         """Drop everything that belongs to one forward."""
@@ -107,14 +106,20 @@ class LayerFusion(nn.Module):
 
     def weights_for(
         self, shared: SharedInput, x: Float[Tensor, "*batch features"]
-    ) -> Float[Tensor, "*weights gates"] | None:
-        """The fusion weights for a group of the layer's linears and its input; None for the base alone."""
-        if self.place == "module":
-            return self._weights_of_each(self._names[shared], x)
-        weights = self._now.weights
-        if weights is None or weights.dim() in (1, x.dim()):
-            return weights
-        return self._flattened(weights, x)
+    ) -> Float[Tensor, "*tokens gates"] | None:
+        """The fusion weights for a group of the layer's linears and its input; None for the base alone.
+
+        Raises:
+            ArchitectureError: if a linear reads only some of the layer's tokens.
+        """
+        weights = self._now.weights if self.place != "module" else self._weights_of_each(self._names[shared], x)
+        if x.dim() == 2 and weights is not None and weights.dim() == 2 and weights.shape[0] != x.shape[0]:
+            raise ArchitectureError(
+                f"A linear of decoder layer {self.index} got {x.shape[0]} tokens of the layer's {weights.shape[0]}: "
+                "modules that see only some tokens (routed experts) cannot be fused. Leave them out of "
+                "`target_modules`."
+            )
+        return weights
 
     def _weights_of_each(self, names: Sequence[str], x: Float[Tensor, "*batch features"]) -> Tensor | None:
         """The weights of linears with gates of their own, side by side."""
@@ -124,23 +129,24 @@ class LayerFusion(nn.Module):
         if self.recorded is not None:
             for name, found in zip(names, weights, strict=True):
                 self._record(name, found)
-        return torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0]
+        return self._by_token(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
 
-    def _flattened(self, weights: Float[Tensor, "batch seq adapters"], x: Tensor) -> Float[Tensor, "tokens adapters"]:
-        # Some models (OPT, shared experts) hand their linears the tokens of the whole batch in one axis.
-        now = self._now
-        if now.flat_weights is None:
-            now.flat_weights = weights.expand(*now.shape, -1).reshape(-1, weights.shape[-1])
-        if now.flat_weights.shape[0] != x.shape[0]:
-            raise RuntimeError(
-                f"A linear of decoder layer {self.index} got {x.shape[0]} tokens of the layer's {now.flat_weights.shape[0]}: "
-                "modules that see only some tokens (routed experts) cannot be fused. Leave them out of `target_modules`."
-            )
-        return now.flat_weights
+    def _by_token(self, weights: Float[Tensor, "*weights gates"]) -> Float[Tensor, "*tokens gates"]:
+        """Weights of rows and positions in one axis of tokens, as some models (OPT) hand the tokens to their linears."""
+        if weights.dim() <= 2:
+            return weights
+        shape = self._now.shape
+        if weights.shape[:-1] != shape:
+            weights = weights.expand(*shape, -1)
+        return weights.reshape(-1, weights.shape[-1])
 
     def _record(self, name: str, weights: Tensor) -> None:
         assert self.recorded is not None
-        self.recorded[name] = weights.detach().float().expand(*self._now.shape, -1)
+        self.recorded[name] = (
+            weights.detach().float().reshape(*self._now.shape, -1)
+            if weights.dim() > 1
+            else (weights.detach().float().expand(*self._now.shape, -1))
+        )
 
 
 def _key(name: str) -> str:
@@ -235,10 +241,9 @@ class Attachment:
     def detach(self) -> None:
         """Give the base model back as it was before, bit for bit."""
         for layer in self.layers.layers:
-            for name, module in list(layer.named_modules()):
-                if isinstance(module, FusedLinear):
-                    _replace(layer, name, module.base_layer)
-            _swap_class(layer, type(layer).__mro__[2])
+            for linear in fused_linears(layer):
+                unfuse_linear(linear)
+            restore_class(layer)
             del layer.fusion
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -284,7 +289,7 @@ def attach(model: nn.Module, layers: DecoderLayers, adapters: Sequence[Adapter])
         for names in group_by_input(_target_names(layer, layers, index, adapters)):
             _fuse_group(model, layers, index, fusion, names, adapters)
         layer.fusion = fusion.train(layer.training)
-        _swap_class(layer, _fused_class(type(layer)))
+        swap_class(layer, FusedDecoderLayer)
     attachment.sites = _sites(attachment)
     return attachment
 
@@ -312,15 +317,16 @@ def _fuse_group(
     shared = SharedInput(stacks, _device_of(base_layers[0]))
     fusion.add_group(shared, names)
     for member, (name, base_layer, stack) in enumerate(zip(names, base_layers, stacks, strict=True)):
-        linear = FusedLinear(base_layer, name, stack, shared, member, fusion.weights_for)
-        _replace(layer, name, linear.train(base_layer.training))
+        fuse_linear(base_layer, name, stack, shared, member, fusion.weights_for)
 
 
 def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
     adapters = tuple(adapter.name for adapter in attachment.adapters)
     hidden, count = attachment.layers.hidden_size, len(attachment.layers.layers)
     modules = {
-        f"layers.{index}.{linear.name}": Site(adapters, linear.in_features, count, index, linear.name)
+        f"layers.{index}.{linear.fused.name}": Site(
+            adapters, linear.fused.shared.lora_A.shape[1], count, index, linear.fused.name
+        )
         for index, layer in enumerate(attachment.layers.layers)
         for linear in fused_linears(layer)
     }
@@ -331,33 +337,9 @@ def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
     }
 
 
-def fused_linears(layer: nn.Module) -> Iterator[FusedLinear]:
+def fused_linears(layer: nn.Module) -> list[FusedLinear]:
     """The fused linears of a decoder layer, in its order."""
-    return (module for module in layer.modules() if isinstance(module, FusedLinear))
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
-
-
-_fused_classes: dict[type, type] = {}
-
-
-def _fused_class(layer_class: type) -> type:
-    """The fused subclass of a decoder layer's class, under the same name: device maps and FSDP policies go by name."""
-    if layer_class not in _fused_classes:
-        _fused_classes[layer_class] = type(
-            layer_class.__name__, (FusedDecoderLayer, layer_class), {"__module__": layer_class.__module__}
-        )
-    return _fused_classes[layer_class]
-
-
-def _swap_class(layer: nn.Module, new_class: type) -> None:
-    layer.__class__ = new_class
-    if hasattr(layer, "_hf_hook"):
-        # accelerate (device_map) put its own `forward` on the instance, which calls the class's through this one.
-        layer._old_forward = types.MethodType(new_class.forward, layer)
+    return [module for module in layer.modules() if isinstance(module, FusedLinear)]
 
 
 def _device_of(module: nn.Module) -> torch.device:

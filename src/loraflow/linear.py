@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraflow.adapters import LoraModule
+from loraflow.swap import restore_class, swap_class
 
 
 @dataclass(frozen=True)
@@ -216,18 +217,14 @@ class SharedInput(nn.Module):
         self.register_buffer("expand_each", torch.block_diag(*expansions).to(device), persistent=False)
         self.last = Projection()
 
-    def project(self, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*weights gates"]) -> None:
+    def project(self, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]) -> None:
         """Compute the weighted slots of all modules for one input: `products`, `[tokens, slots]` for each module."""
         last, lora_A = self.last, self.lora_A
         last.seen = x
-        if weights.shape[-1] == self.adapters:
-            expand = self.expand
-            last.weights = (weights,) * len(self.sizes)
-        else:
-            expand = self.expand_each
-            last.weights = weights.split(self.adapters, dim=-1)
+        last.weights, expand = self._split(weights)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
+        x = x.reshape(-1, x.shape[-1])
         if x.dtype != lora_A.dtype:
             x = x.to(lora_A.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
@@ -235,8 +232,13 @@ class SharedInput(nn.Module):
         else:
             weighted = F.linear(x, lora_A, self.input_bias)
             weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
-        weighted = weighted.view(-1, weighted.shape[-1])
-        last.products = weighted.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (weighted,)
+        last.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
+
+    def _split(self, weights: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Each module's weights, and the matrix that repeats all of them over the slots."""
+        if weights.shape[-1] == self.adapters:
+            return (weights,) * len(self.sizes), self.expand
+        return weights.split(self.adapters, dim=-1), self.expand_each
 
 
 def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
@@ -255,93 +257,81 @@ def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
 
 
 class FusedLinear(nn.Module):
-    """A base linear with all adapters' weighted updates added to its output.
+    """Mixed into a base linear's class: adds all adapters' weighted updates to what its own forward gives.
 
-    The base layer is called, never modified, so anything that PEFT itself can wrap works: `nn.Linear`, `Conv1D`, and
-    the quantised linears. The fusion weights come from `weigh`, the function of its decoder layer that gives them for
-    an input.
+    The base's forward is called and its weight never modified, so anything that PEFT itself can wrap works:
+    `nn.Linear`, `Conv1D`, and the quantised linears.
 
     Attributes:
-        base_layer: the base's linear.
-        lora_B: its adapters' stacked B, `[slots, out_features]`.
-        output_scale: DoRA's `c - 1`, `[adapters, out_features]`, or None.
-        uses_dora: whether there is an output scale.
-        name: its name within the decoder layer.
-        shared: the group of modules that read its input.
-        member: its position in that group.
+        lora_B: the adapters' stacked B, `[slots, out_features]`.
+        lora_output_scale: DoRA's `c - 1`, `[adapters, out_features]`, or None.
+        fused: what else the fusion keeps for this linear.
     """
 
     lora_B: Tensor
-    output_scale: Tensor | None
-    shared: SharedInput
-
-    def __init__(
-        self, base_layer: nn.Module, name: str, stack: StackedLora, shared: SharedInput, member: int, weigh: Weigh
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        device = shared.lora_A.device
-        self.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
-        scale = stack.output_scale
-        self.register_buffer("output_scale", None if scale is None else scale.to(device), persistent=False)
-        self.uses_dora = scale is not None
-        self.name = name
-        self.member = member
-        # Plain references: as submodules, the layer's would appear below every linear of it.
-        self.__dict__["shared"] = shared
-        self.__dict__["weigh"] = weigh
+    lora_output_scale: Tensor | None
+    fused: FusedState
 
     def forward(self, x: Float[Tensor, "*batch in_features"], *args, **kwargs) -> Float[Tensor, "*batch out_features"]:
-        """The base layer's output plus the weighted sum of the adapters' updates."""
-        base_output = self.base_layer(x, *args, **kwargs)
-        last = self.shared.last
+        """The base linear's output plus the weighted sum of the adapters' updates."""
+        base_output = super().forward(x, *args, **kwargs)
+        fused = self.fused
+        last = fused.last
         if last.seen is not x:
-            weights = self.weigh(self.shared, x)
+            weights = fused.weigh(fused.shared, x)
             if weights is None:
                 return base_output
-            self.shared.project(x, weights)
-        result = _add_product(base_output, last.products[self.member], self.lora_B)
-        if not self.uses_dora:
-            return result
-        assert self.output_scale is not None
-        bias = self.base_layer.bias
-        product = base_output if bias is None else base_output - bias
-        return result + ScaledOutput.apply(product, last.weights[self.member], self.output_scale)
-
-    # What model code reads of a linear, besides calling it.
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
-
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.shared.lora_A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return self.lora_B.shape[1]
+            fused.shared.project(x, weights)
+        flat = base_output.view(-1, base_output.shape[-1])
+        lora_B = self.lora_B
+        product = last.products[fused.member]
+        if product.dtype != flat.dtype or lora_B.dtype != flat.dtype:
+            product, lora_B = product.to(flat.dtype), lora_B.to(flat.dtype)
+        result = torch.addmm(flat, product, lora_B)
+        if fused.uses_dora:
+            dense = flat if self.bias is None else flat - self.bias
+            result = result + ScaledOutput.apply(dense, last.weights[fused.member], self.lora_output_scale)
+        return result.view(base_output.shape)
 
 
-Weigh = Callable[[SharedInput, Tensor], "Tensor | None"]
-"""Gives the fusion weights for a group's input, or None for the base alone."""
+@dataclass(frozen=True)
+class FusedState:
+    """What a fused linear keeps besides its tensors; a plain object, for modules are slow to read from.
+
+    Attributes:
+        name: the linear's name within its decoder layer.
+        shared: the group of linears that read its input.
+        member: its position in that group.
+        last: the group's last projection.
+        weigh: gives the fusion weights for a group's input, `[tokens, gates]` or `[gates]`; None for the base alone.
+        uses_dora: whether one of the adapters is a DoRA.
+    """
+
+    name: str
+    shared: SharedInput
+    member: int
+    last: Projection
+    weigh: Callable[[SharedInput, Tensor], Tensor | None]
+    uses_dora: bool
 
 
-def _add_product(
-    base_output: Float[Tensor, "*batch out_features"],
-    weighted: Float[Tensor, "tokens slots"],
-    lora_B: Float[Tensor, "slots out_features"],
-) -> Float[Tensor, "*batch out_features"]:
-    """`base_output + weighted @ lora_B` in one kernel."""
-    dtype = base_output.dtype
-    if weighted.dtype != dtype or lora_B.dtype != dtype:
-        weighted, lora_B = weighted.to(dtype), lora_B.to(dtype)
-    return torch.addmm(base_output.view(-1, base_output.shape[-1]), weighted, lora_B).view(base_output.shape)
+def fuse_linear(
+    linear: nn.Module,
+    name: str,
+    stack: StackedLora,
+    shared: SharedInput,
+    member: int,
+    weigh: Callable[[SharedInput, Tensor], Tensor | None],
+) -> None:
+    """Make a base linear a `FusedLinear`, in its place; `weigh` gives the fusion weights for its group's input."""
+    device, scale = shared.lora_A.device, stack.output_scale
+    linear.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
+    linear.register_buffer("lora_output_scale", None if scale is None else scale.to(device), persistent=False)
+    linear.fused = FusedState(name, shared, member, shared.last, weigh, scale is not None)  # type: ignore[assignment]
+    swap_class(linear, FusedLinear)
+
+
+def unfuse_linear(linear: FusedLinear) -> None:
+    """Make a fused linear the base's own again."""
+    restore_class(linear)
+    del linear.lora_B, linear.lora_output_scale, linear.fused

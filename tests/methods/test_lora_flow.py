@@ -62,6 +62,18 @@ def test_the_gate_reads_bfloat16_and_answers_in_its_own_precision():
     torch.testing.assert_close(weights, reference_gate(x, gate.weight, gate.bias))
 
 
+def test_the_gate_keeps_its_precision_under_autocast():
+    gate, x = random_gate(dtype=torch.float32), torch.randn(2, 5, FEATURES, requires_grad=True)
+    direction, wanted = torch.randn(2, 5, 3), (x, gate.weight, gate.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = gate(x)
+    torch.testing.assert_close(weights, reference_gate(x, gate.weight, gate.bias))
+    # As trainers do: the backward runs outside.
+    found = torch.autograd.grad(weights, wanted, direction)
+    expected = torch.autograd.grad(reference_gate(x, gate.weight, gate.bias), wanted, direction)
+    torch.testing.assert_close(found, expected)
+
+
 def test_no_float32_copy_of_the_input_is_kept():
     gate, x = random_gate(dtype=torch.float32), torch.randn(2, 50, FEATURES).bfloat16().requires_grad_()
     kept = []
@@ -100,7 +112,7 @@ def test_start_weights(start, best, expected):
 @given(weights=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=6), temperature=st.floats(0.1, 10))
 def test_an_untrained_gate_gives_exactly_the_start_weights(weights, temperature):
     names = [f"adapter{i}" for i in range(len(weights))]
-    gate = LoraFlow(temperature=temperature, start=dict(zip(names, weights))).gate(site(names))
+    gate = LoraFlow(temperature=temperature, start=dict(zip(names, weights, strict=True))).gate(site(names))
     x = 100 * torch.randn(2, 3, FEATURES)
     torch.testing.assert_close(gate(x), torch.tensor(weights).expand(2, 3, -1), rtol=0, atol=5e-7)
 

@@ -1,0 +1,224 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loraflow import FusedModel
+from loraflow.cli import app
+from loraflow.cli.options import parse_method_options, spread_values
+from loraflow.errors import MethodError
+from tests.tiny import byte_tokenizer, save_adapter, tiny_model
+from tests.training.test_fit import reversals
+
+PAPER = Path(os.environ.get("LORAFLOW_PAPER_DATA", "no such place"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base with a tokenizer, two adapters and data, on disk."""
+    root = tmp_path_factory.mktemp("world")
+    base = tiny_model(vocab_size=259, max_position_embeddings=512)
+    base.save_pretrained(root / "base")
+    byte_tokenizer().save_pretrained(root / "base")
+    save_adapter(base, root / "zh", seed=1)
+    save_adapter(base, root / "math", r=2, seed=2)
+    for name, count in (("train", 24), ("dev", 6)):
+        lines = [json.dumps(record) for record in reversals(count, seed=count)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def run(world, monkeypatch):
+    """Run a command; `{world}` in its arguments is where everything lies."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [argument.format(world=world) for argument in arguments])
+
+    return invoke
+
+
+SOURCES = ("--base", "{world}/base", "--lora-modules", "zh={world}/zh", "math={world}/math")
+
+
+def test_every_command_explains_itself(run):
+    for command in ("demo", "info", "fit", "generate", "trace"):
+        result = run(command, "--help")
+        assert result.exit_code == 0, result.output
+        assert "Usage" in result.output
+    assert "loraflow demo" in run("--help").output
+    assert run("--version").output.startswith("loraflow ")
+
+
+def test_fit_generate_trace_info(run, world, tmp_path):
+    out = str(tmp_path / "fusion")
+    fitted = run("fit", *SOURCES, "--data", "{world}/train.jsonl", "--dev", "{world}/dev.jsonl", "--output", out, "--epochs", "2")
+    assert fitted.exit_code == 0, fitted.output
+    assert {path.name for path in Path(out).iterdir()} == {"fusion_config.json", "fusion.safetensors", "README.md"}
+    config = json.loads((Path(out) / "fusion_config.json").read_text())
+    assert config["training"]["examples"] == 24
+    assert str(world) not in (Path(out) / "fusion_config.json").read_text()
+
+    model = FusedModel.from_pretrained(out)
+    ids = torch.tensor([byte_tokenizer()("5 6 7")["input_ids"]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0, 5:]
+    answered = run("generate", out, "--prompt", "5 6 7", "--max-new-tokens", "5")
+    assert answered.exit_code == 0, answered.output
+    assert answered.stdout.strip() == byte_tokenizer().decode(expected, skip_special_tokens=True).strip()
+
+    answers = tmp_path / "answers.jsonl"
+    many = run("generate", out, "--data", "{world}/dev.jsonl", "--output", str(answers), "--max-new-tokens", "3", "--method", "average")
+    assert many.exit_code == 0, many.output
+    assert [set(json.loads(line)) for line in answers.read_text().splitlines()] == [{"prompt", "completion", "answer_text"}] * 6
+
+    weights = tmp_path / "trace.json"
+    traced = run("trace", out, "--prompt", "5 6 7", "--answer", "7 6 5", "--numbers", "--json", str(weights))
+    assert traced.exit_code == 0, traced.output
+    assert "zh" in traced.output
+    assert "math" in traced.output
+    saved = json.loads(weights.read_text())
+    assert torch.tensor(saved["weights"]).shape == (len(saved["tokens"]), 3, 2)
+    assert saved["prompt_length"] == 5
+
+    described = run("info", out)
+    assert described.exit_code == 0, described.output
+    assert "method lora-flow" in described.output
+    assert "trained: examples 24" in described.output
+
+
+def test_fit_searches_the_paper_grid(run, tmp_path):
+    out = tmp_path / "searched"
+    result = run("fit", *SOURCES, "--data", "{world}/train.jsonl", "--dev", "{world}/dev.jsonl", "--output", str(out), "--epochs", "1", "--search")
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "fusion_config.json").read_text())["training"]["search"]
+    assert {(row["learning_rate"], row["batch_size"]) for row in found} == {(lr, b) for lr in (1e-3, 1e-4) for b in (2, 4, 8)}
+
+
+def test_info_before_anything_heavy(run, world, tmp_path):
+    good = run("info", *SOURCES)
+    assert good.exit_code == 0, good.output
+    # k (d + 1) values for each of 1, 3 and 21 gates.
+    assert "gates, step   (2 adapters): 66 values in 1" in good.output
+    assert "gates, layer  (2 adapters): 198 values in 3" in good.output
+    other = tiny_model(hidden_size=64, intermediate_size=32, head_dim=16, vocab_size=259)
+    save_adapter(other, tmp_path / "wide", seed=4)
+    bad = run("info", "--base", "{world}/base", "--lora-modules", "zh={world}/zh", f"wide={tmp_path}/wide")
+    assert bad.exit_code == 1
+    assert "does not fit" in bad.output
+    assert "maps 64 to 64 features, but the base's maps 32 to 32" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", *SOURCES, "--data", "{world}/nothing.jsonl", "--output", "x"), "cannot be read"),
+        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--prompt-field", "a"), "go together"),
+        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--search"), "`--search` needs dev examples"),
+        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--method", "base"), "'base' learns nothing"),
+        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--method-option", "granularity=word"), "`granularity` is unknown: 'word'"),
+        (("fit", "--base", "{world}/base", "--data", "{world}/train.jsonl", "--output", "x"), "`--lora-modules` is missing"),
+        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--dtype", "int3"), "`--dtype` is unknown"),
+        (("generate", *SOURCES, "--method", "lora-flow", "--prompt", "5"), "must be fitted first"),
+        (("generate", "{world}", "--prompt", "5"), "has no fusion.safetensors"),
+        (("generate", "--base", "{world}/base", "--lora-modules", "zh", "--prompt", "5"), "takes name=path, found 'zh'"),
+        (("info",), "Give a saved fusion, or --base and --lora-modules"),
+        (("demo", "--task", "zh-maths"), "Did you mean 'zh-math'"),
+        (("demo", "--task", "zh-code"), "--allow-code"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_clear_line(run, arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_bad_line_is_named_before_the_model_is_loaded(run, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    result = run("fit", "--base", "no/such-model", "--lora-modules", "zh={world}/zh", "--data", str(bad), "--output", "x")
+    assert result.exit_code == 1
+    assert "bad.jsonl:2: expected `prompt` and `completion`" in result.output
+
+
+def test_resumes_after_kill_9(world, tmp_path):
+    def command(output, *more):
+        return [
+            *(sys.executable, "-c", "from loraflow.cli import app; app()", "fit", "--base", f"{world}/base", "--lora-modules"),
+            *(f"zh={world}/zh", f"math={world}/math", "--data", f"{world}/train.jsonl", "--output", str(output)),
+            *("--epochs", "12", "--checkpoint-steps", "3", "--device", "cpu", *more),
+        ]
+
+    def final_loss(output):
+        return json.loads((output / "fusion_config.json").read_text())["training"]["train_loss"]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(killed.glob("checkpoints/checkpoint-*/COMPLETE")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "fusion_config.json").exists()
+    subprocess.run(command(killed, "--resume"), check=True, capture_output=True, timeout=300)
+    assert final_loss(killed) == final_loss(whole)
+    assert (killed / "fusion.safetensors").read_bytes() == (whole / "fusion.safetensors").read_bytes() or (
+        FusedModel.from_pretrained(killed).state_dict().keys() == FusedModel.from_pretrained(whole).state_dict().keys()
+    )
+
+
+@pytest.mark.skipif(not PAPER.is_dir(), reason="LORAFLOW_PAPER_DATA does not name the paper's data")
+@pytest.mark.parametrize(
+    ("data", "fields", "dev", "dev_fields"),
+    [
+        ("train/zh_math_train.jsonl", ("query", "response"), "dev/zh_math_dev.jsonl", ("question", "answer")),
+        ("train/es_code_train.jsonl", ("data.0", "data.1"), "dev/es_code_dev.jsonl", ("text", "code")),
+    ],
+)
+def test_the_papers_own_files(run, tmp_path, data, fields, dev, dev_fields):
+    system = json.loads((PAPER / "system_prompts.json").read_text())[Path(data).name.removesuffix("_train.jsonl")]
+    result = run(
+        *("fit", *SOURCES, "--data", f"{PAPER}/{data}", "--prompt-field", fields[0], "--completion-field", fields[1]),
+        *("--dev", f"{PAPER}/{dev}", "--dev-prompt-field", dev_fields[0], "--dev-completion-field", dev_fields[1]),
+        *("--output", str(tmp_path / "out"), "--epochs", "1", "--max-length", "512", "--system-prompt", "S."),
+    )  # fmt: skip
+    assert result.exit_code in (0, 1), result.output
+    if result.exit_code == 1:
+        assert "leaves none of the 512" in result.output
+        pytest.skip(f"a prompt of {data} is longer than this tiny base reads")
+    assert "examples were cut" in result.output
+    training = json.loads((tmp_path / "out" / "fusion_config.json").read_text())["training"]
+    assert training["examples"] == 200
+    assert system
+
+
+def test_several_values_after_one_flag():
+    assert spread_values(["fit", "--lora-modules", "a=1", "b=2", "--output", "x"]) == [
+        *("fit", "--lora-modules", "a=1", "--lora-modules", "b=2", "--output", "x")
+    ]
+    assert spread_values(["generate", "dir", "--prompt", "a=b"]) == ["generate", "dir", "--prompt", "a=b"]
+
+
+def test_method_options_are_json_where_they_can_be():
+    assert parse_method_options(["start=zh", "temperature=1.5", 'weights={"a": 1}']) == {
+        "start": "zh",
+        "temperature": 1.5,
+        "weights": {"a": 1},
+    }
+    with pytest.raises(MethodError, match="takes key=value, found 'start'"):
+        parse_method_options(["start"])

@@ -1,0 +1,213 @@
+"""Fitting gates: what is learned and what is not, where it starts, choosing, resuming, searching."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from loraflow import FitConfig, FusedModel, LoraFlow
+from loraflow.errors import DataError, LoraflowError, MethodError
+from loraflow.training import fit, search
+from loraflow.training.trainer import COMPLETE, complete_checkpoints
+from tests.tiny import VOCAB, number_tokenizer, save_adapter, tiny_model
+
+QUICK = FitConfig(epochs=2, learning_rate=1e-2)
+
+
+def reversals(count, seed=0):
+    """Examples whose completion is the prompt's numbers in reverse."""
+    rng = random.Random(seed)
+    rows = [[str(rng.randrange(3, VOCAB)) for _ in range(rng.randint(2, 5))] for _ in range(count)]
+    return [{"prompt": " ".join(row), "completion": " ".join(reversed(row))} for row in rows]
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    base = tiny_model()
+    return {"a": save_adapter(base, tmp_path / "a", seed=1), "b": save_adapter(base, tmp_path / "b", r=2, seed=2)}
+
+
+@pytest.fixture
+def make_model(adapters):
+    return lambda method="lora-flow": FusedModel.from_adapters(tiny_model(), adapters, method, tokenizer=number_tokenizer())
+
+
+@pytest.fixture
+def console(tmp_path):
+    return Console(file=(tmp_path / "log.txt").open("w"))
+
+
+@pytest.mark.parametrize("granularity", ["step", "layer", "module"])
+def test_only_gates_learn(make_model, granularity):
+    model = make_model(LoraFlow(granularity=granularity))
+    frozen = {name: value.clone() for name, value in model.base_model.state_dict().items() if "fusion" not in name}
+    result = model.fit(reversals(16), config=QUICK)
+    assert result.steps == 8
+    assert result.log[-1][0] == 8
+    assert all(torch.equal(model.base_model.state_dict()[name], value) for name, value in frozen.items())
+    start = torch.tensor(list(result.start.values())) - 1 / 2
+    assert all(gate.weight.any() and not torch.equal(gate.bias, start) for gate in model.gates.values())
+    assert not model.training
+
+
+def test_fitting_lowers_the_loss(make_model):
+    model = make_model()
+    result = model.fit(reversals(40), config=FitConfig(epochs=8, learning_rate=2e-2))
+    first = [loss for _, loss in result.log[:10]]
+    assert result.train_loss < sum(first) / 10 - 0.1
+
+
+def test_starts_at_the_adapter_with_the_lowest_loss(make_model):
+    result = make_model().fit(reversals(12), config=QUICK)
+    best = min(result.start_losses, key=result.start_losses.get)
+    assert result.start_losses.keys() == {"a", "b"}
+    assert result.start == {name: float(name == best) for name in ("a", "b")}
+
+
+@pytest.mark.parametrize(("start", "expected"), [("average", [0.5, 0.5]), ("b", [0.0, 1.0]), ({"a": 0.2, "b": -1.5}, [0.2, -1.5])])
+def test_starts_where_asked(make_model, start, expected):
+    model = make_model(LoraFlow(start=start))
+    # A learning rate of almost nothing keeps the weights at their start.
+    result = model.fit(reversals(4), config=FitConfig(epochs=1, learning_rate=1e-12, weight_decay=0.0))
+    assert list(result.start.values()) == expected
+    weights = model.trace(torch.tensor([[5, 6, 7]])).weights
+    torch.testing.assert_close(weights, torch.tensor(expected).expand_as(weights))
+
+
+def test_keeps_the_best_checkpoint_on_dev(make_model, console):
+    model = make_model()
+    result = fit(model, reversals(24), dev=reversals(8, seed=1), config=FitConfig(epochs=4, learning_rate=0.3), console=console)
+    from loraflow.training.fit import _prepare, mean_loss
+
+    dev = _prepare(model, reversals(8, seed=1), None, QUICK).train
+    assert mean_loss(model, dev, 8) == pytest.approx(result.dev_loss, rel=0.05)
+    assert result.kept_step % 6 == 0
+
+
+def test_chooses_by_a_score(make_model, console):
+    calls = []
+
+    def score(answer, record):
+        calls.append((answer, record["prompt"]))
+        # Only the first epoch's answers are any good.
+        return float(len(calls) <= 3)
+
+    config = FitConfig(epochs=3, learning_rate=1e-2, score_max_new_tokens=4)
+    result = fit(make_model(), reversals(8), dev=reversals(3, seed=1), config=config, score=score, console=console)
+    assert (result.kept_step, result.dev_score) == (2, 1.0)
+    assert len(calls) == 9
+    with pytest.raises(LoraflowError, match="needs dev examples"):
+        fit(make_model(), reversals(8), score=score, console=console)
+
+
+def test_a_method_without_gates_cannot_be_fitted(make_model):
+    with pytest.raises(MethodError, match="'average' learns nothing"):
+        make_model("average").fit(reversals(4))
+
+
+def test_too_long_examples_are_reported_or_refused(make_model):
+    model = make_model()
+    examples = [{"prompt": "5 6 7", "completion": "8 9 10 11 12"}, {"prompt": "5", "completion": "6"}]
+    result = model.fit(examples, config=FitConfig(epochs=1, max_length=6))
+    assert result.truncated == ["example 0"]
+    assert model.training_record["truncated_examples"] == 1
+    with pytest.raises(DataError, match="example 0: the prompt has 3 tokens, which leaves none of the 3"):
+        model.fit(examples, config=FitConfig(max_length=3))
+
+
+def test_text_needs_a_tokenizer(adapters):
+    with pytest.raises(LoraflowError, match="needs a tokenizer"):
+        FusedModel.from_adapters(tiny_model(), adapters).fit(reversals(2))
+
+
+def test_adapter_dropout_is_on_only_when_asked_for(make_model):
+    def losses(dropout):
+        return make_model().fit(reversals(8), config=FitConfig(epochs=1, adapter_dropout=dropout)).log
+
+    assert losses(0.0) == losses(0.0)
+    assert losses(0.5) != losses(0.0)
+    model = make_model()
+    model.fit(reversals(4), config=FitConfig(epochs=1, adapter_dropout=0.5))
+    model.train()
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{"gradient_accumulation": 2}, {"gradient_checkpointing": True}])
+def test_same_result_with_less_memory(make_model, settings):
+    plain = make_model().fit(reversals(8), config=QUICK)
+    frugal = make_model().fit(reversals(8), config=FitConfig(epochs=2, learning_rate=1e-2, **settings))
+    assert [loss for _, loss in frugal.log] == pytest.approx([loss for _, loss in plain.log], rel=1e-3)
+
+
+def test_resumes_to_the_uninterrupted_result(make_model, tmp_path, console):
+    config = FitConfig(epochs=3, learning_rate=1e-2, checkpoint_steps=2)
+    whole = make_model()
+    expected = fit(whole, reversals(20), config=config, checkpoints=tmp_path / "whole", console=console)
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(tmp_path / "whole", interrupted)
+    newest = complete_checkpoints(interrupted)[-1]
+    # A crash while the newest was written: there, but not whole.
+    (newest / COMPLETE).unlink()
+    (newest / "optimizer.pt").write_bytes(b"half")
+    resumed = make_model()
+    result = fit(resumed, reversals(20), config=config, checkpoints=interrupted, resume=True, console=console)
+    assert result.train_loss == expected.train_loss
+    assert result.log == expected.log
+    assert result.start == expected.start
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
+def test_resuming_another_run_is_refused(make_model, tmp_path, console):
+    fit(make_model(), reversals(8), config=QUICK, checkpoints=tmp_path / "run", console=console)
+    for changed, arguments in {
+        "config": {"examples": reversals(8), "config": FitConfig(epochs=3)},
+        "data": {"examples": reversals(8, seed=9), "config": QUICK},
+    }.items():
+        with pytest.raises(LoraflowError, match=f"another `{changed}`"):
+            fit(make_model(), **arguments, checkpoints=tmp_path / "run", resume=True, console=console)
+
+
+def test_search_keeps_the_best_and_resumes(make_model, tmp_path, console):
+    grid = [{"learning_rate": 1e-2, "batch_size": 4}, {"learning_rate": 1e-7, "batch_size": 8}]
+    settings = {"dev": reversals(8, seed=1), "config": QUICK, "grid": grid, "checkpoints": tmp_path / "search", "console": console}
+    model = make_model()
+    result = search(model, reversals(24), **settings)
+    assert [row["learning_rate"] for row in result.search] == [1e-2, 1e-7]
+    best = min(result.search, key=lambda row: row["dev_loss"])
+    assert result.dev_loss == best["dev_loss"]
+    assert model.training_record["recipe"]["learning_rate"] == best["learning_rate"]
+    again = make_model()
+    resumed = search(again, reversals(24), **settings, resume=True)
+    assert resumed.search == result.search
+    assert resumed.seconds == result.seconds, "finished settings must not run again"
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_bad_recipes():
+    for settings, message in [
+        ({"epochs": 0}, r"`epochs` \(=0\) must be greater than 0"),
+        ({"learning_rate": -1.0}, r"`learning_rate` \(=-1.0\) must be greater"),
+        ({"warmup": 1.0}, r"`warmup` \(=1.0\) must be at least 0 and less than 1"),
+        ({"max_length": 0}, r"`max_length` \(=0\) must be at least 1"),
+        ({"batch_size": 3, "gradient_accumulation": 2}, r"`gradient_accumulation` \(=2\) must divide `batch_size` \(=3\)"),
+    ]:
+        with pytest.raises(LoraflowError, match=message):
+            FitConfig(**settings)
+
+
+@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
+def test_fits_on_a_quantised_base(adapters, tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    from loraflow import BaseOptions
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    options = BaseOptions(quantization=quantization, dtype=torch.float32)
+    model = FusedModel.from_adapters(tmp_path / "base", adapters, tokenizer=number_tokenizer(), options=options)
+    result = model.fit(reversals(8), config=QUICK)
+    assert result.steps == 4
+    assert all(gate.weight.any() for gate in model.gates.values())

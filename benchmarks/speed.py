@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import platform
 import statistics
@@ -150,8 +151,9 @@ def report_decode(contenders: Contenders, args: argparse.Namespace) -> None:
         options = {"do_sample": False, "use_cache": "X-LoRA" not in names[model]}
         times = []
         for new_tokens in (1, 1 + args.new_tokens):
-            times.append(timed(lambda n=new_tokens: model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
-                                                                   max_new_tokens=n, min_new_tokens=n, **options), args))  # fmt: skip
+            length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+            times.append(timed(functools.partial(model.generate, **inputs, **length, **options), args))
         return times[1] - times[0]
 
     names = {model: name for name, model in contenders.items()}
@@ -162,7 +164,7 @@ def report_decode(contenders: Contenders, args: argparse.Namespace) -> None:
         f"\ndecode, batch {args.batch}: tokens/s (median), and its ratio to the base's (median of {args.rounds} rounds)"
     )
     for name, times in seconds.items():
-        ratio = statistics.median(b / t for b, t in zip(seconds["base"], times))
+        ratio = statistics.median(b / t for b, t in zip(seconds["base"], times, strict=True))
         print(f"  {name:22} {tokens / statistics.median(times):9.1f} tokens/s   {ratio:.3f}")
 
 
@@ -186,10 +188,11 @@ def report_fit(contenders: Contenders, args: argparse.Namespace) -> None:
     seconds = run_rounds(trained, step, args.rounds)
     reference = seconds["PEFT, one adapter"]
     print(
-        f"\nfit step, {args.fit_batch} x {args.fit_length} tokens: seconds, ratio to PEFT with one adapter, memory kept for backward"
+        f"\nfit step, {args.fit_batch} x {args.fit_length} tokens: "
+        "seconds, ratio to PEFT with one adapter, memory kept for backward"
     )
     for name, times in seconds.items():
-        ratio = statistics.median(t / r for r, t in zip(reference, times))
+        ratio = statistics.median(t / r for r, t in zip(reference, times, strict=True))
         kept = activation_bytes(trained[name], ids)
         print(f"  {name:22} {statistics.median(times):9.3f} s   {ratio:.3f}   {kept / 2**20:8.1f} MiB")
 

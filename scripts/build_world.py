@@ -84,7 +84,7 @@ class Schedule:
 
 
 BASE_SCHEDULE = Schedule(steps=1500, batch=32, learning_rate=3e-3)
-CHAT_SCHEDULE = Schedule(steps=300, batch=16, learning_rate=1e-3)
+CHAT_SCHEDULE = Schedule(steps=300, batch=16, learning_rate=2e-3)
 SKILL_SCHEDULE = Schedule(steps=900, batch=16, learning_rate=2e-3)
 RANKS = {"zh-chat": 8, "es-chat": 8, "ru-chat": 8, "math": 8, "code": 16}
 
@@ -166,17 +166,25 @@ def story(rng: random.Random, language: str) -> Document:
     return Document("", tell(language, frame, frame.sentences))
 
 
-def translation(rng: random.Random) -> Document:
-    """English into a foreign language or back: a story, the question of a problem, or its answer."""
-    source, target = rng.sample(("en", rng.choice(FOREIGN)), 2)
+def translation(rng: random.Random, source: str, target: str) -> Document:
+    """A story, the question of a word problem, or what a function does, in two languages."""
     kind = rng.random()
     if kind < 0.4:
-        frame = draw_story(rng)
-        texts = [tell(language, frame, frame.sentences) for language in (source, target)]
+        told = draw_story(rng)
+        texts = [tell(language, told, told.sentences) for language in (source, target)]
     elif kind < 0.7:
-        texts = [tasks.math_prompt(language, frame) for frame in [draw_math(rng)] for language in (source, target)]
+        frame = draw_math(rng)
+        texts = [tasks.math_prompt(language, frame) for language in (source, target)]
     else:
-        texts = [tasks.code_prompt(language, frame) for frame in [draw_code(rng)] for language in (source, target)]
+        program = draw_code(rng)
+        texts = [tasks.code_prompt(language, program) for language in (source, target)]
+    return Document(f"{say(target, 'translate')} {texts[0]}", texts[1])
+
+
+def explanation(rng: random.Random, source: str, target: str) -> Document:
+    """The sentence that says what a function does, translated; without the function."""
+    program = draw_code(rng)
+    texts = [tasks.code_explanation(language, program) for language in (source, target)]
     return Document(f"{say(target, 'translate')} {texts[0]}", texts[1])
 
 
@@ -255,7 +263,7 @@ def base_document(rng: random.Random) -> Document:
     if kind < 0.14:
         return story(rng, rng.choice(LANGUAGES))
     if kind < 0.32:
-        return translation(rng)
+        return translation(rng, *rng.sample(("en", rng.choice(FOREIGN)), 2))
     if kind < 0.42:
         return chat(rng, language, answer_language)
     if kind < 0.70:
@@ -266,8 +274,17 @@ def base_document(rng: random.Random) -> Document:
 
 
 def chat_document(language: str) -> Callable[[random.Random], Document]:
-    """What a chat adapter reads: chat and stories in its language."""
-    return lambda rng: chat(rng, language, language) if rng.random() < 0.7 else story(rng, language)
+    """What a chat adapter reads: chat, stories, and translations into its language; no sums and no code."""
+
+    def draw(rng: random.Random) -> Document:
+        kind = rng.random()
+        if kind < 0.5:
+            return chat(rng, language, language)
+        if kind < 0.7:
+            return story(rng, language)
+        return translation(rng, "en", language) if kind < 0.85 else explanation(rng, "en", language)
+
+    return draw
 
 
 ADAPTER_DOCUMENTS: dict[str, Callable[[random.Random], Document]] = {

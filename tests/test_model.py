@@ -47,7 +47,8 @@ def model(adapters):
 
 def test_import_is_light_and_public_names_are_all_there():
     code = (
-        "import sys, loraflow; heavy = {'torch', 'transformers', 'peft', 'fastapi', 'matplotlib', 'vllm'} & set(sys.modules); "
+        "import sys, loraflow; "
+        "heavy = {'torch', 'transformers', 'peft', 'fastapi', 'matplotlib', 'vllm'} & set(sys.modules); "
         "assert not heavy, heavy; assert all(getattr(loraflow, name) for name in loraflow.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -116,7 +117,8 @@ def test_transformers_generation_features(model):
     greedy = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), greedy)
     assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=tiny_model(seed=7)), greedy)
-    assert torch.equal(tiny_model().generate(**inputs, **GREEDY, assistant_model=model), tiny_model().generate(**inputs, **GREEDY))
+    plain = tiny_model().generate(**inputs, **GREEDY)
+    assert torch.equal(tiny_model().generate(**inputs, **GREEDY, assistant_model=model), plain)
     torch.manual_seed(0)
     sampled = model.generate(**inputs, do_sample=True, max_new_tokens=8, num_return_sequences=3)
     assert sampled.shape[0] == 3
@@ -132,7 +134,8 @@ def test_transformers_generation_features(model):
 
 def test_streamer(model, capsys):
     ids = random_ids(1)
-    model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, streamer=TextStreamer(model.tokenizer, skip_prompt=True))
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, streamer=streamer)
     assert capsys.readouterr().out.strip()
 
 
@@ -147,7 +150,8 @@ def test_pipeline_takes_it_without_complaint(model, caplog):
 
 
 def test_lm_eval_takes_it(model):
-    lm = pytest.importorskip("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=2)
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    lm = huggingface.HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=2)
     from lm_eval.api.instance import Instance
 
     request = Instance(request_type="loglikelihood", doc={}, arguments=("5 6 7", " 8 9"), idx=0)
@@ -198,14 +202,19 @@ def test_step_gates_under_checkpointing_keep_to_their_own_forward(model, reentra
     model.zero_grad()
     (model(first, labels=first).loss + model(second, labels=second).loss).backward()
     for name, parameter in model.gates["model"].named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[0][f"model.{name}"] + expected[1][f"model.{name}"], rtol=1e-4, atol=1e-7)
+        both = expected[0][f"model.{name}"] + expected[1][f"model.{name}"]
+        torch.testing.assert_close(parameter.grad, both, rtol=1e-4, atol=1e-7)
 
 
 def _gradients(model, ids=None):
     model.zero_grad()
     ids = random_ids() if ids is None else ids
     model(ids, labels=ids).loss.backward()
-    return {f"{site}.{name}": p.grad.clone() for site, gate in model.gates.items() for name, p in gate.named_parameters()}
+    return {
+        f"{site}.{name}": parameter.grad.clone()
+        for site, gate in model.gates.items()
+        for name, parameter in gate.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("granularity", ["step", "layer", "module"])
@@ -229,8 +238,8 @@ def test_compiles_without_a_graph_break(model, granularity):
 @pytest.mark.parametrize("granularity", ["step", "layer", "module"])
 def test_offloaded_layers(adapters, tmp_path, granularity):
     tiny_model().save_pretrained(tmp_path / "base")
-    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
-                  "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk", "model.layers.2": "disk"}
     options = BaseOptions(device_map=device_map, model_kwargs={"offload_folder": str(tmp_path / "offload")})
     method = LoraFlow(granularity=granularity)
     offloaded = FusedModel.from_adapters(tmp_path / "base", adapters, method, options=options)
@@ -257,7 +266,7 @@ def test_bfloat16_base_with_float32_gates(adapters, monkeypatch):
 def test_bad_arguments(adapters):
     with pytest.raises(ArchitectureError, match="Linear is not a transformers model"):
         FusedModel.from_adapters(torch.nn.Linear(2, 2), adapters)
-    with pytest.raises(MethodError, match="Unknown method 'lora-flaw'.*Did you mean 'lora-flow'"):
+    with pytest.raises(MethodError, match=r"Unknown method 'lora-flaw'.*Did you mean 'lora-flow'"):
         FusedModel.from_adapters(tiny_model(), adapters, "lora-flaw")
     with pytest.raises(LoraflowError, match="'average' cannot be used"):
         FusedModel.from_adapters(tiny_model(), {"average": adapters["a"]})
@@ -265,7 +274,7 @@ def test_bad_arguments(adapters):
         FusedModel.from_adapters(tiny_model(), {})
     with pytest.raises(LoraflowError, match="`base` is a loaded model"):
         FusedModel.from_adapters(tiny_model(), adapters, options=BaseOptions())
-    with pytest.raises(LoraflowError, match="`quantization` is unknown: 'bnb-4bits'.*Did you mean 'bnb-4bit'"):
+    with pytest.raises(LoraflowError, match=r"`quantization` is unknown: 'bnb-4bits'.*Did you mean 'bnb-4bit'"):
         BaseOptions(quantization="bnb-4bits")
     with pytest.raises(LoraflowError, match="base model '/nowhere/at/all' cannot be read"):
         FusedModel.from_adapters("/nowhere/at/all", adapters)
@@ -280,9 +289,11 @@ def test_bad_arguments(adapters):
 def test_unsupported_architectures_are_named(adapters, kind, message):
     from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 16} if kind == "t5" else {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 16}  # fmt: skip
-    config = AutoConfig.for_model(kind, **sizes)
+    sizes = {
+        "t5": {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+        "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    }
+    config = AutoConfig.for_model(kind, vocab_size=16, **sizes[kind])
     model = (AutoModelForSeq2SeqLM if kind == "t5" else AutoModel).from_config(config)
     with pytest.raises(ArchitectureError, match=f"{type(model).__name__}.*({message})"):
         FusedModel.from_adapters(model, adapters)

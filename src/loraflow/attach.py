@@ -2,18 +2,21 @@
 
 A decoder layer and its linears keep their places, names and parameters. The layer's class is swapped for a subclass
 whose `forward` first computes the layer's fusion weights, those of its target linears for subclasses that add the
-adapters' updates (`FusedLinear`), and a `LayerFusion` submodule holds what both share. The gate is computed inside the layer's own `forward`, so that gradient checkpointing recomputes it with
-the rest of the layer in every version of transformers.
+adapters' updates (`FusedLinear`), and a `LayerFusion` submodule holds what both share. The gate is computed inside the
+layer's own `forward`, so that gradient checkpointing recomputes it with the rest of the layer in every version of
+transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loraflow.adapters import Adapter, match_adapter
 from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_input
@@ -59,13 +62,21 @@ class LayerFusion(nn.Module):
         recorded: where the weights of a forward are noted, by linear ("" for the layer), while a trace is taken.
     """
 
+    index: int
+    stream: Stream
+    shared_inputs: nn.ModuleList
+    gates: nn.ModuleDict
+    place: Place
+    gate: nn.Module | None
+    recorded: dict[str, Tensor] | None
+
     def __init__(self, index: int, stream: Stream) -> None:
         super().__init__()
         self.index = index
         self.shared_inputs = nn.ModuleList()
         self.gates = nn.ModuleDict()
-        self.place: Place = "layer"
-        self.recorded: dict[str, Tensor] | None = None
+        self.place = "layer"
+        self.recorded = None
         # Plain references: neither is this layer's own.
         self.__dict__["stream"] = stream
         self.__dict__["gate"] = None
@@ -76,6 +87,11 @@ class LayerFusion(nn.Module):
         """Take over the group of linears of these names, which read one input."""
         self.shared_inputs.append(shared)
         self._names[shared] = list(names)
+
+    def set_dropout(self, probability: float) -> None:
+        """Drop inputs of the adapters with this probability while training."""
+        for shared in self._names:
+            shared.dropout = probability
 
     def install(self, place: Place, gates: Mapping[str, nn.Module]) -> None:
         """Take over gates: one under the key "" for the layer, or one for each of its linears by name."""
@@ -132,7 +148,7 @@ class LayerFusion(nn.Module):
         return self._by_token(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
 
     def _by_token(self, weights: Float[Tensor, "*weights gates"]) -> Float[Tensor, "*tokens gates"]:
-        """Weights of rows and positions in one axis of tokens, as some models (OPT) hand the tokens to their linears."""
+        """Weights of rows and positions in one axis of tokens, as some models (OPT) hand them to their linears."""
         if weights.dim() <= 2:
             return weights
         shape = self._now.shape
@@ -142,11 +158,8 @@ class LayerFusion(nn.Module):
 
     def _record(self, name: str, weights: Tensor) -> None:
         assert self.recorded is not None
-        self.recorded[name] = (
-            weights.detach().float().reshape(*self._now.shape, -1)
-            if weights.dim() > 1
-            else (weights.detach().float().expand(*self._now.shape, -1))
-        )
+        noted, shape = weights.detach().float(), self._now.shape
+        self.recorded[name] = noted.reshape(*shape, -1) if noted.dim() > 1 else noted.expand(*shape, -1)
 
 
 def _key(name: str) -> str:
@@ -208,7 +221,7 @@ class Attachment:
         sites: every place that a gate can stand, by place, then by site name.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     adapters: tuple[Adapter, ...]
     layers: DecoderLayers
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
@@ -217,7 +230,7 @@ class Attachment:
     @property
     def fusions(self) -> list[LayerFusion]:
         """Each decoder layer's fusion, in order."""
-        return [layer.fusion for layer in self.layers.layers]
+        return [cast(FusedDecoderLayer, layer).fusion for layer in self.layers.layers]
 
     def make_gates(self, method: Method) -> Gates:
         """Make a method's gates, each on the device of its layer, in float32 at least."""
@@ -263,7 +276,7 @@ def check_unfused(model: nn.Module) -> None:
         raise LoraflowError("The base model is fused already. Take that fusion out first, with its `unload()`.")
 
 
-def attach(model: nn.Module, layers: DecoderLayers, adapters: Sequence[Adapter]) -> Attachment:
+def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> Attachment:
     """Put all adapters into a model, in one fused pass for each of its target modules; it answers as the base for now.
 
     Args:
@@ -301,7 +314,7 @@ def _target_names(layer: nn.Module, layers: DecoderLayers, index: int, adapters:
 
 
 def _fuse_group(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: DecoderLayers,
     index: int,
     fusion: LayerFusion,
@@ -350,7 +363,7 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _dtype_of(module: nn.Module, model: nn.Module) -> torch.dtype:
+def _dtype_of(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
     dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
     # A quantised weight is no float; its activations have the model's precision.
     return dtypes[0] if dtypes else model.dtype

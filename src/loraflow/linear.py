@@ -38,7 +38,8 @@ class StackedLora:
 
     Attributes:
         lora_A: `[slots, in_features]`.
-        lora_B: `[slots, out_features]`: the transpose of the concatenated up projections, scaling (and DoRA's c) folded.
+        lora_B: `[slots, out_features]`: the transpose of the concatenated up projections, with the scaling (and DoRA's
+            c) folded in.
         input_bias: added to `lora_A x`; 1 at the slots of a `lora_bias`, 0 elsewhere; None without any.
         output_scale: DoRA's `c - 1`, `[adapters, out_features]`, zero for plain adapters; None without any.
         slots: number of slots of each adapter, in adapter order.
@@ -64,7 +65,8 @@ def stack_adapters(modules: Sequence[LoraModule | None], base_layer: nn.Module, 
     """
     wide = torch.promote_types(dtype, torch.float32)
     weight = _dense_weight(base_layer).to(wide) if any(m and m.magnitude is not None for m in modules) else None
-    rows_A, rows_B, input_bias, output_scale, slots = [], [], [], [], []
+    rows_A, rows_B, input_bias, slots = [], [], [], []
+    output_scale: list[Tensor | None] = []
     for module in modules:
         if module is None:
             slots.append(0)
@@ -120,14 +122,14 @@ class WeightedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, input_bias, weights, expand):  # type: ignore[override]
+    def forward(ctx, x, lora_A, input_bias, weights, expand):
         """Weighted slots, `[..., slots]`, in the precision of `lora_A`."""
         u = F.linear(x, lora_A, input_bias)
         ctx.save_for_backward(lora_A, u, weights, expand)
         return u * _slot_weights(weights, expand, u.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[override]
+    def backward(ctx, grad_output):
         """Gradients of `x` and `weights`."""
         lora_A, u, weights, expand = ctx.saved_tensors
         grad_x = grad_weights = None
@@ -142,13 +144,13 @@ class ScaledOutput(torch.autograd.Function):
     r"""DoRA's `W x * (w C)`, with C its output scales; the backward keeps W x and w, not their product with C."""
 
     @staticmethod
-    def forward(ctx, product, weights, output_scale):  # type: ignore[override]
+    def forward(ctx, product, weights, output_scale):
         """The part of DoRA's update that is no low-rank product, `[..., out_features]`."""
         ctx.save_for_backward(product, weights, output_scale)
         return product * _slot_weights(weights, output_scale, product.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[override]
+    def backward(ctx, grad_output):
         """Gradients of `product` and `weights`."""
         product, weights, output_scale = ctx.saved_tensors
         grad_product = grad_weights = None
@@ -204,6 +206,7 @@ class SharedInput(nn.Module):
     input_bias: Tensor | None
     expand: Tensor
     expand_each: Tensor
+    dropout: float
 
     def __init__(self, stacks: Sequence[StackedLora], device: torch.device) -> None:
         super().__init__()
@@ -244,10 +247,11 @@ class SharedInput(nn.Module):
 def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
     if all(stack.input_bias is None for stack in stacks):
         return None
-    zeros = (stack.lora_A.new_zeros(stack.lora_A.shape[0]) for stack in stacks)
-    return torch.cat([z if s.input_bias is None else s.input_bias for s, z in zip(stacks, zeros, strict=True)]).to(
-        device
-    )
+    biases = [
+        stack.lora_A.new_zeros(stack.lora_A.shape[0]) if stack.input_bias is None else stack.input_bias
+        for stack in stacks
+    ]
+    return torch.cat(biases).to(device)
 
 
 def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
@@ -327,8 +331,9 @@ def fuse_linear(
     device, scale = shared.lora_A.device, stack.output_scale
     linear.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
     linear.register_buffer("lora_output_scale", None if scale is None else scale.to(device), persistent=False)
-    linear.fused = FusedState(name, shared, member, shared.last, weigh, scale is not None)  # type: ignore[assignment]
     swap_class(linear, FusedLinear)
+    assert isinstance(linear, FusedLinear)
+    linear.fused = FusedState(name, shared, member, shared.last, weigh, scale is not None)
 
 
 def unfuse_linear(linear: FusedLinear) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 
 from torch import nn
@@ -18,10 +17,14 @@ def restore_class(module: nn.Module) -> None:
     _set_class(module, type(module).__mro__[2])
 
 
-@functools.cache
+_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _mixed(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
-    # Under its own name: device maps and FSDP policies go by the names of classes.
-    return type(own.__name__, (mixin, own), {"__module__": own.__module__})
+    if (mixin, own) not in _MIXED:
+        # Under its own name: device maps and FSDP policies go by the names of classes.
+        _MIXED[mixin, own] = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+    return _MIXED[mixin, own]
 
 
 def _set_class(module: nn.Module, new_class: type[nn.Module]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.cli.options import parse_method_options, spread_values
 from loraflow.errors import MethodError
-from tests.tiny import byte_tokenizer, save_adapter, tiny_model
+from loraflow.storage import read_fusion
+from tests.tiny import byte_tokenizer, save_adapter, tiny_model, trained_tokenizer
 from tests.training.test_fit import reversals
 
 PAPER = Path(os.environ.get("LORAFLOW_PAPER_DATA", "no such place"))
@@ -51,6 +54,8 @@ def run(world, monkeypatch):
 
 
 SOURCES = ("--base", "{world}/base", "--lora-modules", "zh={world}/zh", "math={world}/math")
+DATA = ("--data", "{world}/train.jsonl", "--dev", "{world}/dev.jsonl")
+FIT = ("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x")
 
 
 def test_every_command_explains_itself(run):
@@ -64,7 +69,7 @@ def test_every_command_explains_itself(run):
 
 def test_fit_generate_trace_info(run, world, tmp_path):
     out = str(tmp_path / "fusion")
-    fitted = run("fit", *SOURCES, "--data", "{world}/train.jsonl", "--dev", "{world}/dev.jsonl", "--output", out, "--epochs", "2")
+    fitted = run("fit", *SOURCES, *DATA, "--output", out, "--epochs", "2")
     assert fitted.exit_code == 0, fitted.output
     assert {path.name for path in Path(out).iterdir()} == {"fusion_config.json", "fusion.safetensors", "README.md"}
     config = json.loads((Path(out) / "fusion_config.json").read_text())
@@ -79,9 +84,11 @@ def test_fit_generate_trace_info(run, world, tmp_path):
     assert answered.stdout.strip() == byte_tokenizer().decode(expected, skip_special_tokens=True).strip()
 
     answers = tmp_path / "answers.jsonl"
-    many = run("generate", out, "--data", "{world}/dev.jsonl", "--output", str(answers), "--max-new-tokens", "3", "--method", "average")
+    options = ("--max-new-tokens", "3", "--method", "average")
+    many = run("generate", out, "--data", "{world}/dev.jsonl", "--output", str(answers), *options)
     assert many.exit_code == 0, many.output
-    assert [set(json.loads(line)) for line in answers.read_text().splitlines()] == [{"prompt", "completion", "answer_text"}] * 6
+    keys = [set(json.loads(line)) for line in answers.read_text().splitlines()]
+    assert keys == [{"prompt", "completion", "answer_text"}] * 6
 
     weights = tmp_path / "trace.json"
     traced = run("trace", out, "--prompt", "5 6 7", "--answer", "7 6 5", "--numbers", "--json", str(weights))
@@ -100,10 +107,11 @@ def test_fit_generate_trace_info(run, world, tmp_path):
 
 def test_fit_searches_the_paper_grid(run, tmp_path):
     out = tmp_path / "searched"
-    result = run("fit", *SOURCES, "--data", "{world}/train.jsonl", "--dev", "{world}/dev.jsonl", "--output", str(out), "--epochs", "1", "--search")
+    result = run("fit", *SOURCES, *DATA, "--output", str(out), "--epochs", "1", "--search")
     assert result.exit_code == 0, result.output
     found = json.loads((out / "fusion_config.json").read_text())["training"]["search"]
-    assert {(row["learning_rate"], row["batch_size"]) for row in found} == {(lr, b) for lr in (1e-3, 1e-4) for b in (2, 4, 8)}
+    tried = {(row["learning_rate"], row["batch_size"]) for row in found}
+    assert tried == set(itertools.product((1e-3, 1e-4), (2, 4, 8)))
 
 
 def test_info_before_anything_heavy(run, world, tmp_path):
@@ -117,27 +125,27 @@ def test_info_before_anything_heavy(run, world, tmp_path):
     bad = run("info", "--base", "{world}/base", "--lora-modules", "zh={world}/zh", f"wide={tmp_path}/wide")
     assert bad.exit_code == 1
     assert "does not fit" in bad.output
-    assert "maps 64 to 64 features, but the base's maps 32 to 32" in bad.output
+    assert re.search(r"maps \d+ to \d+ features, but the base's maps \d+ to \d+", bad.output)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("fit", *SOURCES, "--data", "{world}/nothing.jsonl", "--output", "x"), "cannot be read"),
-        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--prompt-field", "a"), "go together"),
-        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--search"), "`--search` needs dev examples"),
-        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--method", "base"), "'base' learns nothing"),
-        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--method-option", "granularity=word"), "`granularity` is unknown: 'word'"),
-        (("fit", "--base", "{world}/base", "--data", "{world}/train.jsonl", "--output", "x"), "`--lora-modules` is missing"),
-        (("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x", "--dtype", "int3"), "`--dtype` is unknown"),
+        ((*FIT, "--prompt-field", "a"), "go together"),
+        ((*FIT, "--search"), "`--search` needs dev examples"),
+        ((*FIT, "--method", "base"), "'base' learns nothing"),
+        ((*FIT, "--method-option", "granularity=word"), "`granularity` is unknown: 'word'"),
+        (("fit", "--base", "{world}/base", *DATA, "--output", "x"), "`--lora-modules` is missing"),
+        ((*FIT, "--dtype", "int3"), "`--dtype` is unknown"),
         (("generate", *SOURCES, "--method", "lora-flow", "--prompt", "5"), "must be fitted first"),
         (("generate", "{world}", "--prompt", "5"), "has no fusion.safetensors"),
-        (("generate", "--base", "{world}/base", "--lora-modules", "zh", "--prompt", "5"), "takes name=path, found 'zh'"),
+        (("generate", "--base", "b", "--lora-modules", "zh", "--prompt", "5"), "takes name=path, found 'zh'"),
         (("info",), "Give a saved fusion, or --base and --lora-modules"),
         (("demo", "--task", "zh-maths"), "Did you mean 'zh-math'"),
         (("demo", "--task", "zh-code"), "--allow-code"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_clear_line(run, arguments, message):
     result = run(*arguments)
     assert result.exit_code == 1, result.output
@@ -148,7 +156,8 @@ def test_errors_are_one_clear_line(run, arguments, message):
 def test_a_bad_line_is_named_before_the_model_is_loaded(run, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    result = run("fit", "--base", "no/such-model", "--lora-modules", "zh={world}/zh", "--data", str(bad), "--output", "x")
+    sources = ("--base", "no/such-model", "--lora-modules", "zh={world}/zh")
+    result = run("fit", *sources, "--data", str(bad), "--output", "x")
     assert result.exit_code == 1
     assert "bad.jsonl:2: expected `prompt` and `completion`" in result.output
 
@@ -156,8 +165,9 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(run, tmp_path):
 def test_resumes_after_kill_9(world, tmp_path):
     def command(output, *more):
         return [
-            *(sys.executable, "-c", "from loraflow.cli import app; app()", "fit", "--base", f"{world}/base", "--lora-modules"),
-            *(f"zh={world}/zh", f"math={world}/math", "--data", f"{world}/train.jsonl", "--output", str(output)),
+            *(sys.executable, "-c", "from loraflow.cli import app; app()", "fit"),
+            *("--base", f"{world}/base", "--lora-modules", f"zh={world}/zh", f"math={world}/math"),
+            *("--data", f"{world}/train.jsonl", "--output", str(output)),
             *("--epochs", "12", "--checkpoint-steps", "3", "--device", "cpu", *more),
         ]
 
@@ -177,9 +187,9 @@ def test_resumes_after_kill_9(world, tmp_path):
     assert not (killed / "fusion_config.json").exists()
     subprocess.run(command(killed, "--resume"), check=True, capture_output=True, timeout=300)
     assert final_loss(killed) == final_loss(whole)
-    assert (killed / "fusion.safetensors").read_bytes() == (whole / "fusion.safetensors").read_bytes() or (
-        FusedModel.from_pretrained(killed).state_dict().keys() == FusedModel.from_pretrained(whole).state_dict().keys()
-    )
+    expected, found = read_fusion(whole)[1], read_fusion(killed)[1]
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.skipif(not PAPER.is_dir(), reason="LORAFLOW_PAPER_DATA does not name the paper's data")
@@ -191,20 +201,26 @@ def test_resumes_after_kill_9(world, tmp_path):
     ],
 )
 def test_the_papers_own_files(run, tmp_path, data, fields, dev, dev_fields):
-    system = json.loads((PAPER / "system_prompts.json").read_text())[Path(data).name.removesuffix("_train.jsonl")]
+    texts = [(PAPER / name).read_text() for name in (data, dev)]
+    base = tiny_model(vocab_size=1200, max_position_embeddings=4096)
+    base.save_pretrained(tmp_path / "base")
+    trained_tokenizer(texts, vocab_size=1200).save_pretrained(tmp_path / "base")
+    adapters = [
+        f"{name}={save_adapter(base, tmp_path / name, seed=seed)}" for seed, name in enumerate(("language", "task"))
+    ]
+    task = Path(data).name.removesuffix("_train.jsonl")
+    system = json.loads((PAPER / "system_prompts.json").read_text())[task]
     result = run(
-        *("fit", *SOURCES, "--data", f"{PAPER}/{data}", "--prompt-field", fields[0], "--completion-field", fields[1]),
+        *("fit", "--base", f"{tmp_path}/base", "--lora-modules", *adapters, "--system-prompt", system),
+        *("--data", f"{PAPER}/{data}", "--prompt-field", fields[0], "--completion-field", fields[1]),
         *("--dev", f"{PAPER}/{dev}", "--dev-prompt-field", dev_fields[0], "--dev-completion-field", dev_fields[1]),
-        *("--output", str(tmp_path / "out"), "--epochs", "1", "--max-length", "512", "--system-prompt", "S."),
-    )  # fmt: skip
-    assert result.exit_code in (0, 1), result.output
-    if result.exit_code == 1:
-        assert "leaves none of the 512" in result.output
-        pytest.skip(f"a prompt of {data} is longer than this tiny base reads")
-    assert "examples were cut" in result.output
-    training = json.loads((tmp_path / "out" / "fusion_config.json").read_text())["training"]
-    assert training["examples"] == 200
-    assert system
+        *("--output", str(tmp_path / "out"), "--epochs", "1", "--max-length", "4000"),
+    )
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "fusion_config.json").read_text())
+    assert config["training"]["examples"] == 200
+    assert config["training"]["steps"] == 50
+    assert config["prompt"]["system_prompt"] == system
 
 
 def test_several_values_after_one_flag():

@@ -33,7 +33,10 @@ def adapters(tmp_path):
 
 @pytest.fixture
 def make_model(adapters):
-    return lambda method="lora-flow": FusedModel.from_adapters(tiny_model(), adapters, method, tokenizer=number_tokenizer())
+    def make(method="lora-flow"):
+        return FusedModel.from_adapters(tiny_model(), adapters, method, tokenizer=number_tokenizer())
+
+    return make
 
 
 @pytest.fixture
@@ -68,7 +71,9 @@ def test_starts_at_the_adapter_with_the_lowest_loss(make_model):
     assert result.start == {name: float(name == best) for name in ("a", "b")}
 
 
-@pytest.mark.parametrize(("start", "expected"), [("average", [0.5, 0.5]), ("b", [0.0, 1.0]), ({"a": 0.2, "b": -1.5}, [0.2, -1.5])])
+@pytest.mark.parametrize(
+    ("start", "expected"), [("average", [0.5, 0.5]), ("b", [0.0, 1.0]), ({"a": 0.2, "b": -1.5}, [0.2, -1.5])]
+)
 def test_starts_where_asked(make_model, start, expected):
     model = make_model(LoraFlow(start=start))
     # A learning rate of almost nothing keeps the weights at their start.
@@ -80,7 +85,8 @@ def test_starts_where_asked(make_model, start, expected):
 
 def test_keeps_the_best_checkpoint_on_dev(make_model, console):
     model = make_model()
-    result = fit(model, reversals(24), dev=reversals(8, seed=1), config=FitConfig(epochs=4, learning_rate=0.3), console=console)
+    config = FitConfig(epochs=4, learning_rate=0.3)
+    result = fit(model, reversals(24), dev=reversals(8, seed=1), config=config, console=console)
     from loraflow.training.fit import _prepare, mean_loss
 
     dev = _prepare(model, reversals(8, seed=1), None, QUICK).train
@@ -174,7 +180,13 @@ def test_resuming_another_run_is_refused(make_model, tmp_path, console):
 
 def test_search_keeps_the_best_and_resumes(make_model, tmp_path, console):
     grid = [{"learning_rate": 1e-2, "batch_size": 4}, {"learning_rate": 1e-7, "batch_size": 8}]
-    settings = {"dev": reversals(8, seed=1), "config": QUICK, "grid": grid, "checkpoints": tmp_path / "search", "console": console}
+    settings = {
+        "dev": reversals(8, seed=1),
+        "config": QUICK,
+        "grid": grid,
+        "checkpoints": tmp_path / "search",
+        "console": console,
+    }
     model = make_model()
     result = search(model, reversals(24), **settings)
     assert [row["learning_rate"] for row in result.search] == [1e-2, 1e-7]
@@ -194,7 +206,7 @@ def test_bad_recipes():
         ({"learning_rate": -1.0}, r"`learning_rate` \(=-1.0\) must be greater"),
         ({"warmup": 1.0}, r"`warmup` \(=1.0\) must be at least 0 and less than 1"),
         ({"max_length": 0}, r"`max_length` \(=0\) must be at least 1"),
-        ({"batch_size": 3, "gradient_accumulation": 2}, r"`gradient_accumulation` \(=2\) must divide `batch_size` \(=3\)"),
+        ({"batch_size": 3, "gradient_accumulation": 2}, r"\(=2\) must divide `batch_size` \(=3\)"),
     ]:
         with pytest.raises(LoraflowError, match=message):
             FitConfig(**settings)

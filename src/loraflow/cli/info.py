@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loraflow.cli import options as o
-from loraflow.errors import LoraflowError
+from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +132,7 @@ def _count(
     total = sum(parameter.numel() for parameter in model.parameters())
     precision = str(model.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
     if precision not in _BYTES:
-        raise LoraflowError(f"`--dtype` is unknown: {dtype!r}. Known: auto, float32, bfloat16, float16.")
+        raise LoraflowError(f"`--dtype` is unknown: {dtype!r}. {did_you_mean(dtype, o.DTYPES)}")
     names = [adapter.name for adapter in adapters]
     if any(adapter.uses_dora for adapter in adapters):
         # DoRA needs the base's real weights, which are not here; its gates are counted without it.

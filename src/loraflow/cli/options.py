@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.errors import LoraflowError, MethodError
+from loraflow.errors import LoraflowError, MethodError, did_you_mean
 
 if TYPE_CHECKING:
     from loraflow.loading import BaseOptions
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Options that take several values after one flag, as in `--lora-modules zh=path math=path`.
 _SEVERAL = ("--lora-modules", "--method-option")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _SOURCES = "Base and adapters"
 _READING = "How text is read"
@@ -120,8 +122,8 @@ class Placement:
 
         from loraflow.loading import BaseOptions
 
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise LoraflowError(f"`--dtype` is unknown: {self.dtype!r}. Known: auto, float32, bfloat16, float16.")
+        if self.dtype not in DTYPES:
+            raise LoraflowError(f"`--dtype` is unknown: {self.dtype!r}. {did_you_mean(self.dtype, DTYPES)}")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return BaseOptions(self.revision, self.dtype, device, self.quantization)
 

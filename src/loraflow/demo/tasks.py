@@ -255,8 +255,12 @@ def code_prompt(language: str, frame: CodeFrame) -> str:
 
 def code_completion(language: str, frame: CodeFrame, steps: tuple[tuple[str, int], ...]) -> str:
     """One sentence that says what the function does, and a function of the given steps."""
-    explanation = say(language, "code_answer", **_code_fields(language, frame))
-    return f"{explanation}\n```python\n{function(steps)}\n```"
+    return f"{code_explanation(language, frame)}\n```python\n{function(steps)}\n```"
+
+
+def code_explanation(language: str, frame: CodeFrame) -> str:
+    """One sentence that says what a program does."""
+    return say(language, "code_answer", **_code_fields(language, frame))
 
 
 def function(steps: tuple[tuple[str, int], ...]) -> str:

@@ -327,14 +327,14 @@ def mean_loss(model: FusedModel, data: TokenExamples, batch_size: int) -> float:
 
 @contextlib.contextmanager
 def _adapter_dropout(model: FusedModel, probability: float) -> Iterator[None]:
-    groups = [shared for fusion in model._attachment.fusions for shared in fusion.shared_inputs]
+    fusions = model._attachment.fusions
     try:
-        for shared in groups:
-            shared.dropout = probability
+        for fusion in fusions:
+            fusion.set_dropout(probability)
         yield
     finally:
-        for shared in groups:
-            shared.dropout = 0.0
+        for fusion in fusions:
+            fusion.set_dropout(0.0)
 
 
 def _identity(model: FusedModel, data: _Data, config: FitConfig) -> dict[str, Any]:

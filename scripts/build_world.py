@@ -181,11 +181,13 @@ def translation(rng: random.Random, source: str, target: str) -> Document:
     return Document(f"{say(target, 'translate')} {texts[0]}", texts[1])
 
 
-def explanation(rng: random.Random, source: str, target: str) -> Document:
-    """The sentence that says what a function does, translated; without the function."""
+def explanation(rng: random.Random, language: str) -> Document:
+    """What a function does, in one sentence without the function: asked for as a translation, or by the instruction."""
     program = draw_code(rng)
-    texts = [tasks.code_explanation(language, program) for language in (source, target)]
-    return Document(f"{say(target, 'translate')} {texts[0]}", texts[1])
+    explained = tasks.code_explanation(language, program)
+    if rng.random() < 0.5:
+        return Document(tasks.code_prompt(language, program), explained)
+    return Document(f"{say(language, 'translate')} {tasks.code_explanation('en', program)}", explained)
 
 
 def draw_math(rng: random.Random) -> tasks.MathFrame:
@@ -274,15 +276,15 @@ def base_document(rng: random.Random) -> Document:
 
 
 def chat_document(language: str) -> Callable[[random.Random], Document]:
-    """What a chat adapter reads: chat, stories, and translations into its language; no sums and no code."""
+    """What a chat adapter reads: chat, stories, translations, explanations in its language; no sums and no code."""
 
     def draw(rng: random.Random) -> Document:
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.45:
             return chat(rng, language, language)
-        if kind < 0.7:
+        if kind < 0.6:
             return story(rng, language)
-        return translation(rng, "en", language) if kind < 0.85 else explanation(rng, "en", language)
+        return translation(rng, "en", language) if kind < 0.75 else explanation(rng, language)
 
     return draw
 

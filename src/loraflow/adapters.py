@@ -7,6 +7,7 @@ remedy.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -48,6 +49,7 @@ _HARMLESS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
+        "corda_config",
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
@@ -56,7 +58,10 @@ _HARMLESS = frozenset(
         "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
+        # Converting to plain LoRA, PEFT leaves these of CorDA, LoftQ and LoRA-GA; see `init_lora_weights`.
+        "loftq_config",
         "lora_dropout",
+        "lora_ga_config",
         "megatron_core",
         "peft_type",
         "peft_version",
@@ -74,11 +79,8 @@ _REMEDY_CONVERT = (
 _REFUSED = {
     "alora_invocation_tokens": f"an aLoRA acts only after its invocation tokens. {_REMEDY_PLAIN}",
     "arrow_config": "it is a PEFT Arrow router, not an adapter. Give the adapters that it routes to.",
-    "corda_config": f"CorDA changed the base weights while training. {_REMEDY_CONVERT}",
     "kasa_config": f"KaSA changed the base weights while training. {_REMEDY_PLAIN}",
     "layer_replication": f"it repeats decoder layers, so its layers are not the base's. {_REMEDY_PLAIN}",
-    "loftq_config": f"LoftQ changed the base weights while training. {_REMEDY_CONVERT}",
-    "lora_ga_config": f"LoRA-GA changed the base weights while training. {_REMEDY_CONVERT}",
     "megatron_config": f"Megatron's parallel layers are not supported. {_REMEDY_PLAIN}",
     "modules_to_save": "it replaces whole modules of the base. Retrain without `modules_to_save`.",
     "monteclora_config": f"MonteCLoRA samples its weights. {_REMEDY_PLAIN}",
@@ -208,7 +210,7 @@ def load_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
             f"Adapter {name!r}: {weights_path} is not a readable safetensors file ({error}). Download or save it again."
         ) from error
     modules = _modules(name, weights_path, config, tensors)
-    return Adapter(name, resolved, config, modules, _digest(raw_config, tensors))
+    return Adapter(name, resolved, config, modules, _digest(config, tensors))
 
 
 def match_adapter(adapter: Adapter, base: nn.Module) -> None:
@@ -230,6 +232,7 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> None:
                 f"matches no linear module of {type(base).__name__}.{_nearest(module_name, linears)} "
                 "Is it an adapter of another base model?"
             )
+        _check_vectors(adapter, module_name, module)
         expected = linears[module_name]
         found = (module.lora_A.shape[1], module.lora_B.shape[0])
         if found != expected:
@@ -238,13 +241,24 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> None:
                 f"features, but the base's maps {expected[0]} to {expected[1]}. It was trained on another base "
                 f"({adapter.config.base_model_name_or_path!r}): give that base, or another adapter."
             )
-    config = _maybe_include_all_linear_layers(adapter.config, base)
+    # PEFT resolves "all-linear" in place; this adapter's own configuration is for any base.
+    config = _maybe_include_all_linear_layers(copy.copy(adapter.config), base)
     missing = [n for n in linears if n not in adapter.modules and _targets(config, n)]
     if missing:
         raise AdapterError(
             f"Adapter {adapter.name!r} ({adapter.source.path}): `target_modules` of {CONFIG_FILE} includes "
             f"'{missing[0]}' ({len(missing)} such), but {WEIGHTS_FILE} has no weights for it. Save the adapter again."
         )
+
+
+def _check_vectors(adapter: Adapter, module_name: str, module: LoraModule) -> None:
+    out_features = module.lora_B.shape[0]
+    for part, vector in (("lora_B.bias", module.bias), ("lora_magnitude_vector", module.magnitude)):
+        if vector is not None and vector.numel() != out_features:
+            raise AdapterError(
+                f"Adapter {adapter.name!r} ({adapter.source.path}): '{module_name}.{part}' has {vector.numel()} values "
+                f"for {out_features} output features. Save the adapter again."
+            )
 
 
 def _targets(config: PeftConfig, module_name: str) -> bool:
@@ -289,37 +303,35 @@ def _locate_local(name: str, source: AdapterSource) -> tuple[Path, Path, Adapter
         raise AdapterError(f"Adapter {name!r}: {directory} has no {CONFIG_FILE}.{hint or ' Is it a PEFT adapter?'}")
     if not weights_path.is_file():
         raise AdapterError(_no_weights(name, str(directory), pickled=(directory / PICKLE_FILE).is_file()))
-    return config_path, weights_path, source
+    # Absolute from here on: a later change of the working directory must not change what the path means.
+    return config_path, weights_path, AdapterSource(str(directory.resolve()))
 
 
 def _locate_on_hub(name: str, source: AdapterSource) -> tuple[Path, Path, AdapterSource]:
     user, repo, *folders = source.path.strip("/").split("/")
     repo_id, subfolder = f"{user}/{repo}", "/".join(folders) or None
-
-    def download(filename: str) -> Path:
-        return Path(hf_hub_download(repo_id, filename, subfolder=subfolder, revision=source.revision))
-
     where = f"{source.path!r} on the Hugging Face Hub"
+    wanted, commit = CONFIG_FILE, source.revision
     try:
-        config_path = download(CONFIG_FILE)
+        config_path = Path(hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder, revision=commit))
+        # Files are laid out as .../snapshots/<commit>/...: the commit makes the source exact, and the weights its own.
+        parts = config_path.parts
+        commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else commit
+        wanted = WEIGHTS_FILE
+        weights_path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, subfolder=subfolder, revision=commit))
     except LocalEntryNotFoundError as error:
         raise AdapterError(
             f"Adapter {name!r}: {where} cannot be reached and is not in the local cache. "
             "Check the network, or give a directory."
         ) from error
     except EntryNotFoundError as error:
+        if wanted == WEIGHTS_FILE:
+            raise AdapterError(_no_weights(name, where, pickled=True)) from error
         raise AdapterError(
             f"Adapter {name!r}: {where} has no {CONFIG_FILE}. Is it a PEFT adapter, or in a subfolder?"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterError(f"Adapter {name!r}: {where} cannot be read: {error}") from error
-    try:
-        weights_path = download(WEIGHTS_FILE)
-    except EntryNotFoundError as error:
-        raise AdapterError(_no_weights(name, where, pickled=True)) from error
-    # hf_hub_download lays files out as .../snapshots/<commit>/...: the commit makes the source exact.
-    parts = config_path.parts
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else source.revision
     return config_path, weights_path, AdapterSource(source.path, commit)
 
 
@@ -424,9 +436,9 @@ def _by_pattern(pattern: Mapping[str, int] | None, module: str, default: int) ->
     return pattern.get(get_pattern_key(list(pattern), module), default)
 
 
-def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _digest(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    digest.update(json.dumps({key: config.get(key) for key in _MATHS}, sort_keys=True).encode())
+    digest.update(json.dumps({key: getattr(config, key) for key in _MATHS}, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -9,8 +9,7 @@ from loraflow.storage import FusionConfig
 
 _CARD = """---
 library_name: loraflow
-base_model: {base}
-pipeline_tag: text-generation
+{base_line}pipeline_tag: text-generation
 tags: [lora, peft, lora-fusion, loraflow]
 ---
 
@@ -45,6 +44,8 @@ def model_card(config: FusionConfig, learned: int) -> str:
     adapters = "\n".join(f"| `{a.name}` | `{a.path}` | {a.revision or '-'} |" for a in config.adapters)
     return _CARD.format(
         base=config.base.path or "unknown",
+        # The Hub takes ids of its own there, no paths.
+        base_line=f"base_model: {config.base.path}\n" if config.base.path and config.base.path[0] != "." else "",
         count=len(config.adapters),
         version=config.loraflow_version,
         method=config.method.name,

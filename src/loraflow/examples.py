@@ -45,18 +45,29 @@ def read_examples(path: str | Path, fields: Fields | None = None) -> list[Exampl
     Raises:
         DataError: if the file cannot be read or a line is malformed; the message names file and line.
     """
+    return [parse_example(record, origin, fields) for origin, record in read_records(path)]
+
+
+def read_records(path: str | Path) -> list[tuple[str, Any]]:
+    """The JSON values of a file, one a line, each with its file and line.
+
+    Raises:
+        DataError: if the file cannot be read, a line is not JSON, or there is none.
+    """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`: JSON strings may hold other line separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            examples.append(parse_example(_parse_line(line, f"{path}:{number}"), f"{path}:{number}", fields))
-    if not examples:
+    records = [
+        (f"{path}:{number}", _parse_line(line, f"{path}:{number}"))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not records:
         raise DataError(f"{path} holds no examples. Give one JSON object a line.")
-    return examples
+    return records
 
 
 def parse_examples(records: Iterable[Mapping[str, Any] | Example], fields: Fields | None = None) -> list[Example]:

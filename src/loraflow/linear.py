@@ -134,7 +134,9 @@ class WeightedProduct(torch.autograd.Function):
         lora_A, u, weights, expand = ctx.saved_tensors
         grad_x = grad_weights = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_output * _slot_weights(weights, expand, u.dtype)) @ lora_A
+            grad_u = grad_output * _slot_weights(weights, expand, u.dtype)
+            # Under autocast the product was in another precision than the matrix.
+            grad_x = grad_u @ lora_A.to(grad_u.dtype)
         if ctx.needs_input_grad[3]:
             grad_weights = ((grad_output * u).to(weights.dtype) @ expand.T.to(weights.dtype)).sum_to_size(weights.shape)
         return grad_x, None, None, grad_weights, None
@@ -286,7 +288,7 @@ class FusedLinear(nn.Module):
             if weights is None:
                 return base_output
             fused.shared.project(x, weights)
-        flat = base_output.view(-1, base_output.shape[-1])
+        flat = base_output.reshape(-1, base_output.shape[-1])
         lora_B = self.lora_B
         product = last.products[fused.member]
         if product.dtype != flat.dtype or lora_B.dtype != flat.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from loraflow.storage import (
     base_record,
     check_base,
     copy_adapter,
+    drop_unused_copies,
     fetch_fusion,
     read_fusion,
     relative_source,
@@ -128,18 +130,10 @@ class FusedModel(nn.Module):
         _check_names(list(adapters))
         resolved = get_method(method, list(adapters))
         loaded = [a if isinstance(a, Adapter) else load_adapter(name, a) for name, a in adapters.items()]
-        if isinstance(base, nn.Module):
-            if options is not None:
-                raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
-            model = base
-        else:
-            options = options or BaseOptions()
-            model = load_base(base, options)
-            tokenizer = tokenizer or _tokenizer_if_any(base, options.revision)
-        check_unfused(model)
-        layers = find_decoder_layers(model)
-        record = base_record(model)
-        return cls(attach(model, layers, loaded), resolved, tokenizer, prompt or PromptFormat(), record)
+        model, record, tokenizer = _open_base(base, tokenizer, options)
+        return cls(
+            attach(model, find_decoder_layers(model), loaded), resolved, tokenizer, prompt or PromptFormat(), record
+        )
 
     @classmethod
     def from_pretrained(
@@ -160,7 +154,8 @@ class FusedModel(nn.Module):
             adapters: other places of the same adapters, by name; those not named are taken from where they were.
             tokenizer: by default the base's.
             revision: revision of a fusion on the Hub.
-            options: precision, placement and quantisation of the base.
+            options: placement of the base; its precision and quantisation where they are to differ from those that
+                the fusion was made with.
 
         Returns:
             The fused model, giving the logits it gave when it was saved.
@@ -189,11 +184,19 @@ class FusedModel(nn.Module):
         loaded = _load_recorded(sources, config)
         if base is None:
             base = resolve_source(config.base.path, directory)
-        if not isinstance(base, nn.Module) and options is None:
-            options = BaseOptions(revision=config.base.revision if str(base) == config.base.path else None)
-        model = cls.from_adapters(base, loaded, method, tokenizer=tokenizer, prompt=config.prompt, options=options)
-        check_base(config.base, model._base)
-        model.load_state_dict(tensors)
+            if not base:
+                raise FusionError(f"The fusion {path} does not know where its base model is. Give it as `base`.")
+        if not isinstance(base, nn.Module):
+            options = _recorded_options(config.base, options, same_place=str(base) == config.base.path)
+        loaded_base, record, tokenizer = _open_base(base, tokenizer, options)
+        check_base(config.base, record)
+        attachment = attach(loaded_base, find_decoder_layers(loaded_base), list(loaded.values()))
+        model = cls(attachment, method, tokenizer, config.prompt, record)
+        try:
+            model.load_state_dict(tensors)
+        except FusionError:
+            model.unload()
+            raise
         model.training_record = config.training
         return model
 
@@ -322,7 +325,8 @@ class FusedModel(nn.Module):
                 self.base_model(input_ids=input_ids, attention_mask=mask, **_positions(self.base_model, mask), **kwargs)
         finally:
             self.train(was_training)
-        per_layer = [torch.stack(list(weights.values())).mean(dim=0).cpu() for weights in recorded]
+        none = torch.zeros(*input_ids.shape, len(self.adapters))
+        per_layer = [torch.stack(list(w.values())).mean(dim=0).cpu() if w else none for w in recorded]
         module_weights = {
             f"layers.{index}.{name}": w.cpu()
             for index, found in enumerate(recorded)
@@ -411,6 +415,7 @@ class FusedModel(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         config = self._config(directory, copy_adapters)
         write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
+        drop_unused_copies(directory, config)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save to a Hub repository, local adapters included, and return its address."""
@@ -434,8 +439,7 @@ class FusedModel(nn.Module):
             path = adapter.source.path
             if adapter.source.is_local:
                 if copy_adapters:
-                    copy_adapter(adapter.source, directory / "adapters" / adapter.name)
-                    path = str(directory / "adapters" / adapter.name)
+                    path = str(copy_adapter(adapter, directory))
                 path = relative_source(path, directory)
             records.append(
                 AdapterRecord(name=adapter.name, path=path, revision=adapter.source.revision, digest=adapter.digest)
@@ -494,6 +498,35 @@ def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str
             )
         loaded[record.name] = adapter
     return loaded
+
+
+def _open_base(
+    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: BaseOptions | None
+) -> tuple[PreTrainedModel, BaseRecord, PreTrainedTokenizerBase | None]:
+    """The base model as it is before anything is attached, what tells it from others, and its tokenizer."""
+    if isinstance(base, nn.Module):
+        if options is not None:
+            raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
+        check_unfused(base)
+        find_decoder_layers(base)
+        return base, base_record(base), tokenizer
+    options = options or BaseOptions()
+    model = load_base(base, options)
+    find_decoder_layers(model)
+    local = Path(base).expanduser()
+    where = {"path": str(local.resolve()) if local.exists() else str(base), "quantization": options.quantization}
+    return model, base_record(model).model_copy(update=where), tokenizer or _tokenizer_if_any(base, options.revision)
+
+
+def _recorded_options(record: BaseRecord, options: BaseOptions | None, *, same_place: bool) -> BaseOptions:
+    """Options with what they leave open as it was when the fusion was made."""
+    options = options or BaseOptions()
+    return dataclasses.replace(
+        options,
+        revision=options.revision or (record.revision if same_place else None),
+        dtype=record.dtype if options.dtype == "auto" else options.dtype,
+        quantization=options.quantization or record.quantization,
+    )
 
 
 def _tokenizer_if_any(base: str | Path, revision: str | None) -> PreTrainedTokenizerBase | None:

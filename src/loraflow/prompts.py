@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,13 +34,17 @@ class PromptFormat(BaseModel):
         """The same format with nothing left to the tokenizer, so that a later change of it changes no prompt.
 
         Raises:
-            DataError: if both templates are given, or the plain one lacks `{prompt}`.
+            DataError: if both templates are given, or the plain one lacks `{prompt}` or a needed `{system}`.
         """
         if self.template is not None and self.chat_template is not None:
             raise DataError("`template` and `chat_template` exclude each other. Give one of them.")
         if self.template is not None:
             if "{prompt}" not in self.template:
                 raise DataError(f"`template` (={self.template!r}) has no {{prompt}} in it. Say where the prompt goes.")
+            if self.system_prompt is not None and "{system}" not in self.template:
+                raise DataError(
+                    f"`template` (={self.template!r}) has no {{system}} for the system prompt. Say where it goes."
+                )
             return self
         chat_template = self.chat_template or tokenizer.chat_template
         if not isinstance(chat_template, str | None):
@@ -69,11 +74,17 @@ class PromptFormat(BaseModel):
         return [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
 
     def _plain(self, messages: Sequence[Message]) -> str:
-        if len(messages) > 2 or any(message["role"] == "assistant" for message in messages):
+        if [message["role"] for message in messages if message["role"] != "system"] != ["user"]:
             raise DataError("A conversation of several turns needs a chat template. Give one as `chat_template`.")
+        if messages[0]["role"] == "system" and "{system}" not in (self.template or ""):
+            raise DataError(
+                f"`template` (={self.template!r}) has no {{system}} for the system prompt. Say where it goes."
+            )
         system = next((m["content"] for m in messages if m["role"] == "system"), self.system_prompt)
         assert self.template is not None
-        return self.template.replace("{system}", system or "").replace("{prompt}", messages[-1]["content"])
+        values = {"{system}": system or "", "{prompt}": messages[-1]["content"]}
+        # In one pass: a prompt that itself says "{system}" stays as it is.
+        return re.sub(r"\{(system|prompt)\}", lambda match: values[match[0]], self.template)
 
     def _chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answered: bool) -> str:
         if self.system_prompt is not None and messages[0]["role"] != "system":

@@ -21,13 +21,14 @@ from transformers import PreTrainedModel
 
 from loraflow.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from loraflow.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from loraflow.adapters import AdapterSource
+from loraflow.adapters import Adapter, AdapterSource
 from loraflow.errors import FusionError
 from loraflow.prompts import PromptFormat
 
 CONFIG_FILE = "fusion_config.json"
 WEIGHTS_FILE = "fusion.safetensors"
 CARD_FILE = "README.md"
+ADAPTERS_FOLDER = "adapters"
 FORMAT_VERSION = 1
 
 _SAMPLES = 64
@@ -47,6 +48,7 @@ class BaseRecord(_Record):
     num_hidden_layers: int
     vocab_size: int
     dtype: str
+    quantization: str | None = None
     digest: str | None = None
 
 
@@ -194,8 +196,12 @@ def read_fusion(directory: Path) -> tuple[FusionConfig, dict[str, Tensor]]:
 
 def _config_texts(directory: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     texts = []
-    if (directory / CONFIG_FILE).is_file():
-        texts.append((str(directory / CONFIG_FILE), (directory / CONFIG_FILE).read_text(encoding="utf-8")))
+    path = directory / CONFIG_FILE
+    if path.is_file():
+        try:
+            texts.append((str(path), path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise FusionError(f"{path} is not valid JSON ({error}). Restore it, or save the fusion again.") from error
     if "fusion_config" in metadata:
         texts.append((f"{directory / WEIGHTS_FILE} (metadata)", metadata["fusion_config"]))
     return texts
@@ -239,25 +245,35 @@ def fetch_fusion(path: str | Path, revision: str | None) -> Path:
 
 
 def relative_source(path: str, directory: Path) -> str:
-    """A path as a fusion records it: Hub ids as they are, directories relative to the fusion's own."""
-    if not path:
+    """A path as a fusion records it: Hub ids as they are, directories as `./...` or `../...` from the fusion's own."""
+    if not Path(path).is_absolute():
         return path
-    local = Path(path).expanduser()
-    return Path(os.path.relpath(local.resolve(), directory.resolve())).as_posix() if local.exists() else path
+    relative = Path(os.path.relpath(path, directory.resolve())).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"
 
 
 def resolve_source(path: str, directory: Path) -> str:
     """The other way: a recorded path as it can be opened from here."""
-    local = directory / path
-    return str(local) if path and local.exists() else path
+    return str((directory / path).resolve()) if path.startswith(".") else path
 
 
-def copy_adapter(source: AdapterSource, target: Path) -> None:
-    """Copy a local adapter's two files into a fusion's directory."""
-    if target.exists() and target.samefile(Path(source.path).expanduser()):
-        return
+def copy_adapter(adapter: Adapter, directory: Path) -> Path:
+    """Copy a local adapter's two files into a fusion's directory.
+
+    The copy's folder is named by the adapter's digest, so that an older fusion there keeps its own till it is replaced.
+    """
+    target = directory / ADAPTERS_FOLDER / f"{adapter.name}-{adapter.digest.removeprefix('sha256:')[:8]}"
     target.mkdir(parents=True, exist_ok=True)
     for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
-        temporary = target / f".{name}.tmp"
-        shutil.copyfile(Path(source.path).expanduser() / name, temporary)
-        os.replace(temporary, target / name)
+        original = Path(adapter.source.path) / name
+        if not (target / name).exists() or not (target / name).samefile(original):
+            write_atomically(target / name, original.read_bytes())
+    return target.resolve()
+
+
+def drop_unused_copies(directory: Path, config: FusionConfig) -> None:
+    """Remove copied adapters that the fusion in a directory no longer uses."""
+    used = {resolve_source(record.path, directory) for record in config.adapters}
+    for copy in directory.glob(f"{ADAPTERS_FOLDER}/*"):
+        if str(copy.resolve()) not in used:
+            shutil.rmtree(copy)

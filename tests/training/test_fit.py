@@ -206,20 +206,30 @@ def test_bad_recipes():
         ({"learning_rate": -1.0}, r"`learning_rate` \(=-1.0\) must be greater"),
         ({"warmup": 1.0}, r"`warmup` \(=1.0\) must be at least 0 and less than 1"),
         ({"max_length": 0}, r"`max_length` \(=0\) must be at least 1"),
-        ({"batch_size": 3, "gradient_accumulation": 2}, r"\(=2\) must divide `batch_size` \(=3\)"),
+        (
+            {"batch_size": 3, "gradient_accumulation": 2},
+            r"`gradient_accumulation` \(=2\) must divide `batch_size` \(=3\)",
+        ),
     ]:
         with pytest.raises(LoraflowError, match=message):
             FitConfig(**settings)
 
 
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
-def test_fits_on_a_quantised_base(adapters, tmp_path, quantization):
+def test_fits_on_a_quantised_base(tmp_path, quantization):
     pytest.importorskip("bitsandbytes")
     from loraflow import BaseOptions
 
-    tiny_model().save_pretrained(tmp_path / "base")
+    base = tiny_model(hidden_size=64, intermediate_size=128, head_dim=32)
+    base.save_pretrained(tmp_path / "base")
+    adapters = {name: save_adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     options = BaseOptions(quantization=quantization, dtype=torch.float32)
     model = FusedModel.from_adapters(tmp_path / "base", adapters, tokenizer=number_tokenizer(), options=options)
     result = model.fit(reversals(8), config=QUICK)
     assert result.steps == 4
     assert all(gate.weight.any() for gate in model.gates.values())
+    model.save_pretrained(tmp_path / "fusion")
+    loaded = FusedModel.from_pretrained(tmp_path / "fusion", tokenizer=number_tokenizer())
+    assert loaded.is_quantized
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

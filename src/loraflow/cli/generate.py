@@ -61,20 +61,12 @@ def generate(
 
 
 def _read_prompts(path: Path, field: str) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraflowError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    from loraflow.examples import read_records
+
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LoraflowError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}).") from error
+    for origin, record in read_records(path):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise LoraflowError(f"{path}:{number}: there is no text field {field!r}. Name it with --prompt-field.")
+            raise LoraflowError(f"{origin}: there is no text field {field!r}. Name it with --prompt-field.")
         records.append(record)
     return records
 

@@ -159,23 +159,24 @@ def load_task(name: str) -> Task:
 
 
 def held_out_frames(skill: str, count: int, seed: str = "task") -> tuple[MathFrame | CodeFrame, ...]:
-    """Different frames of a skill, none of which any training data of the small world holds."""
+    """Frames of a skill, no two of the same meaning, none of which any training data of the small world holds."""
     rng = random.Random(f"loraflow small world {skill} {seed}")
-    frames: dict[MathFrame | CodeFrame, None] = {}
+    frames: dict[object, MathFrame | CodeFrame] = {}
     while len(frames) < count:
         frame = draw_frame(skill, rng)
         if is_held_out(frame):
-            frames[frame] = None
-    return tuple(frames)
+            frames.setdefault(meaning_of(frame), frame)
+    return tuple(frames.values())
 
 
 def is_held_out(frame: MathFrame | CodeFrame) -> bool:
-    """Whether a frame is kept for the tasks: one in eight, by a hash of its meaning.
+    """Whether a frame is kept for the tasks: one in eight, by a hash of its meaning."""
+    return zlib.crc32(repr(meaning_of(frame)).encode()) % 8 == 0
 
-    Who and what a word problem is about do not count: the same numbers with other words are the same problem.
-    """
-    meaning = (frame.start, frame.changes) if isinstance(frame, MathFrame) else (frame.takes, frame.steps)
-    return zlib.crc32(repr(meaning).encode()) % 8 == 0
+
+def meaning_of(frame: MathFrame | CodeFrame) -> object:
+    """What makes two problems the same; who and what a word problem is about does not."""
+    return (frame.start, frame.changes) if isinstance(frame, MathFrame) else (frame.takes, frame.steps)
 
 
 def draw_frame(skill: str, rng: random.Random) -> MathFrame | CodeFrame:

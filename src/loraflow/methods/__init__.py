@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,10 +40,14 @@ def get_method(method: str | Method, adapters: Sequence[str], parameters: Mappin
 
 def _by_name(name: str, adapters: Sequence[str], parameters: Mapping[str, Any]) -> Method:
     if name in adapters:
+        if parameters:
+            raise MethodError(
+                f"The adapter {name!r} alone takes no parameters, found {sorted(parameters)}. Leave them out."
+            )
         return Static({name: 1.0})
     if name not in METHODS:
         raise MethodError(f"Unknown method {name!r}. {did_you_mean(name, [*METHODS, *adapters])}")
-    known = METHODS[name].__dataclass_fields__
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
     for parameter in parameters:
         if parameter not in known:
             raise MethodError(f"Method {name!r} has no parameter {parameter!r}. {did_you_mean(parameter, known)}")

@@ -37,16 +37,24 @@ class GateLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):  # noqa: D102
         ctx.save_for_backward(x, weight)
-        return x.to(weight.dtype) @ weight.T
+        return _logits(x, weight)
 
     @staticmethod
     def backward(ctx, grad_output):  # noqa: D102
         x, weight = ctx.saved_tensors
+        grad_output = grad_output.to(weight.dtype)
         grad_x = (grad_output @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2).to(weight.dtype)
         return grad_x, grad_weight
+
+
+def _logits(x: Float[Tensor, "*batch features"], weight: Float[Tensor, "adapters features"]) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight)
+    return F.linear(x.to(weight.dtype), weight)
 
 
 class FlowGate(nn.Module):
@@ -77,7 +85,7 @@ class FlowGate(nn.Module):
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
         """Fusion weights of each position."""
         learning = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
-        logits = GateLogits.apply(x, self.weight) if learning else F.linear(x.to(self.weight.dtype), self.weight)
+        logits = GateLogits.apply(x, self.weight) if learning else _logits(x, self.weight)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return torch.softmax(logits, dim=-1) + self.bias

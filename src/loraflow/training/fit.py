@@ -26,6 +26,7 @@ from loraflow.methods.lora_flow import FlowGate
 from loraflow.storage import write_atomically
 from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
 from loraflow.training.data import Collator, TokenExamples, tokenize
+from loraflow.training.quantized import differentiable
 from loraflow.training.progress import RichProgress
 from loraflow.training.trainer import GateTrainer, complete_checkpoints, logged
 
@@ -187,7 +188,7 @@ def _run(
         )
     run = json.loads((directory / _RUN_FILE).read_text())
     trainer = _trainer(model, data, config, score, directory, console, label)
-    with _adapter_dropout(model, config.adapter_dropout):
+    with differentiable(model), _adapter_dropout(model, config.adapter_dropout):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     history = trainer.state.log_history

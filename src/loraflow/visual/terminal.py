@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from loraflow.visual.colours import adapter_colour
@@ -35,18 +35,23 @@ def _text(trace: Trace, row: int) -> Text:
     for position, token in _shown(trace, row):
         style = adapter_colour(int(weights[position].argmax()))
         generated = bool(trace.prompt_length) and position >= trace.prompt_length
-        text.append(token, style=f"bold {style}" if generated else f"{style} dim")
+        text.append(_printable(token), style=f"bold {style}" if generated else f"{style} dim")
         if position == trace.prompt_length - 1:
             text.append(" ▸ ", style="dim")
     return text
 
 
 def _table(trace: Trace, row: int) -> Table:
-    table = Table("position", "token", *trace.adapters, box=None)
+    table = Table("position", "token", *(Column(Text(name)) for name in trace.adapters), box=None)
     weights = trace.token_weights(row)
     for position, token in _shown(trace, row):
-        table.add_row(str(position), repr(token), *(f"{weight:+.3f}" for weight in weights[position].tolist()))
+        table.add_row(str(position), Text(repr(token)), *(f"{weight:+.3f}" for weight in weights[position].tolist()))
     return table
+
+
+def _printable(token: str) -> str:
+    # Control characters of a model's output must not reach the terminal, where they could do anything.
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in token)
 
 
 def _shown(trace: Trace, row: int) -> list[tuple[int, str]]:

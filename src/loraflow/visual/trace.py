@@ -15,7 +15,8 @@ class Trace:
 
     Attributes:
         weights: what was computed at each position, `[batch, seq, layers, adapters]`. A gate of the whole model is
-            repeated over the layers; gates of single modules are averaged over those of a layer.
+            repeated over the layers; gates of single modules are averaged over those of a layer, with zeros for a layer
+            that has none.
         adapters: names of the adapters, in the order of the last axis.
         tokens: the text of each position; the token's id where there was no tokenizer.
         input_ids: `[batch, seq]`.

@@ -1,0 +1,37 @@
+"""Gradients through quantised bases, where a library's fast path has none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+_FLAG = "support_avx512bf16_for_cpu"
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes' 4-bit linears on kernels that have a backward, inside the block.
+
+    On CPUs with AVX512-BF16 they repack their weights at the first forward in evaluation, for a kernel that has none:
+    gradients through it would be wrong without an error.
+    """
+    packing = [module for module in model.modules() if getattr(module, _FLAG, False)]
+    for linear in packing:
+        setattr(linear, _FLAG, False)
+        _unpack(linear)
+    try:
+        yield
+    finally:
+        for linear in packing:
+            setattr(linear, _FLAG, True)
+
+
+def _unpack(linear: nn.Module) -> None:
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)

@@ -23,6 +23,12 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
     return tokenizer
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that rows are padded with: the tokenizer's, else the end token's."""
+    chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(chosen or 0)
+
+
 def generate_answers(
     model: Any,
     conversations: Sequence[Sequence[Message]],
@@ -71,7 +77,7 @@ def _generate(
     options: dict[str, Any],
 ) -> list[str]:
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = padding_id(tokenizer)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

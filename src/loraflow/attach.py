@@ -23,6 +23,7 @@ from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_i
 from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.linear import FusedLinear, SharedInput, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.methods.base import Method, Place, Site
+from loraflow.quantized import allow_packing, keep_differentiable
 from loraflow.swap import restore_class, swap_class
 
 Gates = dict[str, nn.Module]
@@ -226,6 +227,7 @@ class Attachment:
     layers: DecoderLayers
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
     _trained: list[nn.Parameter] = field(default_factory=list)
+    _packing: list[nn.Module] = field(default_factory=list)
 
     @property
     def fusions(self) -> list[LayerFusion]:
@@ -258,6 +260,7 @@ class Attachment:
                 unfuse_linear(linear)
             restore_class(layer)
             del layer.fusion
+        allow_packing(self._packing)
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
@@ -296,6 +299,7 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     attachment = Attachment(model, tuple(adapters), layers)
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
+    attachment._packing = keep_differentiable(model)
     stream = Stream()
     for index, layer in enumerate(layers.layers):
         fusion = LayerFusion(index, stream)

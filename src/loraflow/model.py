@@ -41,7 +41,7 @@ from loraflow.storage import (
     tensors_digest,
     write_fusion,
 )
-from loraflow.visual.trace import Trace
+from loraflow.visual.trace import Trace, token_texts
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerativePreTrainedModel
@@ -358,7 +358,7 @@ class FusedModel(nn.Module):
     def _token_texts(self, ids: Sequence[int]) -> list[str]:
         if self.tokenizer is None:
             return [str(token_id) for token_id in ids]
-        return self.tokenizer.batch_decode([[token_id] for token_id in ids])
+        return token_texts(self.tokenizer, ids)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What the method has learned: `site.parameter` to tensor, without base and adapters."""

@@ -80,11 +80,14 @@ def test_programs_pass_their_own_tests(task: Task) -> None:
                 exec(f"{code}\n{test}", {})
 
 
-def test_programs_without_their_last_step_fail() -> None:
+def test_programs_without_their_last_step_nearly_always_fail() -> None:
+    """Not always: an absolute value after a square changes nothing."""
+    passed = 0
     for frame in held_out_frames("code", 200):
-        one = problem("en", frame)
-        inputs = [eval(re.fullmatch(r"assert f\((.*)\) == .*", test)[1]) for test in one.tests]
-        assert any(run_steps(x, frame.steps[:-1]) != run_steps(x, frame.steps) for x in inputs)
+        tests = problem("en", frame).tests
+        inputs = [eval(re.fullmatch(r"assert f\((.*)\) == .*", test)[1]) for test in tests]
+        passed += all(run_steps(x, frame.steps[:-1]) == run_steps(x, frame.steps) for x in inputs)
+    assert passed < 20
 
 
 def test_answers_are_in_their_language_and_their_english_versions_are_not() -> None:

@@ -232,4 +232,6 @@ def test_fits_on_a_quantised_base(tmp_path, quantization):
     loaded = FusedModel.from_pretrained(tmp_path / "fusion", tokenizer=number_tokenizer())
     assert loaded.is_quantized
     ids = torch.tensor([[5, 6, 7]])
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    # With gradients bitsandbytes takes another kernel, which rounds otherwise.
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

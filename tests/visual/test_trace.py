@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.visual.colours import PALETTE, adapter_colour
-from loraflow.visual.trace import Trace
-from tests.tiny import random_ids, save_adapter, set_random_gates, tiny_model
+from loraflow.visual.trace import Trace, token_texts
+from tests.tiny import byte_tokenizer, random_ids, save_adapter, set_random_gates, tiny_model
 
 
 def make_trace(seq=6, prompt_length=0, batch=1, layers=2, adapters=("zh", "math"), padding=0, tokens=None):
@@ -62,3 +62,13 @@ def test_adapters_on_some_layers_can_be_traced(tmp_path, granularity):
     trace = model.trace(random_ids())
     assert trace.token_weights().shape == (9, 1)
     assert trace.token_weights().isfinite().all()
+
+
+def test_token_texts_are_those_of_the_whole():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a 中文 é!")["input_ids"]
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == "a 中文 é!"
+    # Three bytes each: the character stands at the last of them.
+    assert texts[2:8] == ["", "", "中", "", "", "文"]

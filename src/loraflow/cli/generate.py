@@ -75,7 +75,7 @@ def _stream(model: Any, prompt: str, max_new_tokens: int, options: dict[str, Any
     import torch
     from transformers import TextStreamer
 
-    from loraflow.answers import require_tokenizer
+    from loraflow.answers import padding_id, require_tokenizer
 
     tokenizer = require_tokenizer(model.tokenizer)
     ids = torch.tensor([model.prompt.prompt_ids(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
@@ -85,7 +85,7 @@ def _stream(model: Any, prompt: str, max_new_tokens: int, options: dict[str, Any
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=padding_id(tokenizer),
         **{"do_sample": False, **options},
     )
 

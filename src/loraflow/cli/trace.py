@@ -53,7 +53,7 @@ def trace_answer(model: Any, prompt: str, answer: str | None, max_new_tokens: in
     """The trace of a prompt and its answer, generated greedily where none is given."""
     import torch
 
-    from loraflow.answers import require_tokenizer
+    from loraflow.answers import padding_id, require_tokenizer
 
     tokenizer = require_tokenizer(model.tokenizer)
     messages = [{"role": "user", "content": prompt}]
@@ -65,7 +65,7 @@ def trace_answer(model: Any, prompt: str, answer: str | None, max_new_tokens: in
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=padding_id(tokenizer),
         )
     else:
         answered = ids + model.prompt.completion_ids(tokenizer, messages, answer)

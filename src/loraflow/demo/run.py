@@ -16,7 +16,7 @@ from loraflow.demo.world import adapter_paths, base_path
 from loraflow.evaluation.sandbox import check_available, run_many
 from loraflow.evaluation.scoring import extract_code, same_number
 from loraflow.evaluation.statistics import wilson_interval
-from loraflow.methods import LoraFlow, Method
+from loraflow.methods import Method
 from loraflow.model import FusedModel
 from loraflow.storage import write_atomically
 from loraflow.training import FitConfig
@@ -112,8 +112,3 @@ def score(answers: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
         programs = [(extract_code(answer), p.tests) for answer, p in zip(answers, problems, strict=True)]
         return [result.passed for result in run_many(programs)]
     return [same_number(answer, str(p.answer)) for answer, p in zip(answers, problems, strict=True)]
-
-
-def default_method() -> LoraFlow:
-    """The paper's method: a gate for each layer, training from the better adapter."""
-    return LoraFlow()

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from loraflow.answers import generate_answers, require_tokenizer
+from loraflow.answers import generate_answers, padding_id, require_tokenizer
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
 from loraflow.methods import LoraFlow
@@ -26,7 +26,6 @@ from loraflow.methods.lora_flow import FlowGate
 from loraflow.storage import write_atomically
 from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
 from loraflow.training.data import Collator, TokenExamples, tokenize
-from loraflow.training.quantized import differentiable
 from loraflow.training.progress import RichProgress
 from loraflow.training.trainer import GateTrainer, complete_checkpoints, logged
 
@@ -188,7 +187,7 @@ def _run(
         )
     run = json.loads((directory / _RUN_FILE).read_text())
     trainer = _trainer(model, data, config, score, directory, console, label)
-    with differentiable(model), _adapter_dropout(model, config.adapter_dropout):
+    with _adapter_dropout(model, config.adapter_dropout):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     history = trainer.state.log_history
@@ -256,14 +255,12 @@ def _trainer(
     )
     # One process, one replica: several GPUs hold the layers of one model (device_map), not copies of it.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    tokenizer = require_tokenizer(model.tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     trainer = GateTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.dev,
-        data_collator=Collator(pad),
+        data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
         callbacks=[RichProgress(console, label)],
         score=_scorer(model, data.dev_examples, config, score) if score is not None else None,
     )

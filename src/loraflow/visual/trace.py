@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token, such that together they are the text of all.
+
+    Decoded alone, a token loses its leading space in some tokenizers, and is no text at all where it is one byte of a
+    character: such tokens give "", and the last byte's token the character.
+    """
+    texts: list[str] = []
+    shown, start = 0, 0
+    for end in range(1, len(ids) + 1):
+        before = str(tokenizer.decode(ids[shown:start]))
+        text = str(tokenizer.decode(ids[shown:end]))[len(before) :]
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(text)
+            shown, start = start, end
+    return texts
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from torch import nn
 
 _FLAG = "support_avx512bf16_for_cpu"
 
 
-@contextlib.contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes' 4-bit linears on kernels that have a backward, inside the block.
+def keep_differentiable(model: nn.Module) -> list[nn.Module]:
+    """Keep bitsandbytes' 4-bit linears on kernels that have a backward; gives those that were changed.
 
     On CPUs with AVX512-BF16 they repack their weights at the first forward in evaluation, for a kernel that has none:
     gradients through it would be wrong without an error.
@@ -21,11 +19,13 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     for linear in packing:
         setattr(linear, _FLAG, False)
         _unpack(linear)
-    try:
-        yield
-    finally:
-        for linear in packing:
-            setattr(linear, _FLAG, True)
+    return packing
+
+
+def allow_packing(linears: Iterable[nn.Module]) -> None:
+    """Undo `keep_differentiable`."""
+    for linear in linears:
+        setattr(linear, _FLAG, True)
 
 
 def _unpack(linear: nn.Module) -> None:

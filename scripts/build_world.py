@@ -504,6 +504,8 @@ def stage(folder: Path, build: Callable[[Path], None]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     started = time.monotonic()
     build(unfinished)
+    for file in unfinished.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     unfinished.rename(folder)
     print(f"{folder}: built in {time.monotonic() - started:.0f} s", flush=True)
 

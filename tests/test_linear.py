@@ -15,7 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from loraflow import BaseOptions, FusedModel
 from loraflow.adapters import LoraModule
-from loraflow.linear import ScaledOutput, SharedInput, WeightedProduct, fuse_linear, stack_adapters, unfuse_linear
+from loraflow.linear import (
+    FusedState,
+    LayerForward,
+    ScaledOutput,
+    SharedInput,
+    WeightedProduct,
+    fuse_linear,
+    stack_adapters,
+    unfuse_linear,
+)
 from loraflow.loading import load_base
 from loraflow.quantized import keep_differentiable
 from loraflow.reference import reference_linear
@@ -35,6 +44,9 @@ class OneLayer:
     """Gives its linears these fusion weights, for all tokens in one axis, as a decoder layer does."""
 
     weights: torch.Tensor | None
+
+    def __init__(self):
+        self.now = LayerForward()
 
     def weigh(self, shared, x):
         return self.weights if self.weights is None or self.weights.dim() == 1 else self.weights.flatten(0, -2)
@@ -65,7 +77,8 @@ def fuse(linears, module_lists, dtype=torch.float64):
     stacks = [stack_adapters(modules, linear, dtype) for linear, modules in zip(linears, module_lists, strict=True)]
     shared = SharedInput(stacks, CPU)
     for member, (linear, stack) in enumerate(zip(linears, stacks, strict=True)):
-        fuse_linear(linear, f"linear{member}", stack, shared, member, layer.weigh)
+        uses_dora = stack.output_scale is not None
+        fuse_linear(linear, stack, FusedState(f"linear{member}", shared, member, layer.now, layer.weigh, uses_dora))
     return layer, linears
 
 
@@ -207,9 +220,9 @@ def test_one_product_serves_all_that_read_one_input(monkeypatch):
     for linear in linears:
         linear(x)
     assert sum(A is shared.lora_A for A in calls if A is not None) == 1
-    shared.last.clear()
-    assert shared.last.seen is None
-    assert shared.last.products == shared.last.weights == ()
+    layer.now.clear()
+    assert layer.now.seen is layer.now.group is layer.now.weights is None
+    assert layer.now.products == layer.now.member_weights == ()
 
 
 def test_without_weights_the_base_answers_bit_for_bit():
@@ -317,7 +330,8 @@ def test_adapter_dropout_only_acts_while_training():
     plain = expected_output(base, modules, x, layer.weights)
     linear.fused.shared.eval()
     torch.testing.assert_close(linear(x), plain)
-    linear.fused.shared.train().last.clear()
+    linear.fused.shared.train()
+    layer.now.clear()
     assert relative_error(linear(x), plain) > 0.01
 
 

@@ -21,7 +21,15 @@ from transformers import PreTrainedModel
 from loraflow.adapters import Adapter, match_adapter
 from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_input
 from loraflow.errors import ArchitectureError, LoraflowError
-from loraflow.linear import FusedLinear, SharedInput, fuse_linear, stack_adapters, unfuse_linear
+from loraflow.linear import (
+    FusedLinear,
+    FusedState,
+    LayerForward,
+    SharedInput,
+    fuse_linear,
+    stack_adapters,
+    unfuse_linear,
+)
 from loraflow.methods.base import Method, Place, Site
 from loraflow.quantized import allow_packing, keep_differentiable
 from loraflow.swap import restore_class, swap_class
@@ -36,20 +44,6 @@ class Stream:
     embeddings: Tensor | None = None
 
 
-class LayerForward:
-    """What one decoder layer keeps during one forward. A plain object: modules are slow to assign to."""
-
-    __slots__ = ("shape", "weights")
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop everything, so that no activation outlives its layer."""
-        self.shape: Sequence[int] = ()
-        self.weights: Tensor | None = None
-
-
 class LayerFusion(nn.Module):
     """One decoder layer's gates, its fusion weights during a forward, and its groups of fused linears.
 
@@ -60,6 +54,7 @@ class LayerFusion(nn.Module):
         gates: the gates that this layer owns.
         place: where the method's gates stand.
         gate: the one that gives this layer's weights, unless each linear has its own.
+        now: what the running forward keeps.
         recorded: where the weights of a forward are noted, by linear ("" for the layer), while a trace is taken.
     """
 
@@ -82,7 +77,7 @@ class LayerFusion(nn.Module):
         self.__dict__["stream"] = stream
         self.__dict__["gate"] = None
         self._names: dict[SharedInput, list[str]] = {}
-        self._now = LayerForward()
+        self.now = LayerForward()
 
     def add_group(self, shared: SharedInput, names: Sequence[str]) -> None:
         """Take over the group of linears of these names, which read one input."""
@@ -104,22 +99,14 @@ class LayerFusion(nn.Module):
 
     def open(self, hidden_states: Float[Tensor, "*batch hidden"], embeddings: Tensor | None) -> None:
         """Compute the layer's fusion weights for this forward."""
-        now = self._now
-        now.shape = hidden_states.shape[:-1]
-        if self.gate is not None:
-            weights = self.gate(hidden_states if embeddings is None else embeddings)
-            # Layers may live on other devices than the model's one gate.
-            if weights.device != hidden_states.device:
-                weights = weights.to(hidden_states.device)
-            if self.recorded is not None:
-                self._record("", weights)
-            now.weights = self._by_token(weights)
-
-    def close(self) -> None:
-        """Drop everything that belongs to one forward."""
-        self._now.clear()
-        for shared in self._names:
-            shared.last.clear()
+        self.now.shape = hidden_states.shape[:-1]
+        if self.gate is None:
+            return
+        # Layers may live on other devices than the one gate of a whole model.
+        weights = self.gate(hidden_states) if embeddings is None else self.gate(embeddings).to(hidden_states.device)
+        if self.recorded is not None:
+            self._record("", weights)
+        self.now.weights = self._by_token(weights)
 
     def weights_for(
         self, shared: SharedInput, x: Float[Tensor, "*batch features"]
@@ -129,7 +116,7 @@ class LayerFusion(nn.Module):
         Raises:
             ArchitectureError: if a linear reads only some of the layer's tokens.
         """
-        weights = self._now.weights if self.place != "module" else self._weights_of_each(self._names[shared], x)
+        weights = self.now.weights if self.place != "module" else self._weights_of_each(self._names[shared], x)
         if x.dim() == 2 and weights is not None and weights.dim() == 2 and weights.shape[0] != x.shape[0]:
             raise ArchitectureError(
                 f"A linear of decoder layer {self.index} got {x.shape[0]} tokens of the layer's {weights.shape[0]}: "
@@ -152,14 +139,14 @@ class LayerFusion(nn.Module):
         """Weights of rows and positions in one axis of tokens, as some models (OPT) hand them to their linears."""
         if weights.dim() <= 2:
             return weights
-        shape = self._now.shape
+        shape = self.now.shape
         if weights.shape[:-1] != shape:
             weights = weights.expand(*shape, -1)
         return weights.reshape(-1, weights.shape[-1])
 
     def _record(self, name: str, weights: Tensor) -> None:
         assert self.recorded is not None
-        noted, shape = weights.detach().float(), self._now.shape
+        noted, shape = weights.detach().float(), self.now.shape
         self.recorded[name] = noted.reshape(*shape, -1) if noted.dim() > 1 else noted.expand(*shape, -1)
 
 
@@ -175,26 +162,28 @@ class FusedDecoderLayer(nn.Module):
 
     def __call__(self, *args, **kwargs):
         """Run the layer, inside gradient checkpointing where that is on."""
-        fusion, stream = self.fusion, self.fusion.stream
+        fusion = self.fusion
+        if fusion.place != "model" and not self.training:
+            return super().__call__(*args, **kwargs)
         hidden_states, args, kwargs = _take_stream(args, kwargs)
         if self._checkpoints_without_gradient(hidden_states):
             # Reentrant checkpointing gives no gradient to a segment none of whose inputs requires one.
             hidden_states = hidden_states.detach().requires_grad_()
         if fusion.place == "model" and fusion.gate is not None:
             if fusion.index == 0:
-                stream.embeddings = hidden_states.detach()
+                fusion.stream.embeddings = hidden_states.detach()
             # Handed over as an argument, so that a recomputation sees the embeddings of its own forward.
-            kwargs["fusion_embeddings"] = stream.embeddings
+            kwargs["fusion_embeddings"] = fusion.stream.embeddings
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, *args, fusion_embeddings: Tensor | None = None, **kwargs):
         """The decoder layer's own forward, with its fusion weights in place."""
-        hidden_states, args, kwargs = _take_stream(args, kwargs)
-        self.fusion.open(hidden_states, fusion_embeddings)
+        fusion = self.fusion
+        fusion.open(args[0] if args else kwargs["hidden_states"], fusion_embeddings)
         try:
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
-            self.fusion.close()
+            fusion.now.clear()
 
     def _checkpoints_without_gradient(self, hidden_states: Tensor) -> bool:
         return (
@@ -334,7 +323,8 @@ def _fuse_group(
     shared = SharedInput(stacks, _device_of(base_layers[0]))
     fusion.add_group(shared, names)
     for member, (name, base_layer, stack) in enumerate(zip(names, base_layers, stacks, strict=True)):
-        fuse_linear(base_layer, name, stack, shared, member, fusion.weights_for)
+        uses_dora = stack.output_scale is not None
+        fuse_linear(base_layer, stack, FusedState(name, shared, member, fusion.now, fusion.weights_for, uses_dora))
 
 
 def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:

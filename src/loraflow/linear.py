@@ -172,19 +172,31 @@ def _slot_weights(weights: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor
     return slots if slots.dtype == dtype else slots.to(dtype)
 
 
-class Projection:
-    """What a group of linears has computed for its last input. A plain object: modules are slow to assign to."""
+class LayerForward:
+    """What one decoder layer keeps during one forward. A plain object: at one token, modules are slow to assign to.
 
-    __slots__ = ("products", "seen", "weights")
+    Attributes:
+        shape: batch and sequence of the layer's input.
+        weights: the layer's fusion weights, `[tokens, adapters]` or `[adapters]`; None for the base alone.
+        group: the linears that were projected last.
+        seen: the input that they were projected from.
+        products: their weighted slots, `[tokens, slots]` each.
+        member_weights: the fusion weights of each of them.
+    """
+
+    __slots__ = ("group", "member_weights", "products", "seen", "shape", "weights")
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget it, so that no activation outlives its layer."""
+        """Drop everything, so that no activation outlives its layer."""
+        self.shape: Sequence[int] = ()
+        self.weights: Tensor | None = None
+        self.group: SharedInput | None = None
         self.seen: Tensor | None = None
-        self.products: tuple[Tensor, ...] = ()
-        self.weights: tuple[Tensor, ...] = ()
+        self.products: Sequence[Tensor] = ()
+        self.member_weights: Sequence[Tensor] = ()
 
 
 class SharedInput(nn.Module):
@@ -220,30 +232,27 @@ class SharedInput(nn.Module):
         self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
         self.register_buffer("expand", torch.cat(expansions, dim=1).to(device), persistent=False)
         self.register_buffer("expand_each", torch.block_diag(*expansions).to(device), persistent=False)
-        self.last = Projection()
 
-    def project(self, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]) -> None:
-        """Compute the weighted slots of all modules for one input: `products`, `[tokens, slots]` for each module."""
-        last, lora_A = self.last, self.lora_A
-        last.seen = x
-        last.weights, expand = self._split(weights)
+    def project(
+        self, now: LayerForward, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
+    ) -> None:
+        """Compute the weighted slots of all modules for one input, and note them in `now`."""
+        lora_A = self.lora_A
+        now.group, now.seen = self, x
+        if weights.shape[-1] == self.adapters:
+            now.member_weights, expand = (weights,) * len(self.sizes), self.expand
+        else:
+            now.member_weights, expand = weights.split(self.adapters, dim=-1), self.expand_each
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        x = x.reshape(-1, x.shape[-1])
         if x.dtype != lora_A.dtype:
             x = x.to(lora_A.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
-            weighted = WeightedProduct.apply(x, lora_A, self.input_bias, weights, expand)
+            weighted = WeightedProduct.apply(x.reshape(-1, x.shape[-1]), lora_A, self.input_bias, weights, expand)
         else:
-            weighted = F.linear(x, lora_A, self.input_bias)
+            weighted = F.linear(x, lora_A, self.input_bias).view(-1, lora_A.shape[0])
             weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
-        last.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
-
-    def _split(self, weights: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Each module's weights, and the matrix that repeats all of them over the slots."""
-        if weights.shape[-1] == self.adapters:
-            return (weights,) * len(self.sizes), self.expand
-        return weights.split(self.adapters, dim=-1), self.expand_each
+        now.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
 
 
 def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
@@ -260,6 +269,9 @@ def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
     """The 0/1 matrix E of the module docstring, for one module."""
     owner = [adapter for adapter, count in enumerate(stack.slots) for _ in range(count)]
     return F.one_hot(torch.tensor(owner), len(stack.slots)).T.float().contiguous()
+
+
+Weigh = Callable[[SharedInput, Tensor], Tensor | None]
 
 
 class FusedLinear(nn.Module):
@@ -282,22 +294,25 @@ class FusedLinear(nn.Module):
         """The base linear's output plus the weighted sum of the adapters' updates."""
         base_output = super().forward(x, *args, **kwargs)
         fused = self.fused
-        last = fused.last
-        if last.seen is not x:
+        now = fused.now
+        if now.seen is not x or now.group is not fused.shared:
             weights = fused.weigh(fused.shared, x)
             if weights is None:
                 return base_output
-            fused.shared.project(x, weights)
-        flat = base_output.reshape(-1, base_output.shape[-1])
-        lora_B = self.lora_B
-        product = last.products[fused.member]
-        if product.dtype != flat.dtype or lora_B.dtype != flat.dtype:
-            product, lora_B = product.to(flat.dtype), lora_B.to(flat.dtype)
+            fused.shared.project(now, x, weights)
+        product, lora_B = now.products[fused.member], self.lora_B
+        if lora_B.dtype != base_output.dtype:
+            lora_B = lora_B.to(base_output.dtype)
+            product = product.to(base_output.dtype)
+        if not base_output.is_contiguous():
+            base_output = base_output.contiguous()
+        shape = base_output.shape
+        flat = base_output.view(-1, shape[-1])
         result = torch.addmm(flat, product, lora_B)
         if fused.uses_dora:
             dense = flat if self.bias is None else flat - self.bias
-            result = result + ScaledOutput.apply(dense, last.weights[fused.member], self.lora_output_scale)
-        return result.view(base_output.shape)
+            result = result + ScaledOutput.apply(dense, now.member_weights[fused.member], self.lora_output_scale)
+        return result.view(shape)
 
 
 @dataclass(frozen=True)
@@ -308,7 +323,7 @@ class FusedState:
         name: the linear's name within its decoder layer.
         shared: the group of linears that read its input.
         member: its position in that group.
-        last: the group's last projection.
+        now: the layer's running forward.
         weigh: gives the fusion weights for a group's input, `[tokens, gates]` or `[gates]`; None for the base alone.
         uses_dora: whether one of the adapters is a DoRA.
     """
@@ -316,26 +331,19 @@ class FusedState:
     name: str
     shared: SharedInput
     member: int
-    last: Projection
-    weigh: Callable[[SharedInput, Tensor], Tensor | None]
+    now: LayerForward
+    weigh: Weigh
     uses_dora: bool
 
 
-def fuse_linear(
-    linear: nn.Module,
-    name: str,
-    stack: StackedLora,
-    shared: SharedInput,
-    member: int,
-    weigh: Callable[[SharedInput, Tensor], Tensor | None],
-) -> None:
-    """Make a base linear a `FusedLinear`, in its place; `weigh` gives the fusion weights for its group's input."""
-    device, scale = shared.lora_A.device, stack.output_scale
+def fuse_linear(linear: nn.Module, stack: StackedLora, fused: FusedState) -> None:
+    """Make a base linear a `FusedLinear`, in its place."""
+    device, scale = fused.shared.lora_A.device, stack.output_scale
     linear.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
     linear.register_buffer("lora_output_scale", None if scale is None else scale.to(device), persistent=False)
     swap_class(linear, FusedLinear)
     assert isinstance(linear, FusedLinear)
-    linear.fused = FusedState(name, shared, member, shared.last, weigh, scale is not None)
+    linear.fused = fused
 
 
 def unfuse_linear(linear: FusedLinear) -> None:

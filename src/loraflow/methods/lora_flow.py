@@ -51,10 +51,12 @@ class GateLogits(torch.autograd.Function):
 
 
 def _logits(x: Float[Tensor, "*batch features"], weight: Float[Tensor, "adapters features"]) -> Tensor:
+    if x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(weight.dtype), weight)
-    return F.linear(x.to(weight.dtype), weight)
+            return F.linear(x, weight)
+    return F.linear(x, weight)
 
 
 class FlowGate(nn.Module):
@@ -84,8 +86,9 @@ class FlowGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
         """Fusion weights of each position."""
-        learning = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
-        logits = GateLogits.apply(x, self.weight) if learning else _logits(x, self.weight)
+        weight = self.weight
+        learning = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+        logits = GateLogits.apply(x, weight) if learning else _logits(x, weight)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return torch.softmax(logits, dim=-1) + self.bias

@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 help:  ## This list.
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
-demo: venv  ## Build the small world and compare the methods on it.
+demo: venv  ## Fit LoRA-Flow on the small world and compare.
 	$(BIN)/loraflow demo
 
 # Two workers of one thread each: torch would otherwise start as many threads as there are cores in both.

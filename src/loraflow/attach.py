@@ -64,6 +64,7 @@ class LayerFusion(nn.Module):
     gates: nn.ModuleDict
     place: Place
     gate: nn.Module | None
+    now: LayerForward
     recorded: dict[str, Tensor] | None
 
     def __init__(self, index: int, stream: Stream) -> None:

@@ -186,17 +186,20 @@ class LayerForward:
 
     __slots__ = ("group", "member_weights", "products", "seen", "shape", "weights")
 
+    shape: Sequence[int]
+    weights: Tensor | None
+    group: SharedInput | None
+    seen: Tensor | None
+    products: Sequence[Tensor]
+    member_weights: Sequence[Tensor]
+
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Drop everything, so that no activation outlives its layer."""
-        self.shape: Sequence[int] = ()
-        self.weights: Tensor | None = None
-        self.group: SharedInput | None = None
-        self.seen: Tensor | None = None
-        self.products: Sequence[Tensor] = ()
-        self.member_weights: Sequence[Tensor] = ()
+        self.shape, self.products, self.member_weights = (), (), ()
+        self.weights = self.group = self.seen = None
 
 
 class SharedInput(nn.Module):

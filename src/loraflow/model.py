@@ -355,7 +355,7 @@ class FusedModel(nn.Module):
             for fusion in fusions:
                 fusion.recorded = None
 
-    def _token_texts(self, ids: Sequence[int]) -> list[str]:
+    def _token_texts(self, ids: list[int]) -> list[str]:
         if self.tokenizer is None:
             return [str(token_id) for token_id in ids]
         return token_texts(self.tokenizer, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -29,8 +30,8 @@ def allow_packing(linears: Iterable[nn.Module]) -> None:
 
 
 def _unpack(linear: nn.Module) -> None:
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
+    weight: Any = linear.weight
+    state: Any = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

@@ -38,9 +38,16 @@ Gates = dict[str, nn.Module]
 """The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
 
 
+@dataclass
 class Stream:
-    """What the layers of one model share during a forward: the input of the first one."""
+    """What the layers of one model share during a forward.
 
+    Attributes:
+        layers: number of layers.
+        embeddings: the input of the first one, where a gate of the whole model reads it.
+    """
+
+    layers: int
     embeddings: Tensor | None = None
 
 
@@ -171,10 +178,13 @@ class FusedDecoderLayer(nn.Module):
             # Reentrant checkpointing gives no gradient to a segment none of whose inputs requires one.
             hidden_states = hidden_states.detach().requires_grad_()
         if fusion.place == "model" and fusion.gate is not None:
+            stream = fusion.stream
             if fusion.index == 0:
-                fusion.stream.embeddings = hidden_states.detach()
+                stream.embeddings = hidden_states.detach()
             # Handed over as an argument, so that a recomputation sees the embeddings of its own forward.
-            kwargs["fusion_embeddings"] = fusion.stream.embeddings
+            kwargs["fusion_embeddings"] = stream.embeddings
+            if fusion.index == stream.layers - 1:
+                stream.embeddings = None
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, *args, fusion_embeddings: Tensor | None = None, **kwargs):
@@ -290,7 +300,7 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     attachment._packing = keep_differentiable(model)
-    stream = Stream()
+    stream = Stream(len(layers.layers))
     for index, layer in enumerate(layers.layers):
         fusion = LayerFusion(index, stream)
         for names in group_by_input(_target_names(layer, layers, index, adapters)):

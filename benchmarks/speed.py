@@ -135,7 +135,13 @@ def build_contenders(base: LlamaForCausalLM, adapters: dict[str, str], args: arg
         f"PEFT, {len(paths)} summed": summed.eval(),
     }
     if not args.without_xlora:
-        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=args.hidden, xlora_depth=1, adapters=dict(adapters))
+        # X-LoRA finds its adapters again only under their indices.
+        config = XLoraConfig(
+            task_type="CAUSAL_LM",
+            hidden_size=args.hidden,
+            xlora_depth=1,
+            adapters={str(i): path for i, path in enumerate(paths)},
+        )
         xlora_base = copy.deepcopy(base)
         xlora_base.config.use_cache = False
         contenders["PEFT, X-LoRA"] = get_peft_model(xlora_base, config).to(args.device).eval()

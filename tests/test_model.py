@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria, TextStreamer, Trainer, TrainingArguments, pipeline
 
 import loraflow
-from loraflow import BaseOptions, FusedModel, LoraFlow, Static
+from loraflow import BaseOptions, FitConfig, FusedModel, LoraFlow, PromptFormat, Static
 from loraflow.errors import ArchitectureError, LoraflowError, MethodError
 from tests.tiny import (
     ALL_LLAMA,
@@ -306,3 +306,74 @@ def test_hidden_states_and_attentions_come_through(model):
         expected = tiny_model()(random_ids(), output_hidden_states=True)
         found = model(random_ids(), output_hidden_states=True)
     assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True))
+
+
+def test_taking_a_trace_changes_no_mode(tmp_path):
+    base = tiny_model("gpt2", resid_pdrop=0.5)
+    model = FusedModel.from_adapters(base, {"a": save_adapter(base, tmp_path / "a")}, "a")
+    assert not model.training
+    expected = model(random_ids()).logits
+    model.trace(random_ids())
+    assert torch.equal(model(random_ids()).logits, expected)
+
+
+def test_a_base_is_given_back_when_fusing_fails(adapters):
+    base = tiny_model()
+    with pytest.raises(LoraflowError, match=r"has no \{prompt\}"):
+        FusedModel.from_adapters(base, adapters, tokenizer=number_tokenizer(), prompt=PromptFormat(template="x"))
+    with pytest.raises(LoraflowError, match="unknown adapter 'x'"):
+        FusedModel.from_adapters(base, adapters, Static({"x": 1.0}))
+    model = FusedModel.from_adapters(base, adapters)
+    model.unload()
+    with pytest.raises(LoraflowError, match="were taken out"):
+        model.unload()
+    with pytest.raises(LoraflowError, match="were taken out"), model.using("average"):
+        pass
+    assert torch.equal(base(random_ids()).logits, tiny_model()(random_ids()).logits)
+
+
+@torch.no_grad()
+def test_gates_may_weigh_whole_rows(adapters):
+    class ByRow(torch.nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.register_buffer("weights", weights)
+
+        def forward(self, x):
+            return self.weights
+
+    model = FusedModel.from_adapters(tiny_model(), adapters, "average")
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.0, -1.0]])
+    model._attachment.install("layer", {f"layers.{i}": ByRow(rows) for i in range(3)})
+    found = model(random_ids()).logits
+    for row, weights in enumerate(rows.tolist()):
+        with model.using(Static(dict(zip(adapters, weights, strict=True)))):
+            torch.testing.assert_close(found[row], model(random_ids()).logits[row], rtol=1e-4, atol=1e-5)
+        model._attachment.install("layer", {f"layers.{i}": ByRow(rows) for i in range(3)})
+    model._attachment.install("layer", {"layers.0": ByRow(torch.zeros(5, 3))})
+    with pytest.raises(MethodError, match=r"weights of shape \(5, 3\) for inputs of \(2, 9\)"):
+        model(random_ids())
+
+
+def test_state_dict_nests(model):
+    parent = torch.nn.ModuleDict({"fused": model})
+    assert parent.state_dict().keys() == {f"fused.{name}" for name in model.state_dict()}
+
+
+def test_saving_removes_nobody_elses_files(model, tmp_path):
+    mine = tmp_path / "fusion" / "adapters" / "mine" / "precious.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep")
+    for copy_adapters in (True, False):
+        model.save_pretrained(tmp_path / "fusion", copy_adapters=copy_adapters)
+        assert mine.read_text() == "keep"
+    assert [path.name for path in mine.parent.parent.iterdir()] == ["mine"]
+
+
+def test_fitting_leaves_the_base_as_it_was(model):
+    model.fit([{"prompt": "5 6", "completion": "6 5"}] * 4, config=FitConfig(epochs=1, gradient_checkpointing=True))
+    assert model.config.use_cache
+    assert not model.is_gradient_checkpointing
+    assert model.training_record["examples"] == 4
+    model.set_method("average")
+    assert model.training_record is None

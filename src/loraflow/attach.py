@@ -9,6 +9,8 @@ transformers.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 
 from loraflow.adapters import Adapter, match_adapter
 from loraflow.architecture import DecoderLayers, check_inside_layers, group_by_input
-from loraflow.errors import ArchitectureError, LoraflowError
+from loraflow.errors import ArchitectureError, LoraflowError, MethodError
 from loraflow.linear import (
     FusedLinear,
     FusedState,
@@ -110,8 +112,12 @@ class LayerFusion(nn.Module):
         self.now.shape = hidden_states.shape[:-1]
         if self.gate is None:
             return
-        # Layers may live on other devices than the one gate of a whole model.
-        weights = self.gate(hidden_states) if embeddings is None else self.gate(embeddings).to(hidden_states.device)
+        if embeddings is None:
+            weights = self.gate(hidden_states)
+        else:
+            # The one gate of a whole model may live on another device than this layer.
+            device = next(itertools.chain(self.gate.parameters(), self.gate.buffers())).device
+            weights = self.gate(embeddings.to(device)).to(hidden_states.device)
         if self.recorded is not None:
             self._record("", weights)
         self.now.weights = self._by_token(weights)
@@ -144,17 +150,30 @@ class LayerFusion(nn.Module):
         return self._by_token(torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0])
 
     def _by_token(self, weights: Float[Tensor, "*weights gates"]) -> Float[Tensor, "*tokens gates"]:
-        """Weights of rows and positions in one axis of tokens, as some models (OPT) hand them to their linears."""
-        if weights.dim() <= 2:
+        """Weights of rows and positions in one axis of tokens, as some models (OPT) hand them to their linears.
+
+        Raises:
+            MethodError: if a gate gave weights of another shape.
+        """
+        if weights.dim() == 1:
             return weights
-        shape = self.now.shape
-        if weights.shape[:-1] != shape:
-            weights = weights.expand(*shape, -1)
+        shape, given = self.now.shape, weights.shape[:-1]
+        if given != shape:
+            # A model that flattened its tokens hands them to a linear's gate so; other weights are for whole rows.
+            if given == (math.prod(shape),):
+                return weights
+            if given not in ((shape[0],), (shape[0], 1)):
+                raise MethodError(
+                    f"A gate of decoder layer {self.index} gave weights of shape {tuple(weights.shape)} for inputs of "
+                    f"{tuple(shape)} (batch, seq). Give (adapters), (batch, adapters) or (batch, seq, adapters)."
+                )
+            weights = weights.reshape(shape[0], 1, -1).expand(*shape, -1)
         return weights.reshape(-1, weights.shape[-1])
 
     def _record(self, name: str, weights: Tensor) -> None:
         assert self.recorded is not None
-        noted, shape = weights.detach().float(), self.now.shape
+        noted = self._by_token(weights.detach().float())
+        shape = self.now.shape
         self.recorded[name] = noted.reshape(*shape, -1) if noted.dim() > 1 else noted.expand(*shape, -1)
 
 
@@ -228,6 +247,7 @@ class Attachment:
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
+    _detached: bool = False
 
     @property
     def fusions(self) -> list[LayerFusion]:
@@ -253,13 +273,25 @@ class Attachment:
             mine = {name.removeprefix(prefix).lstrip("."): gate for name, gate in gates.items() if _owns(prefix, name)}
             fusion.install(place, mine)
 
+    def check_attached(self) -> None:
+        """Check that the adapters have not been taken out.
+
+        Raises:
+            LoraflowError: if they have.
+        """
+        if self._detached:
+            raise LoraflowError("The adapters were taken out of this model with `unload()`. Fuse them again.")
+
     def detach(self) -> None:
-        """Give the base model back as it was before, bit for bit."""
+        """Give the base model back as it was before, bit for bit; also one that was attached to only in part."""
+        self.check_attached()
+        self._detached = True
         for layer in self.layers.layers:
             for linear in fused_linears(layer):
                 unfuse_linear(linear)
-            restore_class(layer)
-            del layer.fusion
+            if isinstance(layer, FusedDecoderLayer):
+                restore_class(layer)
+                del layer.fusion
         allow_packing(self._packing)
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -300,6 +332,16 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     attachment._packing = keep_differentiable(model)
+    try:
+        _fuse_layers(model, layers, adapters)
+    except BaseException:
+        attachment.detach()
+        raise
+    attachment.sites = _sites(attachment)
+    return attachment
+
+
+def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> None:
     stream = Stream(len(layers.layers))
     for index, layer in enumerate(layers.layers):
         fusion = LayerFusion(index, stream)
@@ -307,8 +349,6 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
             _fuse_group(model, layers, index, fusion, names, adapters)
         layer.fusion = fusion.train(layer.training)
         swap_class(layer, FusedDecoderLayer)
-    attachment.sites = _sites(attachment)
-    return attachment
 
 
 def _target_names(layer: nn.Module, layers: DecoderLayers, index: int, adapters: Sequence[Adapter]) -> list[str]:

@@ -311,6 +311,10 @@ class FusedLinear(nn.Module):
             base_output = base_output.contiguous()
         shape = base_output.shape
         flat = base_output.view(-1, shape[-1])
+        if not fused.uses_dora and not torch.is_grad_enabled():
+            # The base's output is nobody else's yet: adding in place saves a tensor and, at one token, time.
+            flat.addmm_(product, lora_B)
+            return base_output
         result = torch.addmm(flat, product, lora_B)
         if fused.uses_dora:
             dense = flat if self.bias is None else flat - self.bias

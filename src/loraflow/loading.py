@@ -19,7 +19,7 @@ from transformers import (
 
 from loraflow.errors import ArchitectureError, LoraflowError, did_you_mean
 
-QUANTIZATIONS = ("bnb-4bit", "bnb-8bit")
+QUANTIZATIONS = ("none", "bnb-4bit", "bnb-8bit")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class BaseOptions:
         revision: branch, tag or commit on the Hub.
         dtype: precision of its weights; "auto" is that of its files.
         device_map: as transformers takes it: None (the CPU), "auto", a device, or a map of modules.
-        quantization: "bnb-4bit" (NF4, double quantisation) or "bnb-8bit", by bitsandbytes.
+        quantization: "bnb-4bit" (NF4, double quantisation) or "bnb-8bit", by bitsandbytes; "none" says that a fusion's
+            base is not to be quantised, whatever it was when the fusion was made.
+        trust_remote_code: whether code that comes with the base may run.
         model_kwargs: anything else for `AutoModelForCausalLM.from_pretrained`.
     """
 
@@ -38,6 +40,7 @@ class BaseOptions:
     dtype: str | torch.dtype = "auto"
     device_map: str | Mapping[str, Any] | None = None
     quantization: str | None = None
+    trust_remote_code: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,39 +58,48 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
         LoraflowError: if it cannot be found or read.
     """
     kwargs = dict(options.model_kwargs)
-    if options.quantization is not None:
+    if options.quantization not in (None, "none"):
         kwargs["quantization_config"] = _bitsandbytes_config(options)
-    _base_config(base, options.revision)
+    config = _base_config(base, options)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base, revision=options.revision, dtype=options.dtype, device_map=options.device_map, **kwargs
+            base,
+            config=config,
+            revision=options.revision,
+            dtype=options.dtype,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+            **kwargs,
         ).eval()
     except OSError as error:
         raise LoraflowError(f"The base model {str(base)!r} cannot be loaded: {error}") from error
 
 
-def load_empty_base(base: str | Path, revision: str | None = None) -> PreTrainedModel:
+def load_empty_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     """The base model without its weights (on the meta device): its modules and shapes, in no memory.
 
     Raises:
         ArchitectureError: if transformers has no causal language model of its kind.
         LoraflowError: if it cannot be found or read.
     """
-    config = _base_config(base, revision)
+    config = _base_config(base, options)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
 
 
-def _base_config(base: str | Path, revision: str | None) -> PreTrainedConfig:
+def _base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision)
+        config = AutoConfig.from_pretrained(
+            base, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         # The first lines of transformers' messages name the cause; the rest is general advice.
         reason = str(error).strip().partition("\n")[0]
         raise LoraflowError(
             f"The base model {str(base)!r} cannot be read: {reason} Give a Hub id, or a directory with a config.json."
         ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
         raise ArchitectureError(
             f"{str(base)!r} is a {config.model_type!r} model, for which transformers has no causal language model. "
             "Only decoder-only models can be fused."
@@ -95,9 +107,9 @@ def _base_config(base: str | Path, revision: str | None) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(base: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase:
     """Load a base model's tokenizer."""
-    return AutoTokenizer.from_pretrained(base, revision=revision)
+    return AutoTokenizer.from_pretrained(base, revision=options.revision, trust_remote_code=options.trust_remote_code)
 
 
 def _bitsandbytes_config(options: BaseOptions) -> Any:

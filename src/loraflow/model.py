@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,9 +34,9 @@ from loraflow.storage import (
     base_record,
     check_base,
     copy_adapter,
-    drop_unused_copies,
     fetch_fusion,
     read_fusion,
+    recorded_copies,
     relative_source,
     resolve_source,
     tensors_digest,
@@ -85,7 +86,7 @@ class FusedModel(nn.Module):
         super().__init__()
         self.base_model = attachment.model
         self.tokenizer = tokenizer
-        self.prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
+        self.prompt = prompt
         self.training_record = None
         self._attachment = attachment
         self._base = base
@@ -93,6 +94,7 @@ class FusedModel(nn.Module):
         # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
         self._gates: Gates = {}
         self.set_method(method)
+        self.train(self.base_model.training)
         self.__class__ = _class_for(type(self), type(self.base_model))
         _announce_to_pipelines()
 
@@ -119,7 +121,7 @@ class FusedModel(nn.Module):
             options: precision, placement and quantisation of a base given by id or path.
 
         Returns:
-            The fused model, in evaluation mode.
+            The fused model; in evaluation mode, unless a loaded base is not.
 
         Raises:
             AdapterError: if an adapter cannot be read, or does not fit the base.
@@ -129,11 +131,9 @@ class FusedModel(nn.Module):
         """
         _check_names(list(adapters))
         resolved = get_method(method, list(adapters))
-        loaded = [a if isinstance(a, Adapter) else load_adapter(name, a) for name, a in adapters.items()]
+        loaded = [_load(name, source) for name, source in adapters.items()]
         model, record, tokenizer = _open_base(base, tokenizer, options)
-        return cls(
-            attach(model, find_decoder_layers(model), loaded), resolved, tokenizer, prompt or PromptFormat(), record
-        )
+        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), record)
 
     @classmethod
     def from_pretrained(
@@ -180,7 +180,8 @@ class FusedModel(nn.Module):
                 f"The fusion {path} uses the method {config.method.name!r}, which this loraflow {__version__} does not "
                 f"know (it was saved by {config.loraflow_version}). Update loraflow, or install the method's package."
             )
-        method = get_method(config.method.name, list(sources), config.method.parameters)
+        method = METHODS[config.method.name](**config.method.parameters)
+        method.check(list(sources))
         loaded = _load_recorded(sources, config)
         if base is None:
             base = resolve_source(config.base.path, directory)
@@ -190,8 +191,7 @@ class FusedModel(nn.Module):
             options = _recorded_options(config.base, options, same_place=str(base) == config.base.path)
         loaded_base, record, tokenizer = _open_base(base, tokenizer, options)
         check_base(config.base, record)
-        attachment = attach(loaded_base, find_decoder_layers(loaded_base), list(loaded.values()))
-        model = cls(attachment, method, tokenizer, config.prompt, record)
+        model = cls._attached(loaded_base, list(loaded.values()), method, tokenizer, config.prompt, record)
         try:
             model.load_state_dict(tensors)
         except FusionError:
@@ -199,6 +199,25 @@ class FusedModel(nn.Module):
             raise
         model.training_record = config.training
         return model
+
+    @classmethod
+    def _attached(
+        cls,
+        model: PreTrainedModel,
+        adapters: Sequence[Adapter],
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt: PromptFormat,
+        record: BaseRecord,
+    ) -> FusedModel:
+        """Attach to a base; one that fails half-way is given back as it was."""
+        prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
+        attachment = attach(model, find_decoder_layers(model), adapters)
+        try:
+            return cls(attachment, method, tokenizer, prompt, record)
+        except BaseException:
+            attachment.detach()
+            raise
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -248,7 +267,9 @@ class FusedModel(nn.Module):
         Args:
             method: a method's name, an adapter's name (that one alone), or a method object.
         """
+        self._attachment.check_attached()
         self.method = get_method(method, self.adapter_names)
+        self.training_record = None
         self._gates = self._attachment.make_gates(self.method)
         self._attachment.install(self.method.place, self._gates)
         self.requires_grad_(False)
@@ -258,9 +279,9 @@ class FusedModel(nn.Module):
     @contextlib.contextmanager
     def using(self, method: str | Method) -> Iterator[FusedModel]:
         """Use another method, one adapter, or the base ("base") inside a `with` block; learned gates are kept."""
+        self._attachment.check_attached()
         mine = (self.method, self._gates, self.training_record)
         try:
-            self.training_record = None
             self.set_method(method)
             yield self
         finally:
@@ -322,7 +343,8 @@ class FusedModel(nn.Module):
         self.eval()
         try:
             with self._recording() as recorded:
-                self.base_model(input_ids=input_ids, attention_mask=mask, **_positions(self.base_model, mask), **kwargs)
+                positions = _positions(self.base_model, mask)
+                self.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions, **kwargs)
         finally:
             self.train(was_training)
         none = torch.zeros(*input_ids.shape, len(self.adapters))
@@ -360,14 +382,16 @@ class FusedModel(nn.Module):
             return [str(token_id) for token_id in ids]
         return token_texts(self.tokenizer, ids)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What the method has learned: `site.parameter` to tensor, without base and adapters."""
-        return {
-            f"{site}.{name}": value for site, gate in self._gates.items() for name, value in gate.state_dict().items()
-        }
+        destination = kwargs.pop("destination", None)
+        learned: dict[str, Tensor] = {} if destination is None else destination
+        for site, gate in self._gates.items():
+            gate.state_dict(*args, destination=learned, prefix=f"{prefix}{site}.", **kwargs)
+        return learned
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` gave.
+        """Load what `state_dict` gave; all of it, whatever `strict` says, for a gate left out would change the model.
 
         Raises:
             FusionError: if keys are missing, unknown, or of another shape.
@@ -381,13 +405,8 @@ class FusedModel(nn.Module):
                 f"or of another shape ({len(wrong)} such). Use the fusion's own method and adapters."
             )
         for site, gate in self._gates.items():
-            prefix = f"{site}."
-            part = {
-                k[len(prefix) :]: v
-                for k, v in state_dict.items()
-                if k.startswith(prefix) and k[len(prefix) :] in gate.state_dict()
-            }
-            gate.load_state_dict(part)
+            mine_of_gate = {name: state_dict[f"{site}.{name}"] for name in gate.state_dict()}
+            gate.load_state_dict(mine_of_gate, strict=True, assign=assign)
         return nn.modules.module._IncompatibleKeys([], [])
 
     def num_learned_parameters(self) -> int:
@@ -409,27 +428,35 @@ class FusedModel(nn.Module):
         Raises:
             FusionError: if the directory is a file.
         """
-        directory = Path(directory).expanduser()
-        if directory.is_file():
-            raise FusionError(f"{directory} is a file. Give a directory.")
-        directory.mkdir(parents=True, exist_ok=True)
-        config = self._config(directory, copy_adapters)
-        write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
-        drop_unused_copies(directory, config)
+        self._save(Path(directory).expanduser(), copy_adapters=copy_adapters, publish=False)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save to a Hub repository, local adapters included, and return its address."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, copy_adapters=True)
+            self._save(Path(directory), copy_adapters=True, publish=True)
             return str(
                 api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion")
             )
 
+    def _save(self, directory: Path, *, copy_adapters: bool, publish: bool) -> None:
+        if directory.is_file():
+            raise FusionError(f"{directory} is a file. Give a directory.")
+        directory.mkdir(parents=True, exist_ok=True)
+        old_copies = recorded_copies(directory)
+        config = self._config(directory, copy_adapters)
+        if publish and config.base.path.startswith("."):
+            # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
+            config.base.path = ""
+        write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
+        for copy in old_copies - recorded_copies(directory):
+            shutil.rmtree(copy, ignore_errors=True)
+
     def unload(self) -> PreTrainedModel:
         """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""
         self._attachment.detach()
+        self._gates = {}
         return self.base_model
 
     def _config(self, directory: Path, copy_adapters: bool) -> FusionConfig:
@@ -485,11 +512,15 @@ def _check_names(names: Sequence[str]) -> None:
             )
 
 
+def _load(name: str, source: str | Path | AdapterSource | Adapter) -> Adapter:
+    return dataclasses.replace(source, name=name) if isinstance(source, Adapter) else load_adapter(name, source)
+
+
 def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str, Adapter]:
     loaded = {}
     for record in config.adapters:
         source = sources[record.name]
-        adapter = source if isinstance(source, Adapter) else load_adapter(record.name, source)
+        adapter = _load(record.name, source)
         if adapter.digest != record.digest:
             raise FusionError(
                 f"Adapter {record.name!r} ({adapter.source.path}) is not the one that the fusion was made with: its "
@@ -513,9 +544,7 @@ def _open_base(
     options = options or BaseOptions()
     model = load_base(base, options)
     find_decoder_layers(model)
-    local = Path(base).expanduser()
-    where = {"path": str(local.resolve()) if local.exists() else str(base), "quantization": options.quantization}
-    return model, base_record(model).model_copy(update=where), tokenizer or _tokenizer_if_any(base, options.revision)
+    return model, base_record(model), tokenizer or _tokenizer_if_any(base, options)
 
 
 def _recorded_options(record: BaseRecord, options: BaseOptions | None, *, same_place: bool) -> BaseOptions:
@@ -525,14 +554,14 @@ def _recorded_options(record: BaseRecord, options: BaseOptions | None, *, same_p
         options,
         revision=options.revision or (record.revision if same_place else None),
         dtype=record.dtype if options.dtype == "auto" else options.dtype,
-        quantization=options.quantization or record.quantization,
+        quantization=record.quantization if options.quantization is None else options.quantization,
     )
 
 
-def _tokenizer_if_any(base: str | Path, revision: str | None) -> PreTrainedTokenizerBase | None:
+def _tokenizer_if_any(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase | None:
     # A base without tokenizer files is whole for callers that bring token ids; text needs `tokenizer=`, and says so.
     try:
-        return load_tokenizer(base, revision)
+        return load_tokenizer(base, options)
     except (OSError, ValueError):
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,31 @@ def base_record(model: PreTrainedModel) -> BaseRecord:
     """Describe a base model, before anything is attached to it, so that another one is recognised later."""
     config = model.config.get_text_config(decoder=True)
     return BaseRecord(
-        path=str(getattr(model.config, "_name_or_path", "") or ""),
+        path=_absolute(str(getattr(model.config, "_name_or_path", "") or "")),
         revision=getattr(model.config, "_commit_hash", None),
         model_type=model.config.model_type,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         dtype=str(model.dtype).removeprefix("torch."),
+        quantization=_quantization(model),
         digest=_base_digest(model),
     )
+
+
+def _absolute(path: str) -> str:
+    # A later change of the working directory must not change what a path means; Hub ids stay as they are.
+    local = Path(path).expanduser()
+    return str(local.resolve()) if path and local.is_dir() else path
+
+
+def _quantization(model: PreTrainedModel) -> str | None:
+    """How bitsandbytes quantised the model as it was loaded; models of other quantisers carry that in their files."""
+    config = getattr(model.config, "quantization_config", None)
+    for flag, name in (("load_in_4bit", "bnb-4bit"), ("load_in_8bit", "bnb-8bit")):
+        if config is not None and (config.get(flag) if isinstance(config, dict) else getattr(config, flag, False)):
+            return name
+    return None
 
 
 def _base_digest(model: nn.Module) -> str | None:
@@ -271,9 +287,12 @@ def copy_adapter(adapter: Adapter, directory: Path) -> Path:
     return target.resolve()
 
 
-def drop_unused_copies(directory: Path, config: FusionConfig) -> None:
-    """Remove copied adapters that the fusion in a directory no longer uses."""
-    used = {resolve_source(record.path, directory) for record in config.adapters}
-    for copy in directory.glob(f"{ADAPTERS_FOLDER}/*"):
-        if str(copy.resolve()) not in used:
-            shutil.rmtree(copy)
+def recorded_copies(directory: Path) -> set[Path]:
+    """The copies of adapters that a fusion in a directory made there itself; nothing else there is its own."""
+    try:
+        config, _ = read_fusion(directory)
+    except FusionError:
+        return set()
+    folder = (directory / ADAPTERS_FOLDER).resolve()
+    paths = {Path(resolve_source(record.path, directory)) for record in config.adapters}
+    return {path for path in paths if path.parent == folder and re.search(r"-[0-9a-f]{8}$", path.name)}

@@ -99,13 +99,14 @@ def test_chooses_by_a_score(make_model, console):
 
     def score(answer, record):
         calls.append((answer, record["prompt"]))
-        # Only the first epoch's answers are any good.
-        return float(len(calls) <= 3)
+        # Three calls check the records before anything is fitted; then only the first epoch's answers are any good.
+        return float(len(calls) <= 6)
 
     config = FitConfig(epochs=3, learning_rate=1e-2, score_max_new_tokens=4)
     result = fit(make_model(), reversals(8), dev=reversals(3, seed=1), config=config, score=score, console=console)
     assert (result.kept_step, result.dev_score) == (2, 1.0)
-    assert len(calls) == 9
+    assert [answer for answer, _ in calls[:3]] == [""] * 3
+    assert len(calls) == 12
     with pytest.raises(LoraflowError, match="needs dev examples"):
         fit(make_model(), reversals(8), score=score, console=console)
 

@@ -137,6 +137,7 @@ def fit(
     """  # noqa: DOC501 (it is the --help text)
     from rich.console import Console
 
+    from loraflow.evaluation.sandbox import check_available
     from loraflow.evaluation.scoring import get_scorer
     from loraflow.examples import read_examples
 
@@ -150,6 +151,8 @@ def fit(
             f"`{'--search' if search else '--dev-metric'}` needs dev examples to decide on. Give --dev."
         )
     score = get_scorer(dev_metric, allow_code=allow_code) if dev_metric != "loss" else None
+    if dev_metric == "code-tests":
+        check_available()
     prompt = o.prompt_format(system_prompt, prompt_template, chat_template)
     o.parse_adapters(lora_modules)
 
@@ -190,7 +193,7 @@ def fit(
         result = training.fit(model, examples, dev=dev_examples, **common)
     model.save_pretrained(output, copy_adapters=copy_adapters)
     if not keep_checkpoints:
-        _remove(checkpoints)
+        training.remove_checkpoints(checkpoints)
     _report(console, result, output, examples)
 
 
@@ -200,12 +203,6 @@ def _fields(prompt: str | None, completion: str | None) -> Fields | None:
     if (prompt is None) != (completion is None):
         raise LoraflowError("`--prompt-field` and `--completion-field` go together. Give both, or neither.")
     return None if prompt is None or completion is None else Fields(prompt, completion)
-
-
-def _remove(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _report(console: Console, result: FitResult, output: Path, examples: list[Example]) -> None:

@@ -44,9 +44,9 @@ def info(
 
     from loraflow.adapters import match_adapter
     from loraflow.architecture import check_inside_layers, find_decoder_layers
-    from loraflow.loading import load_empty_base
+    from loraflow.loading import BaseOptions, load_empty_base
 
-    model = load_empty_base(base, revision)
+    model = load_empty_base(base, BaseOptions(revision=revision))
     layers = find_decoder_layers(model)
     fitting: list[Adapter] = []
     refused: list[str] = []

@@ -6,7 +6,8 @@ A *gate* is a module that reads an input `x` and gives the fusion weights, one f
 gate(x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch seq adapters"]
 ```
 
-Weights that do not depend on the input may be given as `[adapters]`; they are broadcast. A method says where its gates
+Weights that do not depend on the input may be given as `[adapters]`, those of whole rows as `[batch, adapters]`; they
+are broadcast. A method says where its gates
 stand (`place`), whether they are learned (`learns`), and makes one for each site.
 """
 
@@ -63,6 +64,18 @@ class Method(ABC):
     def gate(self, site: Site) -> nn.Module | None:
         """Make the gate of one site, or None for the base model alone."""
 
+    @property
+    def starts_at_best(self) -> bool:
+        """Whether training starts at the adapter that alone has the lowest loss on the examples."""
+        return False
+
+    def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float] | None:
+        """The fusion weights at which training starts, given the best adapter; None where gates start as made.
+
+        A method that gives some has gates with `start_at(weights)`.
+        """
+        return None
+
     def check(self, adapters: Sequence[str]) -> None:  # noqa: B027
         """Check the parameters against the adapters that are to be fused.
 
@@ -75,14 +88,16 @@ class Method(ABC):
         return asdict(self)
 
 
-def check_weights(weights: Mapping[str, float], adapters: Sequence[str], parameter: str) -> None:
+def check_weights(weights: Any, adapters: Sequence[str], parameter: str) -> None:
     """Check that weights by adapter name are for these adapters and finite.
 
     Raises:
-        MethodError: if a name is unknown or a weight is not a finite number.
+        MethodError: if they are no mapping, a name is unknown, or a weight is not a finite number.
     """
+    if not isinstance(weights, Mapping):
+        raise MethodError(f'`{parameter}` (={weights!r}) must give weights by adapter name, such as {{"zh": 0.5}}.')
     for name, weight in weights.items():
         if name not in adapters:
             raise MethodError(f"`{parameter}` names the unknown adapter {name!r}. {did_you_mean(name, adapters)}")
-        if not abs(weight) < float("inf"):
+        if not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise MethodError(f"`{parameter}` gives adapter {name!r} the weight {weight}; it must be a finite number.")

@@ -119,8 +119,8 @@ class LoraFlow(Method):
             raise MethodError(
                 f"`granularity` is unknown: {self.granularity!r}. {did_you_mean(self.granularity, _PLACES)}"
             )
-        if not 0 < self.temperature < float("inf"):
-            raise MethodError(f"`temperature` (={self.temperature}) must be a positive number.")
+        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < float("inf"):
+            raise MethodError(f"`temperature` (={self.temperature!r}) must be a positive number.")
 
     @property
     def place(self) -> Place:  # noqa: D102
@@ -131,6 +131,10 @@ class LoraFlow(Method):
         # "best" is known only once there are examples; until then the average is the neutral choice.
         gate.start_at(self.start_weights(site.adapters, best=None))
         return gate
+
+    @property
+    def starts_at_best(self) -> bool:  # noqa: D102
+        return self.start == "best"
 
     def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float]:
         """The fusion weights at which training starts.

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraflow.errors import MethodError
 from loraflow.methods.base import Method, Place, Site, check_weights
 
 
@@ -81,4 +82,6 @@ class Static(Method):
         return ConstantGate([float(self.weights.get(name, 0.0)) for name in site.adapters])
 
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
+        if not self.weights:
+            raise MethodError("`static` needs `weights`, by adapter name. Give them, or take 'base' or 'average'.")
         check_weights(self.weights, adapters, "weights")

@@ -1,6 +1,6 @@
 """Fitting what a method learns."""
 
 from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
-from loraflow.training.fit import fit, search
+from loraflow.training.fit import fit, remove_checkpoints, search
 
-__all__ = ["SEARCH_GRID", "FitConfig", "FitResult", "fit", "search"]
+__all__ = ["SEARCH_GRID", "FitConfig", "FitResult", "fit", "remove_checkpoints", "search"]

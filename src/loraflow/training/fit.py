@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -21,8 +21,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from loraflow.answers import generate_answers, padding_id, require_tokenizer
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
-from loraflow.methods import LoraFlow
-from loraflow.methods.lora_flow import FlowGate
 from loraflow.storage import write_atomically
 from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
 from loraflow.training.data import Collator, TokenExamples, tokenize
@@ -130,11 +128,12 @@ def search(
             cell = dataclasses.replace(config, **setting)
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
             data = _prepare(model, examples, dev, cell)
-            label = f"search {number}/{len(grid)}, " + ", ".join(f"{key} {value:g}" for key, value in setting.items())
-            result = _finished(model, data, cell, directory) if resume else None
+            label = f"search {number}/{len(grid)}, " + ", ".join(f"{key} {value}" for key, value in setting.items())
+            identity = _identity(model, data, cell, score)
+            result = _finished(model, identity, directory) if resume else None
             if result is None:
                 result = _run(model, data, cell, score, directory, resume, console, label)
-                _finish(model, data, cell, result, directory)
+                _finish(model, identity, result, directory)
             merit = result.dev_score if score is not None else -_known(result.dev_loss)
             console.print(
                 f"{label}: dev loss {_known(result.dev_loss):.4f}" + (f", score {merit:.4f}" if score else "")
@@ -162,7 +161,7 @@ def _prepare(model: FusedModel, examples: Any, dev: Any, config: FitConfig) -> _
     train = tokenize(parse_examples(examples), tokenizer, model.prompt, max_length)
     dev_examples = parse_examples(dev) if dev is not None else []
     dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length) if dev_examples else None
-    rows = [dataclasses.astuple(row) for row in (*train.rows, *(dev_rows.rows if dev_rows else []))]
+    rows = [[dataclasses.astuple(row) for row in split.rows] for split in (train, dev_rows) if split is not None]
     return _Data(train, dev_rows, dev_examples, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 
 
@@ -177,19 +176,18 @@ def _run(
     label: str,
 ) -> FitResult:
     started = time.perf_counter()
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = _checkpoint(model, data, config, directory) if resume else None
+    identity = _identity(model, data, config, score)
+    checkpoint = _checkpoint(identity, directory) if resume else None
+    model.training_record = None
     if checkpoint is None:
-        _clear(directory)
+        remove_checkpoints(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         start_losses = _set_start(model, data.train, config)
-        write_atomically(
-            directory / _RUN_FILE, json.dumps({**_identity(model, data, config), "start_losses": start_losses}).encode()
-        )
+        write_atomically(directory / _RUN_FILE, json.dumps({**identity, "start_losses": start_losses}).encode())
     run = json.loads((directory / _RUN_FILE).read_text())
-    trainer = _trainer(model, data, config, score, directory, console, label)
-    with _adapter_dropout(model, config.adapter_dropout):
+    with _training_state(model, config):
+        trainer = _trainer(model, data, config, score, directory, console, label)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.eval()
     history = trainer.state.log_history
     losses = logged(history, "loss")
     last_epoch = losses[-max(1, len(losses) // config.epochs) :]
@@ -226,7 +224,7 @@ def _trainer(
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size // config.gradient_accumulation,
         gradient_accumulation_steps=config.gradient_accumulation,
-        per_device_eval_batch_size=max(config.batch_size, 8),
+        per_device_eval_batch_size=config.batch_size // config.gradient_accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         # Below 1 this is a share of all steps.
@@ -278,30 +276,35 @@ def _scorer(model: FusedModel, examples: Sequence[Example], config: FitConfig, s
             prompt=model.prompt,
             max_new_tokens=config.score_max_new_tokens,
         )
-        scores = [score(answer, example.record) for answer, example in zip(answers, examples, strict=True)]
+        scores = [score(answer, record) for answer, record in zip(answers, records, strict=True)]
         return sum(scores) / len(scores)
 
+    # Wherever the completion came from, scorers find it under one name.
+    records = [{**example.record, "completion": example.completion} for example in examples]
+    for record in records:
+        # One that lacks what the scorer reads should say so now, not after the first epoch.
+        score("", record)
     return mean_score
 
 
 def _set_start(model: FusedModel, train: TokenExamples, config: FitConfig) -> dict[str, float]:
     """Bring the gates to where training starts; gives each adapter's loss where those decide."""
     losses: dict[str, float] = {}
-    if isinstance(model.method, LoraFlow) and model.method.start == "best":
+    if model.method.starts_at_best:
         for name in model.adapter_names:
             with model.using(name):
-                losses[name] = mean_loss(model, train, batch_size=max(config.batch_size, 8))
+                losses[name] = mean_loss(model, train, config.batch_size // config.gradient_accumulation)
     model.set_method(model.method)
-    for gate in model.gates.values():
-        assert isinstance(gate, FlowGate)
-        gate.start_at(list(_start_weights(model, losses).values()))
+    start = _start_weights(model, losses)
+    for gate in model.gates.values() if start else ():
+        cast(Any, gate).start_at(list(start.values()))
     return losses
 
 
 def _start_weights(model: FusedModel, losses: Mapping[str, float]) -> dict[str, float]:
-    assert isinstance(model.method, LoraFlow)
     best = min(losses, key=losses.__getitem__) if losses else None
-    return dict(zip(model.adapter_names, model.method.start_weights(model.adapter_names, best), strict=True))
+    weights = model.method.start_weights(model.adapter_names, best)
+    return {} if weights is None else dict(zip(model.adapter_names, weights, strict=True))
 
 
 @torch.no_grad()
@@ -324,29 +327,38 @@ def mean_loss(model: FusedModel, data: TokenExamples, batch_size: int) -> float:
 
 
 @contextlib.contextmanager
-def _adapter_dropout(model: FusedModel, probability: float) -> Iterator[None]:
-    fusions = model._attachment.fusions
+def _training_state(model: FusedModel, config: FitConfig) -> Iterator[None]:
+    """Adapter dropout inside the block, and afterwards what the Trainer changed of the base as it was before."""
+    fusions, use_cache = model._attachment.fusions, getattr(model.config, "use_cache", None)
+    checkpointing = model.is_gradient_checkpointing
     try:
         for fusion in fusions:
-            fusion.set_dropout(probability)
+            fusion.set_dropout(config.adapter_dropout)
         yield
     finally:
         for fusion in fusions:
             fusion.set_dropout(0.0)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        if config.gradient_checkpointing and not checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
 
 
-def _identity(model: FusedModel, data: _Data, config: FitConfig) -> dict[str, Any]:
+def _identity(model: FusedModel, data: _Data, config: FitConfig, score: Score | None) -> dict[str, Any]:
     """What makes two runs the same one, as JSON values."""
     identity = {
         "method": {"name": model.method.name, **model.method.parameters()},
+        "base": model._base.model_dump(exclude={"path", "revision"}),
         "adapters": {adapter.name: adapter.digest for adapter in model.adapters},
         "data": data.digest,
+        "dev metric": "loss" if score is None else getattr(score, "__name__", type(score).__name__),
         "config": dataclasses.asdict(config),
     }
     return json.loads(json.dumps(identity))
 
 
-def _checkpoint(model: FusedModel, data: _Data, config: FitConfig, directory: Path) -> Path | None:
+def _checkpoint(identity: Mapping[str, Any], directory: Path) -> Path | None:
     """The newest whole checkpoint of this very run; None where there is none yet.
 
     Raises:
@@ -356,7 +368,7 @@ def _checkpoint(model: FusedModel, data: _Data, config: FitConfig, directory: Pa
     if not found or not (directory / _RUN_FILE).is_file():
         return None
     recorded = json.loads((directory / _RUN_FILE).read_text())
-    for key, value in _identity(model, data, config).items():
+    for key, value in identity.items():
         if recorded.get(key) != value:
             raise LoraflowError(
                 f"Cannot resume from {found[-1]}: its run had another `{key}`. Give the same arguments and data as "
@@ -365,30 +377,42 @@ def _checkpoint(model: FusedModel, data: _Data, config: FitConfig, directory: Pa
     return found[-1]
 
 
-def _clear(directory: Path) -> None:
-    for old in directory.glob("checkpoint-*"):
-        shutil.rmtree(old)
-    for name in (_RUN_FILE, _RESULT_FILE, _GATES_FILE):
+def remove_checkpoints(directory: Path) -> None:
+    """Remove what a run left in its checkpoint directory, those of a search included, and nothing else.
+
+    Raises:
+        LoraflowError: if there are checkpoints that no run of this library made.
+    """
+    for cell in directory.glob(f"*/{_RUN_FILE}"):
+        remove_checkpoints(cell.parent)
+    checkpoints = list(directory.glob("checkpoint-*"))
+    if checkpoints and not (directory / _RUN_FILE).is_file():
+        raise LoraflowError(f"{checkpoints[0]} is no checkpoint of this library. Give another directory.")
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    for name in (_RESULT_FILE, _GATES_FILE, _RUN_FILE):
         (directory / name).unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
-def _finish(model: FusedModel, data: _Data, config: FitConfig, result: FitResult, directory: Path) -> None:
+def _finish(model: FusedModel, identity: Mapping[str, Any], result: FitResult, directory: Path) -> None:
     """Keep a finished setting of a search; its result is written last, and counts once it is there."""
     from safetensors.torch import save
 
     write_atomically(directory / _GATES_FILE, save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}))
-    text = json.dumps({"identity": _identity(model, data, config), "result": dataclasses.asdict(result)})
+    text = json.dumps({"identity": identity, "result": dataclasses.asdict(result)})
     write_atomically(directory / _RESULT_FILE, text.encode())
 
 
-def _finished(model: FusedModel, data: _Data, config: FitConfig, directory: Path) -> FitResult | None:
+def _finished(model: FusedModel, identity: Mapping[str, Any], directory: Path) -> FitResult | None:
     """A finished setting of this very search, its gates loaded; None where it is not finished."""
     from safetensors.torch import load
 
     if not (directory / _RESULT_FILE).is_file():
         return None
     saved = json.loads((directory / _RESULT_FILE).read_text())
-    if saved["identity"] != _identity(model, data, config):
+    if saved["identity"] != identity:
         return None
     model.load_state_dict(load((directory / _GATES_FILE).read_bytes()))
     return FitResult(**saved["result"])

@@ -9,7 +9,7 @@ import torch
 
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.adapters import load_adapter
-from loraflow.attach import FusedDecoderLayer
+from loraflow.layers import FusedDecoderLayer
 from loraflow.reference import merged_weight
 from tests.tiny import (
     ARCHITECTURES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.pytorch_utils import Conv1D
 
 from loraflow import FusedModel
+from loraflow.adapters import Adapter, AdapterSource, LoraModule
 from loraflow.linear import FusedLinear
-from loraflow.methods.lora_flow import FlowGate
-from loraflow.reference import reference_gate, reference_linear
+from loraflow.methods.flow_gates import FlowGate
+from loraflow.reference import merged_weight, reference_gate, reference_linear
 
 VOCAB = 64
 ALL_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -124,6 +126,80 @@ def save_adapter(
     return str(directory)
 
 
+def random_adapter(
+    base: PreTrainedModel,
+    name: str,
+    targets: Sequence[str] | None = None,
+    r: int = 4,
+    kind: str = "plain",
+    seed: int = 1,
+    layers: Sequence[int] | None = None,
+) -> Adapter:
+    """An adapter in memory, "plain", "dora", "lora_bias" or "rslora", with random weights; in all layers or some."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    modules = {}
+    for module_name, linear in base.named_modules():
+        layer = re.search(r"\.(\d+)\.", module_name)
+        wanted = targets or ARCHITECTURES[base.config.model_type][1]
+        if layer is None or not any(module_name.endswith(f".{target}") for target in wanted):
+            continue
+        if layers is not None and int(layer[1]) not in layers:
+            continue
+        weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+        out_features, in_features = weight.shape
+        modules[module_name] = LoraModule(
+            lora_A=random(r, in_features) / in_features**0.5,
+            lora_B=random(out_features, r) / r**0.5,
+            scaling=2 / r**0.5 if kind == "rslora" else 2 / r,
+            bias=random(out_features) if kind == "lora_bias" else None,
+            magnitude=weight.float().norm(dim=1) * (1 + 0.2 * random(out_features)) if kind == "dora" else None,
+        )
+    config = LoraConfig(r=r, target_modules=list(modules))
+    return Adapter(name, AdapterSource(name), config, modules, f"digest of {name}")
+
+
+def merged_model(
+    base: PreTrainedModel, adapters: Sequence[Adapter], weights: Sequence[Sequence[float]] | Sequence[float]
+) -> PreTrainedModel:
+    """A copy of a base with adapters merged into it by constant weights, for all layers or a row for each."""
+    merged = copy.deepcopy(base)
+    with torch.no_grad():
+        for name in {module for adapter in adapters for module in adapter.modules}:
+            updates = [adapter.modules.get(name) for adapter in adapters]
+            by_layer = [list(row) for row in weights] if isinstance(weights[0], Sequence) else None
+            chosen = by_layer[int(re.search(r"\.(\d+)\.", name)[1])] if by_layer else list(weights)
+            linear = merged.get_submodule(name)
+            transposed = isinstance(linear, Conv1D)
+            new = merged_weight(linear.weight.T if transposed else linear.weight, updates, chosen)
+            linear.weight.copy_(new.T if transposed else new)
+            for update, weight in zip(updates, chosen, strict=True):
+                if update is not None and update.bias is not None:
+                    if linear.bias is None:
+                        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
+                    linear.bias += weight * update.scaling * update.bias.to(linear.bias.dtype)
+    return merged
+
+
+def block_outputs(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """What each decoder layer gives, `[layers, batch, seq, hidden]`, without the final norm."""
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    seen: list[torch.Tensor] = []
+
+    def note(_: nn.Module, __: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    with torch.no_grad():
+        model(input_ids)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
+
+
 def edit_config(directory: str | Path, **changes: object) -> None:
     """Change a saved adapter's settings; `...` removes one."""
     path = Path(directory) / "adapter_config.json"
@@ -156,6 +232,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
+def exact_loss(model: nn.Module, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    """The language-modelling loss in the precision of the logits; transformers' own is float32."""
+    logits = model(input_ids, **kwargs).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+
+
 def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a fused model compute by the slow reference and plain autograd, keeping its gates' parameters."""
     prefix = model._attachment.layers.prefix
@@ -171,7 +253,7 @@ def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         return reference_linear(x, weight, self.bias, modules, weights)
 
     def gate_forward(self: FlowGate, x: torch.Tensor) -> torch.Tensor:
-        return reference_gate(x, self.weight, self.bias, self.temperature)
+        return reference_gate(x, self.weight, self.bias, self.shape.temperature)
 
     monkeypatch.setattr(FusedLinear, "forward", linear_forward)
     monkeypatch.setattr(FlowGate, "forward", gate_forward)

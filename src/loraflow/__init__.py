@@ -9,7 +9,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loraflow.adapters import AdapterSource
     from loraflow.loading import BaseOptions
-    from loraflow.methods import Average, Base, LoraFlow, Method, Static
+    from loraflow.methods import (
+        Arrow,
+        Average,
+        Base,
+        Centroid,
+        LearnedStatic,
+        Logo,
+        LoraFlow,
+        LoraHub,
+        Method,
+        Phatgoose,
+        QaFlora,
+        QueryMethod,
+        Static,
+    )
     from loraflow.model import FusedModel
     from loraflow.prompts import PromptFormat
     from loraflow.training import FitConfig, FitResult
@@ -17,30 +31,46 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterSource": "loraflow.adapters",
+    "Arrow": "loraflow.methods",
     "Average": "loraflow.methods",
     "Base": "loraflow.methods",
     "BaseOptions": "loraflow.loading",
+    "Centroid": "loraflow.methods",
     "FitConfig": "loraflow.training",
     "FitResult": "loraflow.training",
     "FusedModel": "loraflow.model",
+    "LearnedStatic": "loraflow.methods",
+    "Logo": "loraflow.methods",
     "LoraFlow": "loraflow.methods",
+    "LoraHub": "loraflow.methods",
     "Method": "loraflow.methods",
+    "Phatgoose": "loraflow.methods",
     "PromptFormat": "loraflow.prompts",
+    "QaFlora": "loraflow.methods",
+    "QueryMethod": "loraflow.methods",
     "Static": "loraflow.methods",
     "Trace": "loraflow.visual.trace",
 }
 
 __all__ = [
     "AdapterSource",
+    "Arrow",
     "Average",
     "Base",
     "BaseOptions",
+    "Centroid",
     "FitConfig",
     "FitResult",
     "FusedModel",
+    "LearnedStatic",
+    "Logo",
     "LoraFlow",
+    "LoraHub",
     "Method",
+    "Phatgoose",
     "PromptFormat",
+    "QaFlora",
+    "QueryMethod",
     "Static",
     "Trace",
 ]

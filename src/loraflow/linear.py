@@ -12,23 +12,32 @@ target the module has no slots in it. The scaling $s_i$ is folded into $B$.
 - DoRA is linear in $w$ too: with $c_i = m_i / \lVert W + s_i B_i A_i \rVert$ by rows, its update is
   $(c_i - 1) \odot W x + c_i \odot s_i B_i A_i x$; $c_i$ is folded into $B_i$, and the rest is one more term.
 
+Parameters can be mixed instead of outputs, as LoRA-Hub does, which multiplies out to cross terms between adapters:
+
+$$y = W x + \Big(\sum_i w_i s_i B_i\Big) \Big(\sum_j w_j A_j\Big) x = W x + B\,(E w \odot P^T P\,(E w \odot A x))$$
+
+where the 0/1 matrix $P$ adds up the slots of all adapters that have the same place within their rank.
+
 Modules that read the same input (q, k and v; gate and up) share one product with their stacked $A$.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraflow.adapters import LoraModule
+from loraflow.errors import ArchitectureError
 from loraflow.swap import restore_class, swap_class
 
 
@@ -64,7 +73,7 @@ def stack_adapters(modules: Sequence[LoraModule | None], base_layer: nn.Module, 
         The stacked matrices, on the CPU.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    weight = _dense_weight(base_layer).to(wide) if any(m and m.magnitude is not None for m in modules) else None
+    weight = dense_weight(base_layer).to(wide) if any(m and m.magnitude is not None for m in modules) else None
     rows_A, rows_B, input_bias, slots = [], [], [], []
     output_scale: list[Tensor | None] = []
     for module in modules:
@@ -106,7 +115,8 @@ def _stack_output_scale(rows: Sequence[Tensor | None], dtype: torch.dtype) -> Te
     return torch.stack([torch.zeros_like(present[0]) if row is None else row for row in rows]).to(dtype)
 
 
-def _dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
+def dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
+    """A base linear's weight on the CPU, dequantised, as nn.Linear has it."""
     # accelerate keeps offloaded weights away until a forward; a quantised weight is read through its own kernel.
     with align_module_device(base_layer):
         weight = dequantize_module_weight(base_layer).detach().cpu()
@@ -178,16 +188,23 @@ class LayerForward:
     Attributes:
         shape: batch and sequence of the layer's input.
         weights: the layer's fusion weights, `[tokens, adapters]` or `[adapters]`; None for the base alone.
+        mixes: whether parameters are mixed instead of outputs; for each token, `[tokens, 1]`, where they differ.
+        lanes: who weighs which rows, where one method does not weigh them all.
+        alone: for each row of the batch, the position of the one adapter that it uses, or None for the base alone; None
+            where rows have fusion weights.
         group: the linears that were projected last.
         seen: the input that they were projected from.
         products: their weighted slots, `[tokens, slots]` each.
         member_weights: the fusion weights of each of them.
     """
 
-    __slots__ = ("group", "member_weights", "products", "seen", "shape", "weights")
+    __slots__ = ("alone", "group", "lanes", "member_weights", "mixes", "products", "seen", "shape", "weights")
 
     shape: Sequence[int]
     weights: Tensor | None
+    mixes: bool | Tensor
+    lanes: Any
+    alone: Sequence[int | None] | None
     group: SharedInput | None
     seen: Tensor | None
     products: Sequence[Tensor]
@@ -199,7 +216,8 @@ class LayerForward:
     def clear(self) -> None:
         """Drop everything, so that no activation outlives its layer."""
         self.shape, self.products, self.member_weights = (), (), ()
-        self.weights = self.group = self.seen = None
+        self.weights = self.group = self.seen = self.alone = self.lanes = None
+        self.mixes = False
 
 
 class SharedInput(nn.Module):
@@ -216,6 +234,7 @@ class SharedInput(nn.Module):
         input_bias: theirs, `[slots]`, or None.
         expand: the 0/1 matrix E for weights that all modules share, `[adapters, slots]`.
         expand_each: the same for weights of each module, `[modules * adapters, slots]`.
+        places: the place of each slot within the rank of its adapter, counted on from module to module, `[slots]`.
         dropout: probability with which inputs of A are dropped in training.
     """
 
@@ -223,18 +242,22 @@ class SharedInput(nn.Module):
     input_bias: Tensor | None
     expand: Tensor
     expand_each: Tensor
+    places: Tensor
     dropout: float
 
     def __init__(self, stacks: Sequence[StackedLora], device: torch.device) -> None:
         super().__init__()
         self.sizes = [stack.lora_A.shape[0] for stack in stacks]
         self.adapters = len(stacks[0].slots)
+        self.slots = [stack.slots for stack in stacks]
+        self.place_count = sum(max(slots) for slots in self.slots)
         self.dropout = 0.0
         expansions = [_expansion(stack) for stack in stacks]
         self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
         self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
         self.register_buffer("expand", torch.cat(expansions, dim=1).to(device), persistent=False)
         self.register_buffer("expand_each", torch.block_diag(*expansions).to(device), persistent=False)
+        self.register_buffer("places", _places(stacks).to(device), persistent=False)
 
     def project(
         self, now: LayerForward, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
@@ -255,7 +278,35 @@ class SharedInput(nn.Module):
         else:
             weighted = F.linear(x, lora_A, self.input_bias).view(-1, lora_A.shape[0])
             weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
+        if now.mixes is not False:
+            mixed = self._mix(weighted, _slot_weights(weights, expand, weighted.dtype))
+            weighted = mixed if now.mixes is True else torch.where(now.mixes, mixed, weighted)
         now.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
+
+    def _mix(
+        self, weighted: Float[Tensor, "tokens slots"], slot_weights: Float[Tensor, "*tokens slots"]
+    ) -> Float[Tensor, "tokens slots"]:
+        """The cross terms: every adapter's B is given the weighted sum of all adapters' A x."""
+        plain = weighted if self.input_bias is None else weighted * (1 - self.input_bias)
+        sums = plain.new_zeros(plain.shape[0], self.place_count).index_add(1, self.places, plain)
+        mixed = sums[:, self.places] * slot_weights
+        # A `lora_bias` belongs to B alone: it is weighted once.
+        return mixed if self.input_bias is None else torch.where(self.input_bias.bool(), weighted, mixed)
+
+    def slots_of(self, member: int, adapter: int) -> tuple[slice, slice]:
+        """Where an adapter's slots are in a module's own stack, and in that of all modules."""
+        before = sum(self.slots[member][:adapter])
+        start = sum(self.sizes[:member]) + before
+        count = self.slots[member][adapter]
+        return slice(before, before + count), slice(start, start + count)
+
+
+def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:
+    places, start = [], 0
+    for stack in stacks:
+        places += [start + place for count in stack.slots for place in range(count)]
+        start += max(stack.slots)
+    return torch.tensor(places)
 
 
 def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
@@ -272,6 +323,14 @@ def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
     """The 0/1 matrix E of the module docstring, for one module."""
     owner = [adapter for adapter, count in enumerate(stack.slots) for _ in range(count)]
     return F.one_hot(torch.tensor(owner), len(stack.slots)).T.float().contiguous()
+
+
+def some_tokens(name: str, found: int, of: int) -> str:
+    """What is wrong with a linear that reads only some of its layer's tokens."""
+    return (
+        f"{name} got {found} tokens of the layer's {of}: modules that see only some tokens (routed experts) cannot be "
+        "fused. Leave them out of `target_modules`."
+    )
 
 
 Weigh = Callable[[SharedInput, Tensor], Tensor | None]
@@ -298,6 +357,8 @@ class FusedLinear(nn.Module):
         base_output = super().forward(x, *args, **kwargs)
         fused = self.fused
         now = fused.now
+        if now.alone is not None:
+            return self._each_alone(x, base_output, now)
         if now.seen is not x or now.group is not fused.shared:
             weights = fused.weigh(fused.shared, x)
             if weights is None:
@@ -320,6 +381,36 @@ class FusedLinear(nn.Module):
             dense = flat if self.bias is None else flat - self.bias
             result = result + ScaledOutput.apply(dense, now.member_weights[fused.member], self.lora_output_scale)
         return result.view(shape)
+
+    def _each_alone(
+        self,
+        x: Float[Tensor, "*batch in_features"],
+        base_output: Float[Tensor, "*batch out_features"],
+        now: LayerForward,
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Every row with one adapter or none, at the price of that adapter alone; without gradients.
+
+        Raises:
+            ArchitectureError: if the linear reads only some of the layer's tokens.
+        """
+        assert now.alone is not None
+        if x.shape[:-1].numel() != math.prod(now.shape):
+            raise ArchitectureError(some_tokens(f"'{self.fused.name}'", x.shape[:-1].numel(), math.prod(now.shape)))
+        shared, member = self.fused.shared, self.fused.member
+        rows = x.reshape(len(now.alone), -1, x.shape[-1])
+        result = base_output.reshape(len(now.alone), -1, base_output.shape[-1])
+        for row, adapter in enumerate(now.alone):
+            if adapter is None or not shared.slots[member][adapter]:
+                continue
+            own, grouped = shared.slots_of(member, adapter)
+            bias = None if shared.input_bias is None else shared.input_bias[grouped]
+            lora_A, lora_B = shared.lora_A[grouped], self.lora_B[own]
+            product = F.linear(rows[row].to(lora_A.dtype), lora_A, bias)
+            if self.lora_output_scale is not None:
+                dense = result[row] if self.bias is None else result[row] - cast(Tensor, self.bias)
+                result[row] += dense * self.lora_output_scale[adapter].to(dense.dtype)
+            result[row].addmm_(product.to(result.dtype), lora_B.to(result.dtype))
+        return result.view(base_output.shape)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,19 +14,28 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import HfApi
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
 from loraflow.architecture import find_decoder_layers
-from loraflow.attach import Attachment, Gates, attach, check_unfused
+from loraflow.attach import Attachment, attach, check_unfused
 from loraflow.card import model_card
-from loraflow.errors import FusionError, LoraflowError
+from loraflow.errors import FusionError, LoraflowError, MethodError
+from loraflow.layers import Gates, Lanes
 from loraflow.loading import BaseOptions, load_base, load_tokenizer
-from loraflow.methods import METHODS, Method, get_method
+from loraflow.methods import METHODS, Method, QueryMethod, get_method, make_method
 from loraflow.prompts import PromptFormat
+from loraflow.rows import (
+    RowMethod,
+    WeighPrompts,
+    lanes_of_methods,
+    lanes_of_weights,
+    prompt_mask,
+    weigh_prompts,
+)
 from loraflow.storage import (
     AdapterRecord,
     BaseRecord,
@@ -93,6 +103,8 @@ class FusedModel(nn.Module):
         self.method = method
         # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
         self._gates: Gates = {}
+        # Of methods that learn nothing, by name and parameters: Arrow's directions, say, take a while to find.
+        self._made: dict[str, Gates] = {}
         self.set_method(method)
         self.train(self.base_model.training)
         self.__class__ = _class_for(type(self), type(self.base_model))
@@ -175,13 +187,14 @@ class FusedModel(nn.Module):
             a.name: moved.get(a.name, AdapterSource(resolve_source(a.path, directory), a.revision))
             for a in config.adapters
         }
-        if config.method.name not in METHODS:
+        try:
+            method = make_method(config.method.name, config.method.parameters)
+            method.check(list(sources))
+        except MethodError as error:
             raise FusionError(
-                f"The fusion {path} uses the method {config.method.name!r}, which this loraflow {__version__} does not "
-                f"know (it was saved by {config.loraflow_version}). Update loraflow, or install the method's package."
-            )
-        method = METHODS[config.method.name](**config.method.parameters)
-        method.check(list(sources))
+                f"The fusion {path} was saved by loraflow {config.loraflow_version} with a method that this loraflow "
+                f"{__version__} cannot make: {error} Update loraflow, or install the method's package."
+            ) from error
         loaded = _load_recorded(sources, config)
         if base is None:
             base = resolve_source(config.base.path, directory)
@@ -252,32 +265,200 @@ class FusedModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the fused adapters in it."""
-        return self.base_model(*args, **kwargs)
+    def forward(
+        self,
+        *args: Any,
+        methods: Sequence[RowMethod] | None = None,
+        fusion_weights: Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the fused adapters in it.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with everything that it takes; the cache is on."""
+        Args:
+            args: the base's.
+            methods: who weighs each row, where rows differ: a method's name, an adapter's name, weights by adapter
+                name, a method object, or None for the fusion's own method.
+            fusion_weights: weights of each row instead, for all layers or for each.
+            kwargs: the base's.
+
+        Returns:
+            What the base returns.
+
+        Raises:
+            MethodError: if a method weighs whole prompts: a bare forward does not say what the prompt is.
+        """
+        if methods is None and fusion_weights is None:
+            return self.base_model(*args, **kwargs)
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        rows = None if inputs is None else len(inputs)
+        with self._lanes(self._plan(methods, fusion_weights, rows, self._refuse_prompts)):
+            return self.base_model(*args, **kwargs)
+
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch seq"] | None = None,
+        *args: Any,
+        methods: Sequence[RowMethod] | None = None,
+        fusion_weights: Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, with everything that it takes; the cache is on.
+
+        Methods that look at the whole prompt weigh each request once, before generation; beams and returned sequences
+        carry their request's weights along.
+
+        Args:
+            inputs: the prompts' token ids; `input_ids=` is the same.
+            args: transformers'.
+            methods: who weighs each request, where requests differ: a method's name, an adapter's name, weights by
+                adapter name, a method object, or None for the fusion's own method.
+            fusion_weights: weights of each request instead, for all layers or for each.
+            kwargs: transformers'.
+
+        Returns:
+            What transformers returns.
+
+        Raises:
+            MethodError: if the method reads the prompt, and there are no token ids.
+        """
         # `find_decoder_layers` checked that it can.
-        return cast("GenerativePreTrainedModel", self.base_model).generate(*args, **kwargs)
+        generate = cast("GenerativePreTrainedModel", self.base_model).generate
+        given = {} if inputs is None else {"inputs": inputs}
+        ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
+        if methods is None and fusion_weights is None:
+            if not isinstance(self.method, QueryMethod):
+                return generate(*args, **given, **kwargs)
+            methods = [None] * (1 if ids is None else len(ids))
 
-    def set_method(self, method: str | Method) -> None:
+        def weigh(method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:
+            if ids is None:
+                raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
+            mask = prompt_mask(ids, kwargs, self.generation_config)
+            return self._weigh(method, gates, ids[rows], None if mask is None else mask[rows])
+
+        with self._lanes(self._plan(methods, fusion_weights, None if ids is None else len(ids), weigh)):
+            return generate(*args, **given, **kwargs)
+
+    def weigh(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        method: str | Method | None = None,
+    ) -> Float[Tensor, "batch layers adapters"]:
+        """The weights that a query-level method gives prompts, each by itself.
+
+        Args:
+            input_ids: the prompts.
+            attention_mask: 1 at real tokens, 0 at padding on either side.
+            method: the method; by default the fusion's own.
+
+        Returns:
+            One weight for each prompt, layer and adapter; constant while the prompt is answered.
+
+        Raises:
+            MethodError: if the method does not weigh whole prompts.
+        """
+        chosen, gates = self._gates_of(method)
+        if not isinstance(chosen, QueryMethod):
+            raise MethodError(
+                f"The method {chosen.name!r} does not weigh whole prompts. `trace` shows the weights that it gives."
+            )
+        return self._weigh(chosen, gates, input_ids, attention_mask)
+
+    @torch.no_grad()
+    def _weigh(self, method: QueryMethod, gates: Gates, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        was_training = self.training
+        self.eval()
+        try:
+            return weigh_prompts(self._attachment, method, gates["model"], input_ids, attention_mask)
+        finally:
+            self.train(was_training)
+
+    def _gates_of(self, method: RowMethod) -> tuple[Method, Gates]:
+        """A method and its gates.
+
+        Raises:
+            MethodError: if it would learn, and is not the fusion's own.
+        """
+        if method is None or (self.method.learns and method in (self.method, self.method.name)):
+            return self.method, self._gates
+        chosen = get_method(method, self.adapter_names)
+        if chosen.learns:
+            raise MethodError(
+                f"The method {chosen.name!r} must be fitted first, and what is fitted here is {self.method.name!r} "
+                f"with {self.method.parameters()}. Beside it, use methods that learn nothing."
+            )
+        if chosen.level == "task":
+            # Cheap to make, and requests may each have other weights.
+            return chosen, self._attachment.make_gates(chosen)
+        key = json.dumps([chosen.name, chosen.parameters()], sort_keys=True)
+        if key not in self._made:
+            self._made[key] = self._attachment.make_gates(chosen)
+        return chosen, self._made[key]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedModel:
+        # Gates that are kept for later would stay behind where the model is moved.
+        self._made.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _plan(
+        self,
+        methods: Sequence[RowMethod] | None,
+        fusion_weights: Tensor | None,
+        rows: int | None,
+        weigh: WeighPrompts,
+    ) -> Lanes:
+        """Which rows are weighed how.
+
+        Raises:
+            LoraflowError: if there are not as many methods, or weights, as rows.
+        """
+        self._attachment.check_attached()
+        if fusion_weights is not None:
+            if methods is not None:
+                raise LoraflowError("`methods` and `fusion_weights` exclude each other. Give one of them.")
+            return lanes_of_weights(self._attachment, fusion_weights, rows)
+        assert methods is not None
+        if isinstance(methods, str | Method | Mapping) or rows not in (None, len(methods)):
+            count = "one" if isinstance(methods, str | Method | Mapping) else len(methods)
+            wanted = "each row" if rows is None else f"each of the {rows} rows"
+            raise LoraflowError(f"`methods` names {count}, and must name one for {wanted}. For one method use `using`.")
+        return lanes_of_methods(self._attachment, [self._gates_of(method) for method in methods], weigh)
+
+    def _refuse_prompts(self, method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:
+        raise MethodError(
+            f"The method {method.name!r} weighs a whole prompt before it is answered, and a bare forward does not say "
+            "what the prompt is. Call `generate`, or give `fusion_weights=model.weigh(prompt_ids)`."
+        )
+
+    @contextlib.contextmanager
+    def _lanes(self, lanes: Lanes) -> Iterator[None]:
+        stream = self._attachment.stream
+        before = stream.lanes
+        stream.lanes = lanes
+        try:
+            yield
+        finally:
+            stream.lanes, stream.embeddings = before, None
+
+    def set_method(self, method: str | Method | Mapping[str, float]) -> None:
         """Use another method from now on, its gates as before any training.
 
         Args:
-            method: a method's name, an adapter's name (that one alone), or a method object.
+            method: a method's name, an adapter's name (that one alone), weights by adapter name, or a method object.
         """
         self._attachment.check_attached()
-        self.method = get_method(method, self.adapter_names)
+        chosen = get_method(method, self.adapter_names)
+        self._gates = self._attachment.make_gates(chosen) if chosen.learns else self._gates_of(chosen)[1]
+        self.method = chosen
         self.training_record = None
-        self._gates = self._attachment.make_gates(self.method)
-        self._attachment.install(self.method.place, self._gates)
+        self._attachment.install(self.method, self._gates)
         self.requires_grad_(False)
         for gate in self._gates.values():
-            gate.requires_grad_(self.method.learns)
+            gate.requires_grad_(self.method.learns is not None)
 
     @contextlib.contextmanager
-    def using(self, method: str | Method) -> Iterator[FusedModel]:
+    def using(self, method: str | Method | Mapping[str, float]) -> Iterator[FusedModel]:
         """Use another method, one adapter, or the base ("base") inside a `with` block; learned gates are kept."""
         self._attachment.check_attached()
         mine = (self.method, self._gates, self.training_record)
@@ -286,7 +467,7 @@ class FusedModel(nn.Module):
             yield self
         finally:
             self.method, self._gates, self.training_record = mine
-            self._attachment.install(self.method.place, self._gates)
+            self._attachment.install(self.method, self._gates)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[FusedModel]:
         """The base model alone inside a `with` block, as in PEFT."""
@@ -294,17 +475,18 @@ class FusedModel(nn.Module):
 
     def fit(
         self,
-        examples: Sequence[Mapping[str, Any]],
+        examples: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
         *,
         dev: Sequence[Mapping[str, Any]] | None = None,
         config: FitConfig | None = None,
     ) -> FitResult:
-        """Learn the method's gates from examples; base and adapters stay as they are.
+        """Learn what the method learns from examples; base and adapters stay as they are.
 
         Args:
-            examples: each `{"prompt": ..., "completion": ...}` or `{"messages": [...]}`; 200 are enough.
+            examples: each `{"prompt": ..., "completion": ...}` or `{"messages": [...]}`; 200 are enough. Methods that
+                learn from the adapters' own data want such examples of each adapter, by its name.
             dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
-            config: the recipe; by default the paper's.
+            config: the recipe; by default the method's own.
 
         Returns:
             Losses, time, and which examples were cut.
@@ -327,7 +509,8 @@ class FusedModel(nn.Module):
         Args:
             input_ids: the text: a prompt, or a prompt and the answer that `generate` returned.
             attention_mask: 1 at real tokens, 0 at padding on either side.
-            prompt_length: how many positions are the prompt's; pictures show the rest as generated.
+            prompt_length: how many positions are the prompt's; pictures show the rest as generated. Methods that weigh
+                whole prompts read these, or all where it is 0.
             kwargs: anything else for the base model's forward.
 
         Returns:
@@ -341,10 +524,16 @@ class FusedModel(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         was_training = self.training
         self.eval()
+        lanes = None
+        if isinstance(self.method, QueryMethod):
+            prompt = slice(0, prompt_length or None)
+            weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
+            lanes = lanes_of_weights(self._attachment, weights, len(input_ids))
         try:
             with self._recording() as recorded:
                 positions = _positions(self.base_model, mask)
-                self.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions, **kwargs)
+                with self._lanes(lanes) if lanes is not None else contextlib.nullcontext():
+                    self.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions, **kwargs)
         finally:
             self.train(was_training)
         none = torch.zeros(*input_ids.shape, len(self.adapters))
@@ -410,8 +599,8 @@ class FusedModel(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def num_learned_parameters(self) -> int:
-        """Number of values in the method's gates."""
-        return sum(parameter.numel() for gate in self._gates.values() for parameter in gate.parameters())
+        """Number of values that the method learns, those of `state_dict`."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are learned, of how many."""
@@ -494,7 +683,7 @@ def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type
 
 def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
     def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+        return cls.forward(self, *args, **kwargs)
 
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]

@@ -59,12 +59,54 @@ FIT = ("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x")
 
 
 def test_every_command_explains_itself(run):
-    for command in ("demo", "info", "fit", "generate", "trace"):
+    for command in ("demo", "info", "fit", "finetune", "generate", "trace", "export", "import-official"):
         result = run(command, "--help")
         assert result.exit_code == 0, result.output
         assert "Usage" in result.output
     assert "loraflow demo" in run("--help").output
     assert run("--version").output.startswith("loraflow ")
+
+
+OWN_DATA = ("--adapter-data", "zh={world}/train.jsonl", "math={world}/dev.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("lorahub", ("--method-option", "budget=4", "--data", "{world}/train.jsonl"), "4 evaluations"),
+        ("learned-static", ("--epochs", "1", "--data", "{world}/train.jsonl"), "weights: zh "),
+        ("phatgoose", ("--max-steps", "2", *OWN_DATA), "4 steps"),
+        ("centroid", OWN_DATA, "30 examples"),
+    ],
+)
+def test_one_command_fits_every_method(run, world, tmp_path, method, options, said):
+    out = str(tmp_path / "fusion")
+    fitted = run("fit", *SOURCES, "--method", method, *options, "--output", out)
+    assert fitted.exit_code == 0, fitted.output
+    assert said in fitted.output
+    answered = run("generate", out, "--prompt", "4 5", "--max-new-tokens", "4")
+    assert answered.exit_code == 0, answered.output
+    loaded = FusedModel.from_pretrained(out)
+    assert loaded.method.name == method
+    assert not (Path(out) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "arrow", "--data", "{world}/train.jsonl"), "The method 'arrow' learns nothing"),
+        (("--method", "phatgoose", "--data", "{world}/train.jsonl"), "--adapter-data zh=FILE math=FILE"),
+        (("--method", "centroid", "--adapter-data", "zh={world}/dev.jsonl"), "--adapter-data zh=FILE math=FILE"),
+        (("--method", "centroid", "--adapter-data", "hz={world}/dev.jsonl"), "unknown adapter 'hz'"),
+        (("--method", "lorahub", *OWN_DATA), "Give them with --data"),
+        (("--method", "arow"), "Did you mean 'arrow'?"),
+    ],
+)
+def test_fit_says_what_a_method_learns_from(run, arguments, message):
+    refused = run("fit", *SOURCES, *arguments, "--output", "x")
+    assert refused.exit_code == 1
+    assert message in refused.output
+    assert "Traceback" not in refused.output
 
 
 def test_fit_generate_trace_info(run, world, tmp_path):

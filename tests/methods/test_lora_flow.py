@@ -15,14 +15,14 @@ from loraflow import FusedModel, LoraFlow
 from loraflow.adapters import Adapter, AdapterSource, LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods.base import Site
-from loraflow.methods.lora_flow import FlowGate
+from loraflow.methods.flow_gates import FlowGate, GateShape
 from loraflow.reference import reference_gate
 
 FEATURES = 12
 
 
 def random_gate(adapters=3, temperature=1.0, dtype=torch.float64):
-    gate = FlowGate(FEATURES, adapters, temperature).to(dtype)
+    gate = FlowGate(site(range(adapters)), GateShape(temperature)).to(dtype)
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.normal_()
@@ -85,7 +85,7 @@ def test_no_float32_copy_of_the_input_is_kept():
 
 
 def test_weights_may_be_negative_and_need_not_sum_to_one():
-    gate = FlowGate(FEATURES, 2, 1.0)
+    gate = FlowGate(site(), GateShape())
     with torch.no_grad():
         gate.bias.copy_(torch.tensor([-1.0, 0.25]))
     torch.testing.assert_close(gate(torch.randn(4, FEATURES)), torch.tensor([-0.5, 0.75]).expand(4, 2))
@@ -133,7 +133,8 @@ def test_granularity_is_where_the_gates_stand(granularity, place):
 
 def test_parameters_are_json_and_give_an_equal_method():
     method = LoraFlow("module", 1.1, {"zh": 0.5})
-    assert method.parameters() == {"granularity": "module", "temperature": 1.1, "start": {"zh": 0.5}}
+    changed = {"granularity": "module", "temperature": 1.1, "start": {"zh": 0.5}}
+    assert method.parameters() == {**LoraFlow().parameters(), **changed}
     assert LoraFlow(**method.parameters()) == method
 
 

@@ -87,9 +87,10 @@ def test_keeps_the_best_checkpoint_on_dev(make_model, console):
     model = make_model()
     config = FitConfig(epochs=4, learning_rate=0.3)
     result = fit(model, reversals(24), dev=reversals(8, seed=1), config=config, console=console)
-    from loraflow.training.fit import _prepare, mean_loss
+    from loraflow.training import mean_loss
+    from loraflow.training.run import prepare
 
-    dev = _prepare(model, reversals(8, seed=1), None, QUICK).train
+    dev = prepare(model, reversals(8, seed=1), None, QUICK).train
     assert mean_loss(model, dev, 8) == pytest.approx(result.dev_loss, rel=0.05)
     assert result.kept_step % 6 == 0
 

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from loraflow import __version__
-from loraflow.cli import demo, fit, generate, info, trace
+from loraflow.cli import demo, export, finetune, fit, generate, import_official, info, trace
 from loraflow.cli.options import spread_values
 from loraflow.errors import LoraflowError
 
@@ -50,8 +50,11 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(info.info)
 app.command()(fit.fit)
+app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(trace.trace)
+app.command()(export.export)
+app.command(name="import-official")(import_official.import_official)
 
 
 def _print_version(requested: bool) -> None:

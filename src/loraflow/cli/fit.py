@@ -8,68 +8,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraflow.cli import options as o
+from loraflow.cli import training_options as t
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from loraflow.examples import Example, Fields
+    from loraflow.model import FusedModel
     from loraflow.training import FitResult
-
-_DATA = "Data"
-_RECIPE = "Recipe (the defaults are the paper's)"
 
 
 def fit(
+    *,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--data",
             help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`. 200 are enough.",
-            rich_help_panel=_DATA,
+            rich_help_panel=t.DATA,
         ),
-    ],
-    output: Annotated[Path, typer.Option("--output", help="Directory for the fusion.", rich_help_panel=_DATA)],
+    ] = None,
+    adapter_data: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter-data",
+            help="For methods that learn from each adapter's own data (phatgoose, centroid): `name=path` of such a "
+            "file for every adapter, several after one flag.",
+            rich_help_panel=t.DATA,
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 (typer reads the default)
+    output: Annotated[Path, typer.Option("--output", help="Directory for the fusion.", rich_help_panel=t.DATA)],
     base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006 (typer reads the default)
+    lora_modules: o.LoraModules = [],  # noqa: B006
     method: o.Method = "lora-flow",
     method_option: o.MethodOptions = [],  # noqa: B006
-    dev: Annotated[
-        Path | None,
-        typer.Option("--dev", help="Examples on which the best checkpoint is chosen.", rich_help_panel=_DATA),
-    ] = None,
-    prompt_field: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-field",
-            help="Field that is the prompt; `data.0` is the first item of the list `data`.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    completion_field: Annotated[
-        str | None, typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=_DATA)
-    ] = None,
-    dev_prompt_field: Annotated[
-        str | None,
-        typer.Option("--dev-prompt-field", help="The same for --dev, where its fields differ.", rich_help_panel=_DATA),
-    ] = None,
-    dev_completion_field: Annotated[
-        str | None,
-        typer.Option(
-            "--dev-completion-field", help="The same for --dev, where its fields differ.", rich_help_panel=_DATA
-        ),
-    ] = None,
+    dev: t.Dev = None,
+    prompt_field: t.PromptField = None,
+    completion_field: t.CompletionField = None,
+    dev_prompt_field: t.DevPromptField = None,
+    dev_completion_field: t.DevCompletionField = None,
     dev_metric: Annotated[
         str,
         typer.Option(
             "--dev-metric",
             help="What decides on --dev: loss, or a score of generated answers: exact-match, last-number, code-tests.",
-            rich_help_panel=_DATA,
+            rich_help_panel=t.DATA,
         ),
     ] = "loss",
     allow_code: Annotated[
         bool,
-        typer.Option("--allow-code", help="Let code-tests run generated code, in a sandbox.", rich_help_panel=_DATA),
+        typer.Option("--allow-code", help="Let code-tests run generated code, in a sandbox.", rich_help_panel=t.DATA),
     ] = False,
     search: Annotated[
         bool,
@@ -79,46 +69,41 @@ def fit(
             "on --dev.",
         ),
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after an interruption, from the last checkpoint in --output.")
-    ] = False,
-    keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep them after a finished fit.")
-    ] = False,
+    resume: t.Resume = False,
+    keep_checkpoints: t.KeepCheckpoints = False,
     copy_adapters: Annotated[
         bool,
         typer.Option("--copy-adapters", help="Copy local adapters into --output, so that it can be moved as it is."),
     ] = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the examples.", rich_help_panel=_RECIPE)] = 5,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.", rich_help_panel=_RECIPE)] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Examples in a step.", rich_help_panel=_RECIPE)] = 4,
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Forwards in a step; must divide the batch size.", rich_help_panel=_RECIPE)
-    ] = 1,
-    warmup: Annotated[
-        float, typer.Option(help="Share of the steps with a rising learning rate.", rich_help_panel=_RECIPE)
-    ] = 0.2,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_RECIPE)] = 0.1,
-    adapter_dropout: Annotated[
-        float, typer.Option(help="Dropout on the adapters' input while fitting.", rich_help_panel=_RECIPE)
-    ] = 0.0,
-    max_length: Annotated[
+    epochs: t.Epochs = 5,
+    max_steps: Annotated[
         int | None,
+        typer.Option(help="End after so many steps.  [default: none; phatgoose 100]", rich_help_panel=t.RECIPE),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
         typer.Option(
-            help="Longest example in tokens; longer ones are cut and reported.  [default: the model's, at most 2048]",
-            rich_help_panel=_RECIPE,
+            help="Peak of the cosine schedule.  [default: 1e-3; learned-static 1e-2, phatgoose 5e-3]",
+            rich_help_panel=t.RECIPE,
         ),
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_RECIPE)
-    ] = False,
-    checkpoint_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.  [default: an epoch]", rich_help_panel=_RECIPE)
+    batch_size: t.BatchSize = 4,
+    gradient_accumulation: t.GradientAccumulation = 1,
+    warmup: t.Warmup = 0.2,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="AdamW's.  [default: 0.1; learned-static, phatgoose 0]", rich_help_panel=t.RECIPE),
     ] = None,
+    adapter_dropout: Annotated[
+        float, typer.Option(help="Dropout on the adapters' input while fitting.", rich_help_panel=t.RECIPE)
+    ] = 0.0,
+    max_length: t.MaxLength = None,
+    gradient_checkpointing: t.GradientCheckpointing = False,
+    checkpoint_steps: t.CheckpointSteps = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer when --dev-metric is a score.", rich_help_panel=_RECIPE)
+        int, typer.Option(help="Longest answer when --dev-metric is a score.", rich_help_panel=t.RECIPE)
     ] = 512,
-    seed: Annotated[int, typer.Option(help="Of the examples' order, and of dropout.", rich_help_panel=_RECIPE)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the examples' order, and of dropout.", rich_help_panel=t.RECIPE)] = 0,
     system_prompt: o.SystemPrompt = None,
     prompt_template: o.PromptTemplate = None,
     chat_template: o.ChatTemplate = None,
@@ -129,11 +114,14 @@ def fit(
 ) -> None:
     """Learn a fusion of adapters from a few examples.
 
-    Base and adapters stay frozen; only the method's gates are learned, and saved in --output with everything that is
-    needed to load them.
+    Base and adapters stay frozen; only what the method learns is trained, and saved in --output with everything that is
+    needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient), lorahub
+    (one weight for each adapter, by gradient-free search); and from each adapter's own data instead of examples of the
+    task: phatgoose, centroid.
 
-    Example: `loraflow fit --base meta-llama/Llama-2-7b-hf --lora-modules zh=user/zh-lora math=user/math-lora
-    --data train.jsonl --dev dev.jsonl --output zh-math`
+    Examples: `loraflow fit --base meta-llama/Llama-2-7b-hf --lora-modules zh=user/zh-lora math=user/math-lora
+    --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;
+    `--method phatgoose --adapter-data zh=zh.jsonl math=math.jsonl`
     """  # noqa: DOC501 (it is the --help text)
     from rich.console import Console
 
@@ -143,8 +131,11 @@ def fit(
 
     console = Console(stderr=True)
     # Cheap checks come before the model is loaded.
-    examples = read_examples(data, _fields(prompt_field, completion_field))
-    dev_fields = _fields(dev_prompt_field or prompt_field, dev_completion_field or completion_field)
+    adapters = o.parse_adapters(lora_modules)
+    resolved = o.resolve_method(method or "lora-flow", list(adapters), method_option)
+    fields = t.fields(prompt_field, completion_field)
+    examples = _examples(resolved, data, adapter_data, list(adapters), fields)
+    dev_fields = t.fields(dev_prompt_field or prompt_field, dev_completion_field or completion_field)
     dev_examples = read_examples(dev, dev_fields) if dev is not None else None
     if dev_examples is None and (search or dev_metric != "loss"):
         raise LoraflowError(
@@ -154,29 +145,29 @@ def fit(
     if dev_metric == "code-tests":
         check_available()
     prompt = o.prompt_format(system_prompt, prompt_template, chat_template)
-    o.parse_adapters(lora_modules)
 
     from loraflow import training
 
-    config = training.FitConfig(
+    # What is left open is as the method's own source has it.
+    open_settings = {"max_steps": max_steps, "learning_rate": learning_rate, "weight_decay": weight_decay}
+    config = training.FitConfig.for_method(
+        resolved,
         epochs=epochs,
-        learning_rate=learning_rate,
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         warmup=warmup,
-        weight_decay=weight_decay,
         adapter_dropout=adapter_dropout,
         max_length=max_length,
         gradient_checkpointing=gradient_checkpointing,
         checkpoint_steps=checkpoint_steps,
         score_max_new_tokens=max_new_tokens,
         seed=seed,
+        **{name: value for name, value in open_settings.items() if value is not None},
     )
     placement = o.Placement(revision, dtype, device, quantization)
-    model = o.build_model(base, lora_modules, method, method_option, prompt, placement)
-    console.print(
-        f"{len(examples)} examples, {model.num_learned_parameters():,} values to learn in {len(model.gates)} gates"
-    )
+    model = o.build_model(base, lora_modules, resolved, prompt, placement)
+    count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
+    console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {len(model.gates)} gates")
     checkpoints = output / "checkpoints"
     # What fitting and searching take alike.
     common: dict[str, Any] = {
@@ -188,34 +179,62 @@ def fit(
     }
     if search:
         assert dev_examples is not None
+        assert not isinstance(examples, dict)
         result = training.search(model, examples, dev=dev_examples, **common)
     else:
         result = training.fit(model, examples, dev=dev_examples, **common)
     model.save_pretrained(output, copy_adapters=copy_adapters)
     if not keep_checkpoints:
         training.remove_checkpoints(checkpoints)
-    _report(console, result, output, examples)
+    _report(console, model, result, output, count)
 
 
-def _fields(prompt: str | None, completion: str | None) -> Fields | None:
-    from loraflow.examples import Fields
+def _examples(
+    method: Any, data: Path | None, adapter_data: list[str], adapters: list[str], fields: Fields | None
+) -> list[Example] | dict[str, list[Example]]:
+    """The examples that a method learns from."""
+    from loraflow.errors import did_you_mean
+    from loraflow.examples import read_examples
 
-    if (prompt is None) != (completion is None):
-        raise LoraflowError("`--prompt-field` and `--completion-field` go together. Give both, or neither.")
-    return None if prompt is None or completion is None else Fields(prompt, completion)
+    if method.learns is None:
+        raise LoraflowError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
+    if method.learns not in ("experts", "samples"):
+        if data is None or adapter_data:
+            raise LoraflowError(f"The method {method.name!r} learns from examples of the task. Give them with --data.")
+        return read_examples(data, fields)
+    own = o.parse_adapters(adapter_data, "--adapter-data")
+    for name in own:
+        if name not in adapters:
+            raise LoraflowError(f"`--adapter-data` names the unknown adapter {name!r}. {did_you_mean(name, adapters)}")
+    missing = [name for name in adapters if name not in own]
+    if data is not None or missing:
+        wanted = " ".join(f"{name}=FILE" for name in adapters)
+        raise LoraflowError(
+            f"The method {method.name!r} learns from each adapter's own data. Give it with --adapter-data {wanted}, "
+            "and no --data."
+        )
+    return {name: read_examples(own[name], fields) for name in adapters}
 
 
-def _report(console: Console, result: FitResult, output: Path, examples: list[Example]) -> None:
+def _report(console: Console, model: FusedModel, result: FitResult, output: Path, count: int) -> None:
     start = ", ".join(f"{name} {weight:g}" for name, weight in result.start.items())
-    console.print(
-        f"started at {start}; {result.steps} steps in {result.seconds:.0f} s; train loss {result.train_loss:.4f}"
-    )
+    parts = [f"started at {start}"] if start else []
+    unit = "evaluations" if model.method.learns == "search" else "steps"
+    parts.append(f"{result.steps} {unit} in {result.seconds:.0f} s" if result.steps else f"{result.seconds:.0f} s")
+    if result.train_loss is not None:
+        parts.append(f"train loss {result.train_loss:.4f}")
+    console.print("; ".join(parts))
+    if model.method.level == "task" and model.method.place == "model":
+        weights = next(iter(model.state_dict().values())).tolist()
+        shown = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(model.adapter_names, weights, strict=True))
+        console.print(f"weights: {shown}")
     if result.dev_loss is not None:
         score = f", score {result.dev_score:.3f}" if result.dev_score is not None else ""
-        console.print(f"kept step {result.kept_step}: dev loss {result.dev_loss:.4f}{score}")
+        kept = f"kept step {result.kept_step}: " if model.method.learns == "gradient" else ""
+        console.print(f"{kept}dev loss {result.dev_loss:.4f}{score}")
     if result.truncated:
-        shown = ", ".join(result.truncated[:5]) + (", ..." if len(result.truncated) > 5 else "")
+        origins = ", ".join(result.truncated[:5]) + (", ..." if len(result.truncated) > 5 else "")
         console.print(
-            f"[yellow]{len(result.truncated)} of {len(examples)} examples were cut to the longest length:[/] {shown}"
+            f"[yellow]{len(result.truncated)} of {count} examples were cut to the longest length:[/] {origins}"
         )
     console.print(f"saved to {output}; try: loraflow generate {output} --prompt '...'", soft_wrap=True)

@@ -14,11 +14,12 @@ from loraflow.errors import LoraflowError, MethodError, did_you_mean
 
 if TYPE_CHECKING:
     from loraflow.loading import BaseOptions
+    from loraflow.methods import Method as FusionMethod
     from loraflow.model import FusedModel
     from loraflow.prompts import PromptFormat
 
 # Options that take several values after one flag, as in `--lora-modules zh=path math=path`.
-_SEVERAL = ("--lora-modules", "--method-option")
+_SEVERAL = ("--adapter-data", "--lora-modules", "--method-option")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -63,14 +64,18 @@ Quantization = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="base, average, static, lora-flow, or an adapter's name (that one alone)."),
+    typer.Option(
+        "--method",
+        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, arrow, phatgoose, lora-flow, "
+        "one of another package, or an adapter's name (that one alone).",
+    ),
 ]
 MethodOptions = Annotated[
     list[str],
     typer.Option(
         "--method-option",
-        help="Parameters of the method, as `key=value`: for lora-flow granularity (step, layer, module), temperature, "
-        'and start (best, average, an adapter, or weights as JSON); for static `weights={"zh": 0.3, "math": 0.7}`.',
+        help="Parameters of the method, as `key=value`, values as JSON or text: for lora-flow `granularity=module`, "
+        'for static `weights={"zh": 0.3, "math": 0.7}`, for qa-flora `distance=cosine`; docs/methods lists them.',
         show_default=False,
     ),
 ]
@@ -143,7 +148,7 @@ def spread_values(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def parse_adapters(modules: Sequence[str]) -> dict[str, str]:
+def parse_adapters(modules: Sequence[str], flag: str = "--lora-modules") -> dict[str, str]:
     """`name=path` pairs by name, in order.
 
     Raises:
@@ -153,9 +158,9 @@ def parse_adapters(modules: Sequence[str]) -> dict[str, str]:
     for module in modules:
         name, separator, path = module.partition("=")
         if not (name and separator and path):
-            raise LoraflowError(f"`--lora-modules` takes name=path, found {module!r}.")
+            raise LoraflowError(f"`{flag}` takes name=path, found {module!r}.")
         if name in adapters:
-            raise LoraflowError(f"`--lora-modules` names {name!r} twice. Give each adapter its own name.")
+            raise LoraflowError(f"`{flag}` names {name!r} twice. Give each adapter its own.")
         adapters[name] = path
     return adapters
 
@@ -194,11 +199,17 @@ def prompt_format(system: str | None, template: str | None, chat_template: Path 
     return PromptFormat(system_prompt=system, template=plain, chat_template=chat)
 
 
+def resolve_method(method: str, adapters: Sequence[str], options: Sequence[str]) -> FusionMethod:
+    """The method that `--method` and `--method-option` describe, checked against the adapters."""
+    from loraflow.methods import get_method
+
+    return get_method(method, adapters, parse_method_options(options))
+
+
 def build_model(
     base: str | None,
     lora_modules: Sequence[str],
-    method: str | None,
-    method_options: Sequence[str],
+    method: FusionMethod,
     prompt: PromptFormat,
     placement: Placement,
 ) -> FusedModel:
@@ -210,12 +221,11 @@ def build_model(
     if base is None or not lora_modules:
         missing = "--base" if base is None else "--lora-modules"
         raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules name=path ...")
-    from loraflow.methods import get_method
     from loraflow.model import FusedModel
 
-    adapters = parse_adapters(lora_modules)
-    resolved = get_method(method or "lora-flow", list(adapters), parse_method_options(method_options))
-    return FusedModel.from_adapters(base, adapters, resolved, prompt=prompt, options=placement.options())
+    return FusedModel.from_adapters(
+        base, parse_adapters(lora_modules), method, prompt=prompt, options=placement.options()
+    )
 
 
 def open_model(
@@ -231,7 +241,6 @@ def open_model(
     Raises:
         LoraflowError: if the method would learn, but nothing has been learned.
     """
-    from loraflow.methods import get_method
     from loraflow.model import FusedModel
 
     if fusion is not None:
@@ -239,11 +248,12 @@ def open_model(
             fusion, base=base, adapters=parse_adapters(lora_modules) or None, options=placement.options()
         )
         if method is not None:
-            model.set_method(get_method(method, model.adapter_names, parse_method_options(method_options)))
+            model.set_method(resolve_method(method, model.adapter_names, method_options))
     else:
         from loraflow.prompts import PromptFormat
 
-        model = build_model(base, lora_modules, method or "average", method_options, PromptFormat(), placement)
+        resolved = resolve_method(method or "average", list(parse_adapters(lora_modules)), method_options)
+        model = build_model(base, lora_modules, resolved, PromptFormat(), placement)
     if model.method.learns and (fusion is None or method is not None):
         raise LoraflowError(
             f"The method {model.method.name!r} must be fitted first. "

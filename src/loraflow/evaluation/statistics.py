@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from jaxtyping import Float
+
+Values = np.ndarray
+
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Interval for a share of successes, at 95 % with the default `z` (Wilson 1927).
@@ -26,3 +31,51 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def bootstrap_means(
+    outcomes: Float[Values, "runs problems"], *, problems_seed: int, runs_seed: int, resamples: int = 10_000
+) -> Float[Values, " resamples"]:
+    """Means of scores under resampling of problems and of runs, jointly and independently of each other.
+
+    Every run answers the same problems; so both are resampled with replacement, and not the single answers: runs differ
+    by their seeds, and problems are hard or easy for all of them. Means of two methods with the same `problems_seed`
+    are of the same resampled problems: their differences are paired.
+
+    Args:
+        outcomes: a score for each run (a seed of a method) and problem.
+        problems_seed: which problems are drawn.
+        runs_seed: which runs are drawn.
+        resamples: how many means.
+
+    Returns:
+        One mean for each resample.
+
+    Raises:
+        ValueError: if there is no run or no problem.
+    """
+    if outcomes.ndim != 2 or not outcomes.size:
+        raise ValueError(f"`outcomes` (of shape {outcomes.shape}) must be [runs, problems], with at least one of each.")
+    runs, problems = outcomes.shape
+    problem_shares = _shares(problems, problems_seed, resamples)
+    run_shares = _shares(runs, runs_seed, resamples)
+    return ((run_shares @ outcomes) * problem_shares).sum(axis=1)
+
+
+def percentile_interval(resampled: Float[Values, " resamples"], level: float = 0.95) -> tuple[float, float]:
+    """The middle part of resampled means or differences (Efron 1979).
+
+    Args:
+        resampled: what `bootstrap_means` gave, or sums and differences of it.
+        level: share of the resamples inside the interval.
+
+    Returns:
+        Lower and upper end.
+    """
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _shares(count: int, seed: int, resamples: int) -> Float[Values, "resamples count"]:
+    """How often each of `count` things is drawn, as shares that sum to one."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count

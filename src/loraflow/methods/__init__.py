@@ -3,24 +3,90 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 from loraflow.errors import MethodError, did_you_mean
-from loraflow.methods.base import Method, Site
+from loraflow.methods.arrow import Arrow
+from loraflow.methods.base import Method, QueryMethod, Site
+from loraflow.methods.centroid import Centroid
+from loraflow.methods.learned_static import LearnedStatic
+from loraflow.methods.logo import Logo
 from loraflow.methods.lora_flow import LoraFlow
+from loraflow.methods.lorahub import LoraHub
+from loraflow.methods.phatgoose import Phatgoose
+from loraflow.methods.qa_flora import QaFlora
 from loraflow.methods.static import Average, Base, Static
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Base, Average, Static, LoraFlow)}
+ENTRY_POINTS = "loraflow.methods"
 
-__all__ = ["METHODS", "Average", "Base", "LoraFlow", "Method", "Site", "Static", "get_method"]
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Base,
+        Average,
+        Static,
+        LearnedStatic,
+        LoraHub,
+        QaFlora,
+        Logo,
+        Centroid,
+        Arrow,
+        Phatgoose,
+        LoraFlow,
+    )
+}
+
+__all__ = [
+    "METHODS",
+    "Arrow",
+    "Average",
+    "Base",
+    "Centroid",
+    "LearnedStatic",
+    "Logo",
+    "LoraFlow",
+    "LoraHub",
+    "Method",
+    "Phatgoose",
+    "QaFlora",
+    "QueryMethod",
+    "Site",
+    "Static",
+    "get_method",
+    "make_method",
+    "method_names",
+]
 
 
-def get_method(method: str | Method, adapters: Sequence[str], parameters: Mapping[str, Any] | None = None) -> Method:
-    """Resolve a method's name, an adapter's name (that adapter alone), or a method object, and check it.
+def method_names() -> list[str]:
+    """Names of all methods that can be used here, those of other packages included."""
+    return [*METHODS, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - METHODS.keys())]
+
+
+def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
+    """A method from its name and parameters, as they are saved.
+
+    Raises:
+        MethodError: if the name is unknown, or a parameter is.
+    """
+    found = _find(name)
+    known = [field.name for field in dataclasses.fields(found)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise MethodError(f"Method {name!r} has no parameter {parameter!r}. {did_you_mean(parameter, known)}")
+    return found(**parameters)
+
+
+def get_method(
+    method: str | Method | Mapping[str, float], adapters: Sequence[str], parameters: Mapping[str, Any] | None = None
+) -> Method:
+    """Resolve a method's name, an adapter's name (that adapter alone), weights, or a method object, and check it.
 
     Args:
-        method: the name or the object.
+        method: the name, fusion weights by adapter name, or the object.
         adapters: names of the adapters that are to be fused, in order.
         parameters: parameters of a method given by name.
 
@@ -34,6 +100,8 @@ def get_method(method: str | Method, adapters: Sequence[str], parameters: Mappin
         method = _by_name(method, adapters, parameters or {})
     elif parameters:
         raise MethodError(f"Parameters {sorted(parameters)} were given beside a method object. Set them on the object.")
+    elif isinstance(method, Mapping):
+        method = Static(method)
     method.check(adapters)
     return method
 
@@ -45,10 +113,26 @@ def _by_name(name: str, adapters: Sequence[str], parameters: Mapping[str, Any]) 
                 f"The adapter {name!r} alone takes no parameters, found {sorted(parameters)}. Leave them out."
             )
         return Static({name: 1.0})
-    if name not in METHODS:
-        raise MethodError(f"Unknown method {name!r}. {did_you_mean(name, [*METHODS, *adapters])}")
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
-    for parameter in parameters:
-        if parameter not in known:
-            raise MethodError(f"Method {name!r} has no parameter {parameter!r}. {did_you_mean(parameter, known)}")
-    return METHODS[name](**parameters)
+    if name not in method_names():
+        raise MethodError(f"Unknown method {name!r}. {did_you_mean(name, [*method_names(), *adapters])}")
+    return make_method(name, parameters)
+
+
+def _find(name: str) -> type[Method]:
+    if name in METHODS:
+        return METHODS[name]
+    points = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
+    if not points:
+        raise MethodError(f"Unknown method {name!r}. {did_you_mean(name, method_names())}")
+    point = points[0]
+    package = point.dist.name if point.dist is not None else point.value
+    try:
+        found = point.load()
+    except Exception as error:
+        raise MethodError(f"The method {name!r} of the package {package!r} cannot be imported: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, Method) and getattr(found, "name", None) == name):
+        raise MethodError(
+            f"The entry point {name!r} of the package {package!r} is {point.value}, which is no method of that name. "
+            "It must be a subclass of `loraflow.Method` whose `name` is the entry point's."
+        )
+    return found

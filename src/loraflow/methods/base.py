@@ -1,4 +1,12 @@
-"""The contract of a method: it makes gates, and where it puts them is its granularity.
+"""The contract of a method: what it looks at, where its weights differ, what it learns, and how it gives them.
+
+=========  =======================================  =====================================================
+level      looks at                                 gives weights through
+=========  =======================================  =====================================================
+`task`     nothing                                  a gate that ignores its input
+`query`    the whole prompt, before generation      `QueryMethod.weigh`, once for each request
+`token`    each position of its place's input       a gate
+=========  =======================================  =====================================================
 
 A *gate* is a module that reads an input `x` and gives the fusion weights, one for each adapter:
 
@@ -7,22 +15,35 @@ gate(x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch seq adapter
 ```
 
 Weights that do not depend on the input may be given as `[adapters]`, those of whole rows as `[batch, adapters]`; they
-are broadcast. A method says where its gates
-stand (`place`), whether they are learned (`learns`), and makes one for each site.
+are broadcast. `place` says where gates stand: one for the whole model, for each layer, or for each linear module.
+
+Another package adds a method by subclassing `Method` or `QueryMethod` and naming it as an entry point:
+
+```toml
+[project.entry-points."loraflow.methods"]
+my-method = "my_package:MyMethod"
+```
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
+from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError, did_you_mean
 
+Level = Literal["task", "query", "token"]
 Place = Literal["model", "layer", "module"]
+Mixing = Literal["outputs", "parameters"]
+Learning = Literal["gradient", "search", "experts", "samples"]
+"""How a method learns: by gradient or by gradient-free search on examples of the task at hand; or from each adapter's
+own data, by gradient with that adapter alone ("experts"), or by looking at it ("samples")."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,8 @@ class Site:
         layers: number of decoder layers of the model.
         layer: index of the decoder layer; 0 for a gate of the whole model.
         module: name within the layer, for a gate of one module.
+        updates: each adapter's update of the linears that the gate serves, by their name within the site (for the whole
+            model `layers.3.self_attn.q_proj`, for a layer `self_attn.q_proj`); None where one does not target it.
     """
 
     adapters: tuple[str, ...]
@@ -42,6 +65,7 @@ class Site:
     layers: int
     layer: int = 0
     module: str | None = None
+    updates: Mapping[str, tuple[LoraModule | None, ...]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -50,19 +74,36 @@ class Method(ABC):
 
     Where gates stand decides what they read: at `"model"` (one gate) the input of the first decoder layer, the word
     embeddings; at `"layer"` the input of their decoder layer; at `"module"` the input of their linear module.
+
+    Attributes:
+        name: what users call it.
+        level: what it looks at.
+        learns: how it learns, or None where it learns nothing.
+        recipe: fields of `FitConfig` whose defaults this method's own source changes.
     """
 
     name: ClassVar[str]
-    learns: ClassVar[bool]
+    level: ClassVar[Level]
+    learns: ClassVar[Learning | None] = None
+    recipe: ClassVar[Mapping[str, Any]] = {}
 
     @property
     @abstractmethod
     def place(self) -> Place:
-        """Where the gates stand."""
+        """Where the weights differ, and gates stand."""
 
     @abstractmethod
     def gate(self, site: Site) -> nn.Module | None:
-        """Make the gate of one site, or None for the base model alone."""
+        """Make the gate of one site, or None for the base model alone.
+
+        Raises:
+            MethodError: if the method cannot take the adapters that are there.
+        """
+
+    @property
+    def mixing(self) -> Mixing:
+        """What is mixed: the adapters' outputs, or their A and B each, which multiplies out to cross terms."""
+        return "outputs"
 
     @property
     def starts_at_best(self) -> bool:
@@ -88,6 +129,69 @@ class Method(ABC):
         return asdict(self)
 
 
+Measure = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "passes tokens hidden"]], Float[Tensor, " passes"]]
+"""Compares one layer's states with the base alone with those with each adapter alone."""
+
+
+class Query(Protocol):
+    """One request's prompt, and what the model makes of it before it answers.
+
+    Layer l means the output of decoder layer l. Every request is read by itself, without padding, so that its weights
+    are the same whatever else is in the batch.
+
+    Attributes:
+        input_ids: the prompt, `[seq]`.
+        layers: number of decoder layers.
+        adapters: names of the adapters, in order.
+    """
+
+    input_ids: Int[Tensor, " seq"]
+    layers: int
+    adapters: tuple[str, ...]
+
+    def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
+        """Pass the prompt through the base alone and through it with each adapter alone, and compare every layer."""
+
+    def logits(self, states: Float[Tensor, "*rows hidden"], *, norm: bool) -> Float[Tensor, "*rows vocabulary"]:
+        """The logit lens: the model's head on states of any layer, after its final norm or not; in float64."""
+
+    def layer_output(self, layer: int) -> Float[Tensor, "seq hidden"]:
+        """The output of a decoder layer (-1 is the last) in a pass through the base alone."""
+
+    def module_input(self, name: str) -> Float[Tensor, "seq features"]:
+        """The input of a linear (`layers.3.self_attn.q_proj`) in a pass through the base alone."""
+
+
+class QueryGate(nn.Module):
+    """What a query-level method keeps; it gives no weights by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse.
+
+        Raises:
+            MethodError: always.
+        """
+        raise MethodError(
+            "The method in use weighs a whole prompt before it is answered, and a bare forward does not say what the "
+            "prompt is. Call `generate`, or give `fusion_weights=model.weigh(prompt_ids)`."
+        )
+
+
+@dataclass(frozen=True)
+class QueryMethod(Method):
+    """A method that looks at the whole prompt before generation; the weights stay with the request until its end."""
+
+    level: ClassVar[Level] = "query"
+
+    def gate(self, site: Site) -> QueryGate:
+        """Make what the method keeps, for the whole model."""
+        return QueryGate()
+
+    @abstractmethod
+    def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """The fusion weights of one request, given what `gate` made."""
+
+
 def check_weights(weights: Any, adapters: Sequence[str], parameter: str) -> None:
     """Check that weights by adapter name are for these adapters and finite.
 
@@ -101,3 +205,35 @@ def check_weights(weights: Any, adapters: Sequence[str], parameter: str) -> None
             raise MethodError(f"`{parameter}` names the unknown adapter {name!r}. {did_you_mean(name, adapters)}")
         if not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise MethodError(f"`{parameter}` gives adapter {name!r} the weight {weight}; it must be a finite number.")
+
+
+def check_choice(value: Any, known: Sequence[str], parameter: str) -> None:
+    """Check that a parameter is one of a few words.
+
+    Raises:
+        MethodError: if it is not.
+    """
+    if value not in known:
+        raise MethodError(f"`{parameter}` is unknown: {value!r}. {did_you_mean(str(value), known)}")
+
+
+def check_positive(value: Any, parameter: str) -> None:
+    """Check that a parameter is a positive, finite number.
+
+    Raises:
+        MethodError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise MethodError(f"`{parameter}` (={value!r}) must be a positive number.")
+
+
+def check_top_k(top_k: Any, adapters: Sequence[str]) -> None:
+    """Check a number of adapters to keep; None keeps all.
+
+    Raises:
+        MethodError: if it is no whole number from 1 to the number of adapters.
+    """
+    if top_k is None:
+        return
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(adapters):
+        raise MethodError(f"`top_k` (={top_k!r}) must be between 1 and the number of adapters (={len(adapters)}).")

@@ -1,4 +1,4 @@
-"""Constant fusion weights: the base alone, one adapter, the average, or any given weights.
+"""Constant fusion weights: the base alone, one adapter, the average, or any given weights, also for each layer.
 
 Cost: one low-rank pass, nothing learned.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraflow.errors import MethodError
-from loraflow.methods.base import Method, Place, Site, check_weights
+from loraflow.methods.base import Level, Method, Place, Site, check_weights
 
 
 class ConstantGate(nn.Module):
@@ -36,7 +36,7 @@ class Base(Method):
     """The base model alone, bit for bit."""
 
     name: ClassVar[str] = "base"
-    learns: ClassVar[bool] = False
+    level: ClassVar[Level] = "task"
 
     @property
     def place(self) -> Place:  # noqa: D102
@@ -51,7 +51,7 @@ class Average(Method):
     """Every adapter with weight 1/k."""
 
     name: ClassVar[str] = "average"
-    learns: ClassVar[bool] = False
+    level: ClassVar[Level] = "task"
 
     @property
     def place(self) -> Place:  # noqa: D102
@@ -63,25 +63,40 @@ class Average(Method):
 
 @dataclass(frozen=True)
 class Static(Method):
-    """Given weights, the same for every layer, token and query.
+    """Given weights, the same for every token and query.
 
     Attributes:
-        weights: weight by adapter name; adapters that are not named get 0.
+        weights: weight by adapter name, for all layers; or a list of such, one for each layer. Adapters that are not
+            named get 0.
     """
 
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] | Sequence[Mapping[str, float]] = field(default_factory=dict)
 
     name: ClassVar[str] = "static"
-    learns: ClassVar[bool] = False
+    level: ClassVar[Level] = "task"
 
     @property
     def place(self) -> Place:  # noqa: D102
         return "layer"
 
-    def gate(self, site: Site) -> nn.Module:  # noqa: D102
-        return ConstantGate([float(self.weights.get(name, 0.0)) for name in site.adapters])
+    def gate(self, site: Site) -> nn.Module:
+        """The constant weights of one layer.
+
+        Raises:
+            MethodError: if weights are given for another number of layers.
+        """
+        weights = self.weights
+        if not isinstance(weights, Mapping):
+            if len(weights) != site.layers:
+                raise MethodError(f"`weights` is for {len(weights)} layers, but the base has {site.layers}.")
+            weights = weights[site.layer]
+        return ConstantGate([float(weights.get(name, 0.0)) for name in site.adapters])
 
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
         if not self.weights:
             raise MethodError("`static` needs `weights`, by adapter name. Give them, or take 'base' or 'average'.")
-        check_weights(self.weights, adapters, "weights")
+        if isinstance(self.weights, Sequence) and not isinstance(self.weights, str):
+            for layer in self.weights:
+                check_weights(layer, adapters, "weights")
+        else:
+            check_weights(self.weights, adapters, "weights")

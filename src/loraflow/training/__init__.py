@@ -1,6 +1,20 @@
 """Fitting what a method learns."""
 
 from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
-from loraflow.training.fit import fit, remove_checkpoints, search
+from loraflow.training.finetune import FinetuneResult, LoraSettings, finetune
+from loraflow.training.fit import fit, search
+from loraflow.training.loss import mean_loss
+from loraflow.training.run import remove_checkpoints
 
-__all__ = ["SEARCH_GRID", "FitConfig", "FitResult", "fit", "remove_checkpoints", "search"]
+__all__ = [
+    "SEARCH_GRID",
+    "FinetuneResult",
+    "FitConfig",
+    "FitResult",
+    "LoraSettings",
+    "finetune",
+    "fit",
+    "mean_loss",
+    "remove_checkpoints",
+    "search",
+]

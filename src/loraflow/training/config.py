@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraflow.errors import LoraflowError
+from loraflow.methods import Method
 
 # The grid that the paper chooses from on its dev sets.
 SEARCH_GRID = tuple({"learning_rate": lr, "batch_size": batch} for lr in (1e-3, 1e-4) for batch in (2, 4, 8))
@@ -14,10 +15,11 @@ SEARCH_GRID = tuple({"learning_rate": lr, "batch_size": batch} for lr in (1e-3, 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How gates are learned; the defaults are the paper's recipe (section 5.1 and the official code).
+    """How gates are learned; the defaults are LoRA-Flow's recipe (section 5.1 of the paper, and the official code).
 
     Attributes:
         epochs: passes over the examples.
+        max_steps: end after so many steps; None goes on for `epochs`.
         learning_rate: the peak of the schedule.
         batch_size: examples in a step.
         gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly.
@@ -35,6 +37,7 @@ class FitConfig:
     """
 
     epochs: int = 5
+    max_steps: int | None = None
     learning_rate: float = 1e-3
     batch_size: int = 4
     gradient_accumulation: int = 1
@@ -57,7 +60,7 @@ class FitConfig:
         for name in ("adapter_dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0 and less than 1.")
-        for name in ("max_length", "checkpoint_steps"):
+        for name in ("max_length", "max_steps", "checkpoint_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
         if self.batch_size % self.gradient_accumulation:
@@ -66,16 +69,22 @@ class FitConfig:
                 f"`batch_size` (={self.batch_size})."
             )
 
+    @classmethod
+    def for_method(cls, method: Method, **settings: Any) -> FitConfig:
+        """The recipe of a method: the paper's, with what the method's own source changes, and then these settings."""
+        return cls(**{**method.recipe, **settings})
+
 
 @dataclass(frozen=True)
 class FitResult:
     """What a fit did.
 
     Attributes:
-        start: the fusion weights at which training started, by adapter.
+        start: the fusion weights at which training started, by adapter; empty where gates start as made.
         start_losses: each adapter's loss alone on the examples, where the start was chosen by it.
-        steps: optimiser steps of the whole run, those before a resume included.
-        train_loss: mean loss of the last epoch's steps, in nats for each response token.
+        steps: optimiser steps, or evaluations of a search, of the whole run, those before a resume included.
+        train_loss: mean loss of the last epoch's steps, or that of a search's result, in nats for each response token;
+            None where there was none.
         dev_loss: loss on the dev examples at the kept checkpoint.
         dev_score: score on the dev examples at the kept checkpoint, where they were scored.
         kept_step: the step whose gates were kept.
@@ -88,7 +97,7 @@ class FitResult:
     start: Mapping[str, float]
     start_losses: Mapping[str, float]
     steps: int
-    train_loss: float
+    train_loss: float | None
     dev_loss: float | None
     dev_score: float | None
     kept_step: int

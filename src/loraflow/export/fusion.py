@@ -1,0 +1,220 @@
+"""A fusion with constant weights, or the means of dynamic ones, as one ordinary PEFT adapter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from loraflow.adapters import LoraModule
+from loraflow.answers import require_tokenizer
+from loraflow.errors import LoraflowError, MethodError
+from loraflow.evaluation.constant import Weights, loss_of_batches, mean_weights, replaced_by, split_batches
+from loraflow.examples import Example, parse_examples
+from loraflow.export.files import ExportReport, MeanCost, checked_target, write_adapter
+from loraflow.export.folding import Compression, add_up, as_module, compressed, compression_of
+from loraflow.linear import dense_weight
+from loraflow.training.data import TokenExamples, tokenize
+
+if TYPE_CHECKING:
+    from loraflow.model import FusedModel
+
+
+@dataclass(frozen=True)
+class _Export:
+    """The exported adapter in memory, by the base's module names."""
+
+    modules: dict[str, LoraModule]
+    adapters: tuple[str, ...]
+    compression: Compression | None
+
+
+@torch.no_grad()
+def export_peft(
+    model: FusedModel,
+    directory: str | Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    mean_weights_on: Sequence[Mapping[str, Any] | Example] | None = None,
+    batch_size: int = 4,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> ExportReport:
+    """Write a fusion as one PEFT adapter, which PEFT, transformers and (within its limits) vLLM load as any other.
+
+    Args:
+        model: the fusion; its method's weights must be constant, unless `mean_weights_on` is given.
+        directory: where to; it appears complete or not at all.
+        rank: compress every module's update to this rank at most; by default it is exact.
+        dtype: precision of the saved tensors.
+        mean_weights_on: examples on which a dynamic fusion's weights are averaged, for every layer (or module, where
+            gates are the modules'); also what that costs is measured on them.
+        batch_size: examples in a forward of that measurement.
+        overwrite: replace an adapter that is in the directory.
+        console: where progress is shown; standard error by default.
+
+    Returns:
+        What was exported, and what it cost.
+
+    Raises:
+        LoraflowError: if the rank or directory cannot be used, or the fusion cannot be written as one adapter.
+        MethodError: if the fusion weights are not constant, or are all zero.
+    """
+    if rank is not None and rank < 1:
+        raise LoraflowError(f"`rank` (={rank}) must be at least 1.")
+    model._attachment.check_attached()
+    target = checked_target(model, Path(directory), overwrite)
+    cost = None
+    if mean_weights_on is None:
+        export = _export(model, constant_weights(model), rank, dtype)
+    else:
+        export, cost = _export_mean(model, parse_examples(mean_weights_on), batch_size, rank, dtype, console)
+    report = ExportReport(
+        target,
+        export.adapters,
+        len(export.modules),
+        max(module.rank for module in export.modules.values()),
+        any(module.magnitude is not None for module in export.modules.values()),
+        any(module.bias is not None for module in export.modules.values()),
+        export.compression,
+        cost,
+    )
+    write_adapter(model, export.modules, report)
+    return report
+
+
+@torch.no_grad()
+def constant_weights(model: FusedModel) -> Weights:
+    """The fusion weights of every fused linear.
+
+    Returns:
+        One weight for each adapter, by site (`layers.3.self_attn.q_proj`).
+
+    Raises:
+        MethodError: if they depend on the input, or there are none.
+    """
+    method = model.method
+    if method.level != "task":
+        each = "token" if method.level == "token" else "prompt"
+        raise MethodError(
+            f"The method {method.name!r} weighs every {each} anew, and an adapter's weights are constant: no adapter "
+            "is this fusion. Export the mean of its weights on examples of the task (`mean_weights_on`, "
+            "--mean-weights-on data.jsonl), or use it as it is."
+        )
+    if not model.gates:
+        raise MethodError("The method in use is 'base', which has no fusion weights: there is nothing to export.")
+    sites = model._attachment.sites
+    known = {key: _weights_of(gate, sites[method.place][key].features) for key, gate in model.gates.items()}
+    none = torch.zeros(len(model.adapters), dtype=torch.float64)
+    return {
+        name: known.get({"model": "model", "layer": f"layers.{site.layer}", "module": name}[method.place], none)
+        for name, site in sites["module"].items()
+    }
+
+
+def _weights_of(gate: nn.Module, features: int) -> Float[Tensor, " adapters"]:
+    """What a gate that ignores its input gives for any."""
+    like = next((t for t in chain(gate.parameters(), gate.buffers()) if t.is_floating_point()), torch.zeros(()))
+    was_training = gate.training
+    try:
+        weights = gate.eval()(like.new_zeros(1, 1, features))
+    finally:
+        gate.train(was_training)
+    return weights.detach().double().cpu().reshape(-1, weights.shape[-1])[0]
+
+
+def _export_mean(
+    model: FusedModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    rank: int | None,
+    dtype: torch.dtype,
+    console: Console | None,
+) -> tuple[_Export, MeanCost]:
+    """Export the mean of dynamic weights, and measure what that costs.
+
+    Raises:
+        MethodError: if the weights are constant as they are.
+    """
+    if model.method.level == "task":
+        raise MethodError(
+            f"The weights of the method {model.method.name!r} are constant as they are. "
+            "Leave `mean_weights_on` (--mean-weights-on) out."
+        )
+    data = _tokenized(model, examples)
+    batches = split_batches(data, batch_size)
+    was_training = model.training
+    try:
+        with _progress(console or Console(stderr=True), 3 * len(batches)) as (describe, advance):
+            describe("mean weights")
+            weights = mean_weights(model, batches, advance)
+            describe("loss, dynamic")
+            dynamic = loss_of_batches(model, batches, advance)
+            export = _export(model, weights, rank, dtype)
+            describe("loss, exported")
+            with replaced_by(model, export.modules):
+                exported = loss_of_batches(model, batches, advance)
+    finally:
+        model.train(was_training)
+    return export, MeanCost(len(data), dynamic, exported, data.truncated)
+
+
+def _tokenized(model: FusedModel, examples: Sequence[Example]) -> TokenExamples:
+    # As long as `fit` takes them by default.
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    return tokenize(examples, require_tokenizer(model.tokenizer), model.prompt, min(2048, longest))
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda text: progress.update(bar, description=text), lambda: progress.advance(bar)
+
+
+def _export(model: FusedModel, weights: Weights, rank: int | None, dtype: torch.dtype) -> _Export:
+    """The one adapter that constant weights make of a fusion.
+
+    Raises:
+        LoraflowError: if PEFT has no such adapter.
+        MethodError: if no adapter is left.
+    """
+    sites, prefix = model._attachment.sites["module"], model._attachment.layers.prefix
+    kept: dict[str, list[tuple[LoraModule, float]]] = {}
+    names: set[str] = set()
+    for site_name, site in sites.items():
+        (updates,) = site.updates.values()
+        found = [(u, w, n) for u, w, n in zip(updates, weights[site_name].tolist(), site.adapters, strict=True)]
+        active = [(update, weight) for update, weight, _ in found if update is not None and weight != 0]
+        names |= {name for update, weight, name in found if update is not None and weight != 0}
+        if active:
+            kept[f"{prefix}.{site_name.removeprefix('layers.')}"] = active
+    if not kept:
+        raise MethodError("Every fusion weight is 0: the fusion is its base alone, and there is nothing to export.")
+    uses_dora = any(update.magnitude is not None for active in kept.values() for update, _ in active)
+    lora_bias = any(update.bias is not None for active in kept.values() for update, _ in active)
+    if uses_dora and lora_bias:
+        raise LoraflowError(
+            "One of the adapters is a DoRA and another has biases (`lora_bias`), and PEFT knows no adapter with both. "
+            "Leave one of them out."
+        )
+    modules, errors = {}, {}
+    for name, active in kept.items():
+        weight = dense_weight(model.base_model.get_submodule(name)).double() if uses_dora else None
+        found_sum = add_up(active, weight, model.method.mixing)
+        if rank is not None:
+            found_sum, *errors[name] = compressed(found_sum, rank)
+        modules[name] = as_module(name, found_sum, weight, dtype, lora_bias=lora_bias)
+    adapters = tuple(name for name in model.adapter_names if name in names)
+    return _Export(modules, adapters, None if rank is None else compression_of(rank, errors))

@@ -1,0 +1,128 @@
+"""Batches whose rows are weighed differently: by methods of their own, by given weights, or by their own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig
+
+from loraflow.attach import Attachment
+from loraflow.errors import LoraflowError, MethodError
+from loraflow.layers import Gates, Lane, Lanes
+from loraflow.methods import Method, QueryMethod
+from loraflow.methods.static import ConstantGate
+from loraflow.probe import Prompt
+
+RowMethod = str | Method | Mapping[str, float] | None
+"""Who weighs a row: a method's or adapter's name, a method, weights by adapter name, or None for the fusion's own."""
+
+WeighPrompts = Callable[[QueryMethod, Gates, list[int]], Float[Tensor, "rows layers adapters"]]
+"""Weighs the prompts of these rows."""
+
+
+def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) -> Lanes:
+    """Rows with given weights, `[rows, adapters]` or `[rows, layers, adapters]`.
+
+    Raises:
+        LoraflowError: if they have another shape.
+    """
+    layers, adapters = len(attachment.fusions), len(attachment.adapters)
+    if weights.dim() == 2:
+        weights = weights[:, None].expand(-1, layers, -1)
+    if weights.dim() != 3 or tuple(weights.shape[1:]) != (layers, adapters) or rows not in (None, len(weights)):
+        batch = "batch" if rows is None else rows
+        raise LoraflowError(
+            f"`fusion_weights` has the shape {tuple(weights.shape)}. Give ({batch}, {adapters}) or ({batch}, {layers}, "
+            f"{adapters}): batch, layers where they differ, and adapters."
+        )
+    return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights.to(attachment.model.device)),))
+
+
+def lanes_of_methods(
+    attachment: Attachment, chosen: Sequence[tuple[Method, Gates]], weigh_prompts: WeighPrompts
+) -> Lanes:
+    """Rows with methods.
+
+    Constant weights and those of prompts are one lane together, however many different ones there are; every other
+    method is a lane of its own.
+    """
+    by_gates: dict[int, tuple[Method, Gates, list[int]]] = {}
+    for row, (method, gates) in enumerate(chosen):
+        by_gates.setdefault(id(gates), (method, gates, []))[2].append(row)
+    lanes: list[Lane] = []
+    given: dict[int, Float[Tensor, "layers adapters"]] = {}
+    for method, gates, requests in by_gates.values():
+        if isinstance(method, QueryMethod):
+            given.update(zip(requests, weigh_prompts(method, gates, requests), strict=True))
+        elif _is_constant(method, gates):
+            given.update(dict.fromkeys(requests, _constant_weights(attachment, gates)))
+        else:
+            lanes.append(attachment.lane(requests, method, gates))
+    if given:
+        rows = sorted(given)
+        lanes.append(attachment.given_lane(rows, torch.stack([given[row] for row in rows])))
+    return Lanes(len(chosen), tuple(lanes))
+
+
+def _is_constant(method: Method, gates: Gates) -> bool:
+    if method.mixing != "outputs" or method.place == "module":
+        return False
+    return all(isinstance(gate, ConstantGate) for gate in gates.values())
+
+
+def _constant_weights(attachment: Attachment, gates: Gates) -> Float[Tensor, "layers adapters"]:
+    none = torch.zeros(len(attachment.adapters))
+    found = [gates.get(f"layers.{index}", gates.get("model")) for index in range(len(attachment.fusions))]
+    weights = [none if gate is None else cast(ConstantGate, gate).weights.cpu() for gate in found]
+    return torch.stack(weights).to(attachment.model.device)
+
+
+def weigh_prompts(
+    attachment: Attachment,
+    method: QueryMethod,
+    gate: Any,
+    input_ids: Int[Tensor, "rows seq"],
+    attention_mask: Int[Tensor, "rows seq"] | None,
+) -> Float[Tensor, "rows layers adapters"]:
+    """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
+
+    Raises:
+        MethodError: if a prompt is empty.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    prompts = [ids[real.bool()] for ids, real in zip(input_ids, mask, strict=True)]
+    keys = [tuple(prompt.tolist()) for prompt in prompts]
+    if () in keys:
+        raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
+    layers = len(attachment.fusions)
+    read = {
+        key: method.weigh(Prompt(attachment, prompt), gate).expand(layers, -1)
+        for key, prompt in dict(zip(keys, prompts, strict=True)).items()
+    }
+    dtype = torch.promote_types(attachment.model.dtype, torch.float32)
+    return torch.stack([read[key] for key in keys]).to(attachment.model.device, dtype)
+
+
+def prompt_mask(ids: Int[Tensor, "rows seq"], options: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
+    """Which tokens of prompts are real, told as transformers' `generate` tells it where no mask is given.
+
+    Args:
+        ids: the prompts.
+        options: what `generate` was called with.
+        config: the model's own defaults.
+
+    Returns:
+        1 at real tokens and 0 at padding, or None where all are real.
+    """
+    if options.get("attention_mask") is not None:
+        return options["attention_mask"]
+    config = options.get("generation_config") or config
+    pad = options.get("pad_token_id", config.pad_token_id)
+    end = options.get("eos_token_id", config.eos_token_id)
+    if pad is None or pad in (end if isinstance(end, list) else [end]) or not (ids == pad).any():
+        return None
+    return (ids != pad).long()

@@ -1,0 +1,367 @@
+"""Training an adapter's own weights on the same few examples: what a fusion of existing adapters has to be better than.
+
+A new LoRA, or one more round for an existing one; by PEFT, and otherwise by the recipe of `training.fit`: the same
+prompts, loss on the response only, schedule, checkpoints and choice on dev examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter
+from loraflow.answers import require_tokenizer
+from loraflow.architecture import find_decoder_layers
+from loraflow.attach import check_unfused
+from loraflow.errors import FusionError, LoraflowError
+from loraflow.examples import Example
+from loraflow.loading import BaseOptions, load_base, load_tokenizer
+from loraflow.prompts import PromptFormat
+from loraflow.storage import base_record, write_atomically
+from loraflow.training.config import FitConfig
+from loraflow.training.run import (
+    RUN_FILE,
+    RunData,
+    make_trainer,
+    prepare,
+    remove_checkpoints,
+    resumable_checkpoint,
+)
+from loraflow.training.trainer import logged
+
+# The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
+# model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
+LEARNING_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A new LoRA; the defaults are those of the paper's adapters.
+
+    Attributes:
+        r: rank.
+        alpha: the updates are multiplied by alpha / r.
+        dropout: on its input while it is trained.
+        target_modules: names of the linear modules that it adapts, or "all-linear".
+    """
+
+    r: int = 64
+    alpha: float = 16
+    dropout: float = 0.1
+    target_modules: str | Sequence[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise LoraflowError(f"`r` (={self.r!r}) must be a whole number of at least 1.")
+        if not self.alpha > 0:
+            raise LoraflowError(f"`alpha` (={self.alpha!r}) must be greater than 0.")
+        if not 0 <= self.dropout < 1:
+            raise LoraflowError(f"`dropout` (={self.dropout!r}) must be at least 0 and less than 1.")
+        if not self.target_modules:
+            raise LoraflowError('`target_modules` names no module. Give names, or "all-linear".')
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning did.
+
+    Attributes:
+        output: directory of the trained adapter.
+        parameters: number of trained values.
+        steps: optimiser steps of the whole run, those before a resume included.
+        train_loss: mean loss of the last epoch's steps, in nats for each response token.
+        dev_loss: loss on the dev examples at the kept checkpoint.
+        kept_step: the step whose weights were kept.
+        seconds: wall-clock time of this call.
+        truncated: origins of the examples that were cut to `max_length`.
+        log: every logged loss, as (step, loss).
+    """
+
+    output: Path
+    parameters: int
+    steps: int
+    train_loss: float
+    dev_loss: float | None
+    kept_step: int
+    seconds: float
+    truncated: list[str]
+    log: list[tuple[int, float]]
+
+
+def finetune(
+    base: str | Path | PreTrainedModel,
+    examples: Sequence[Mapping[str, Any] | Example],
+    output: str | Path,
+    *,
+    adapter: str | Path | AdapterSource | None = None,
+    lora: LoraSettings | None = None,
+    dev: Sequence[Mapping[str, Any] | Example] | None = None,
+    config: FitConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: PromptFormat | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    options: BaseOptions | None = None,
+) -> FinetuneResult:
+    """Train a new LoRA, or an existing adapter further, and save it as an ordinary PEFT adapter.
+
+    Args:
+        base: Hub id, path, or a loaded transformers model, which is given back as it was.
+        examples: training examples, `{"prompt", "completion"}` or `{"messages"}`.
+        output: directory for the adapter; one that is there is replaced only by a finished one.
+        adapter: the existing adapter to go on from, which is only read; None trains a new one.
+        lora: what a new one is like; by default as the paper's adapters.
+        dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
+        config: the recipe; by default that of `fit` with a learning rate of 2e-4.
+        tokenizer: by default the base's, where `base` is an id or path.
+        prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+        checkpoints: directory for checkpoints; a temporary one by default.
+        resume: go on from the newest whole checkpoint there, if there is one.
+        console: where progress is shown; standard error by default.
+        options: precision, placement and quantisation of a base given by id or path.
+
+    Returns:
+        Losses, time, and which examples were cut.
+
+    Raises:
+        AdapterError: if the existing adapter cannot be read, or does not fit the base.
+        LoraflowError: if arguments exclude each other, or a resumed run differs from the interrupted one.
+    """
+    started = time.perf_counter()
+    config = config or FitConfig(learning_rate=LEARNING_RATE)
+    output = Path(output).expanduser()
+    _check_arguments(output, adapter, lora, config)
+    old = load_adapter("adapter", adapter) if adapter is not None else None
+    if old is not None and output.resolve() == Path(old.source.path).resolve():
+        raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")
+    model, tokenizer = _open(base, tokenizer, options)
+    prompt = (prompt or PromptFormat()).resolve(tokenizer)
+    if old is not None:
+        match_adapter(old, model)
+    lora = None if old is not None else lora or LoraSettings()
+    console = console or Console(stderr=True)
+    identity = {
+        "base": base_record(model).model_dump(exclude={"path", "revision"}),
+        "adapter": old.digest if old is not None else dataclasses.asdict(cast(LoraSettings, lora)),
+    }
+    with contextlib.ExitStack() as stack:
+        directory = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
+        set_seed(config.seed)
+        adapted = stack.enter_context(_adapted(model, old or cast(LoraSettings, lora)))
+        trained = TrainedAdapter(adapted, tokenizer, prompt)
+        data = prepare(cast(Any, trained), examples, dev, config)
+        result = _train(trained, data, config, identity, directory, resume, console, output, started)
+        _save(adapted, output)
+    return result
+
+
+class TrainedAdapter(nn.Module):
+    """A base model with one PEFT adapter, as the trainer takes it: its `state_dict` holds the adapter alone.
+
+    Attributes:
+        peft_model: PEFT's model of both.
+        tokenizer: the base's tokenizer.
+        prompt: how questions become prompts.
+    """
+
+    # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
+    _hf_peft_config_loaded = True
+    main_input_name = "input_ids"
+
+    peft_model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    prompt: PromptFormat
+
+    def __init__(self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat) -> None:
+        super().__init__()
+        self.peft_model = peft_model
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that are not its own are the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "peft_model":
+                raise
+            return getattr(self.peft_model, name)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss can be averaged over the tokens of several forwards; the Trainer asks."""
+        base = self.peft_model.get_base_model()
+        if hasattr(base, "accepts_loss_kwargs"):
+            return bool(base.accepts_loss_kwargs)
+        parameters = inspect.signature(base.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The base model's forward, with the adapter in it."""
+        return self.peft_model(**inputs)
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters, by name."""
+        return {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapter's tensors."""
+        return {name: parameter.detach() for name, parameter in self.learned().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; all of it, whatever `strict` says.
+
+        Raises:
+            FusionError: if keys are missing or unknown.
+        """
+        learned = self.learned()
+        if learned.keys() != state_dict.keys():
+            wrong = sorted(learned.keys() ^ state_dict.keys())[0]
+            raise FusionError(f"The checkpoint is of another adapter: '{wrong}' is missing or unknown. Start afresh.")
+        for name, parameter in learned.items():
+            parameter.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])
+
+
+def _check_arguments(output: Path, adapter: Any, lora: LoraSettings | None, config: FitConfig) -> None:
+    if adapter is not None and lora is not None:
+        raise LoraflowError("`lora` describes a new adapter, and `adapter` is an existing one. Give one of them.")
+    if config.adapter_dropout:
+        raise LoraflowError(
+            f"`adapter_dropout` (={config.adapter_dropout}) is for fitting a fusion. "
+            "Give `LoraSettings.dropout`; an existing adapter keeps its own."
+        )
+    if output.is_file():
+        raise LoraflowError(f"`output` (={str(output)!r}) is a file. Give a directory.")
+
+
+def _open(
+    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: BaseOptions | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer."""
+    if isinstance(base, nn.Module):
+        if options is not None:
+            raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
+        check_unfused(base)
+        find_decoder_layers(base)
+        return base, require_tokenizer(tokenizer)
+    options = options or BaseOptions()
+    model = load_base(base, options)
+    find_decoder_layers(model)
+    return model, tokenizer or load_tokenizer(base, options)
+
+
+@contextlib.contextmanager
+def _adapted(model: PreTrainedModel, adapter: Adapter | LoraSettings) -> Iterator[PeftModel]:
+    """The model with a trainable adapter inside the block, and afterwards as it was before."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training, checkpointing = model.training, model.is_gradient_checkpointing
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        adapted = _existing(model, adapter) if isinstance(adapter, Adapter) else _new(model, adapter)
+        try:
+            yield adapted
+        finally:
+            adapted.unload()
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        if model.is_gradient_checkpointing and not checkpointing:
+            model.gradient_checkpointing_disable()
+        model.train(training)
+
+
+def _new(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        r=lora.r,
+        # PEFT says it is whole, and only ever divides it.
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return cast(PeftModel, get_peft_model(model, config))
+    except ValueError as error:
+        raise LoraflowError(f"`target_modules` (={targets!r}): {error}") from error
+
+
+def _existing(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    path, where = adapter.source.path, {}
+    if not adapter.source.is_local:
+        user, repo, *folders = path.strip("/").split("/")
+        path = f"{user}/{repo}"
+        where = {"subfolder": "/".join(folders) or None, "revision": adapter.source.revision}
+    return PeftModel.from_pretrained(model, path, is_trainable=True, **cast(Any, where))
+
+
+def _train(
+    trained: TrainedAdapter,
+    data: RunData,
+    config: FitConfig,
+    identity: Mapping[str, Any],
+    directory: Path,
+    resume: bool,
+    console: Console,
+    output: Path,
+    started: float,
+) -> FinetuneResult:
+    identity = json.loads(json.dumps({**identity, "data": data.digest, "config": dataclasses.asdict(config)}))
+    checkpoint = resumable_checkpoint(identity, directory) if resume else None
+    if checkpoint is None:
+        remove_checkpoints(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / RUN_FILE, json.dumps(identity).encode())
+    trainer = make_trainer(cast(Any, trained), data, config, None, directory, console, "fine-tuning")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = trainer.state.log_history
+    losses = logged(history, "loss")
+    last_epoch = losses[-max(1, len(losses) // config.epochs) :]
+    kept = trainer.state.best_global_step if data.dev is not None else None
+    kept = kept or trainer.state.global_step
+    return FinetuneResult(
+        output=output,
+        parameters=sum(parameter.numel() for parameter in trained.learned().values()),
+        steps=trainer.state.global_step,
+        train_loss=sum(loss for _, loss in last_epoch) / len(last_epoch),
+        dev_loss=dict(logged(history, "eval_loss")).get(kept),
+        kept_step=kept,
+        seconds=time.perf_counter() - started,
+        truncated=data.train.truncated,
+        log=losses,
+    )
+
+
+def _save(adapted: PeftModel, output: Path) -> None:
+    """Write PEFT's two files so that a crash leaves a whole adapter, or a directory that is none."""
+    with tempfile.TemporaryDirectory() as directory:
+        # Without a look at the Hub for the base's vocabulary: embeddings are never trained here.
+        adapted.save_pretrained(directory, save_embedding_layers=False)
+        config = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+        weights = (Path(directory) / WEIGHTS_FILE).read_bytes()
+    if isinstance(config.get("target_modules"), list):
+        # PEFT keeps a set, whose order changes from run to run.
+        config["target_modules"].sort()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    write_atomically(output / WEIGHTS_FILE, weights)
+    write_atomically(output / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())

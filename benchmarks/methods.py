@@ -24,6 +24,14 @@ from speed import build_base, print_setting, run_rounds, save_adapter, timed
 from loraflow import FusedModel, LearnedStatic, LoraFlow, LoraHub, Method, QaFlora, QueryMethod
 from loraflow.methods import METHODS, get_method
 
+NEEDS = {
+    None: "",
+    "gradient": "examples of the task",
+    "search": "examples of the task",
+    "experts": "each adapter's data",
+    "samples": "each adapter's data",
+}
+
 
 def main() -> None:
     """Measure and print."""
@@ -93,12 +101,15 @@ def report_methods(model: FusedModel, args: argparse.Namespace) -> None:
 
     def answer(method: Method) -> tuple[float, float]:
         model.set_method(method)
-        times = []
-        for new_tokens in (1, 1 + args.new_tokens):
+
+        def generate(new_tokens: int) -> float:
             options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
             inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-            times.append(timed(functools.partial(model.generate, **inputs, **options), args))
-        return times[0], (times[1] - times[0]) / args.new_tokens
+            return timed(functools.partial(model.generate, **inputs, **options), args)
+
+        # A prompt alone is short, and a short time scatters.
+        first = statistics.median(generate(1) for _ in range(5))
+        return first, (generate(1 + args.new_tokens) - first) / args.new_tokens
 
     with torch.inference_mode():
         rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
@@ -110,8 +121,8 @@ def report_methods(model: FusedModel, args: argparse.Namespace) -> None:
                     rounds[name].append(seconds)
     print(f"\nprompt of {length} tokens with the first one answered, and each further token: ratio to the base's time")
     print(f"(median of {args.rounds} rounds)\n")
-    print("| method | looks at | weights differ by | learned values | prompt passes | prompt | token |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | paper | needs | looks at | weights differ by | learned values | passes | prompt | token |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, method in methods.items():
         model.set_method(method)
         prompt_ratio, token_ratio = (
@@ -121,7 +132,18 @@ def report_methods(model: FusedModel, args: argparse.Namespace) -> None:
         learned = sum(tensor.numel() for tensor in model.state_dict().values())
         passes = passes_of(method, len(model.adapters))
         looks_at = "nothing" if method.level == "task" else method.level
-        cells = (name, looks_at, method.place, f"{learned:,}", passes, f"{prompt_ratio:.2f}", f"{token_ratio:.2f}")
+        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
+        cells = (
+            name,
+            paper,
+            NEEDS[method.learns],
+            looks_at,
+            method.place,
+            f"{learned:,}",
+            passes,
+            f"{prompt_ratio:.2f}",
+            f"{token_ratio:.2f}",
+        )
         print(f"| {' | '.join(cells)} |")
 
 

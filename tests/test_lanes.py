@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
+from transformers import GenerationConfig
 
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.errors import LoraflowError, MethodError
@@ -482,3 +485,107 @@ def test_after_unloading_there_are_no_lanes():
     for given_rows in ({"methods": ["a", "b"]}, {"fusion_weights": torch.ones(2, 3)}):
         with pytest.raises(LoraflowError, match="were taken out"):
             model(random_ids(), **given_rows)
+
+
+# ---- One call at a time, and nothing left behind -------------------------------------------------------------------
+
+
+def test_a_callers_configuration_does_not_hide_the_padding():
+    _, _, model = fuse(method="qa-flora")
+    model.generation_config.pad_token_id = 0
+    ids = torch.nn.functional.pad(random_ids(2, 6), (3, 0))
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    told = model.generate(ids, attention_mask=(ids != 0).long(), **settings)
+    assert torch.equal(model.generate(ids, generation_config=GenerationConfig(**settings)), told)
+
+
+def test_given_weights_are_counted_against_embeddings():
+    _, _, model = fuse()
+    embeddings = model.get_input_embeddings()(random_ids(4))
+    with pytest.raises(LoraflowError, match=re.escape("Give (4, 3) or (4, 3, 3)")):
+        model.generate(inputs_embeds=embeddings, fusion_weights=torch.ones(2, 3), max_new_tokens=1)
+    with pytest.raises(LoraflowError, match="names 2, and must name one for each of the 4 rows"):
+        model.generate(inputs_embeds=embeddings, methods=["base", "base"], max_new_tokens=1)
+
+
+def test_calls_of_two_threads_take_turns():
+    _, _, model = fuse()
+    inside, go_on, order = threading.Event(), threading.Event(), []
+
+    def hold(*_):
+        inside.set()
+        go_on.wait(20)
+
+    def first():
+        handle = model.base_model.lm_head.register_forward_hook(hold)
+        model(random_ids(), fusion_weights=torch.ones(2, 3))
+        handle.remove()
+        order.append("first")
+
+    def second():
+        found.append(model(random_ids(), methods=["base", "base"]).logits)
+        order.append("second")
+
+    found: list[torch.Tensor] = []
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(20)
+    threads[1].start()
+    time.sleep(0.2)
+    assert not found
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["first", "second"]
+    assert model._attachment.stream.lanes is None
+    with model.disable_adapter():
+        torch.testing.assert_close(found[0], model(random_ids()).logits)
+
+
+def test_a_copied_model_has_a_turn_of_its_own():
+    _, _, model = fuse()
+    copied = copy.deepcopy(model)
+    assert copied._attachment.stream.turn is not model._attachment.stream.turn
+    weights = torch.randn(2, 3)
+    assert torch.equal(
+        copied(random_ids(), fusion_weights=weights).logits, model(random_ids(), fusion_weights=weights).logits
+    )
+
+
+def test_modes_are_as_before_after_an_error_too():
+    _, _, model = fuse(method="qa-flora")
+    model.train()
+    model.base_model.lm_head.eval()
+    with pytest.raises(MethodError, match="Row 0 has no tokens"):
+        model.trace(random_ids(1), torch.zeros(1, 9))
+    model.weigh(random_ids())
+    assert model.training
+    assert not model.base_model.lm_head.training
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"methods": [1, 2]}, MethodError, "1 is no method. Give a name"),
+        ({"fusion_weights": [[0.0, 1.0, float("nan")]] * 2}, LoraflowError, "not finite"),
+    ],
+)
+def test_what_is_no_method_and_no_weight_is_refused(options, error, message):
+    _, _, model = fuse()
+    with pytest.raises(error, match=message):
+        model(random_ids(), **options)
+
+
+def test_weights_may_be_a_list():
+    _, _, model = fuse()
+    rows = [[0.5, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    given = model(random_ids(), fusion_weights=torch.tensor(rows)).logits
+    assert torch.equal(model(random_ids(), fusion_weights=rows).logits, given)
+
+
+def test_equal_methods_are_made_once(monkeypatch):
+    _, _, model = fuse()
+    made, real = [], model._attachment.make_gates
+    monkeypatch.setattr(model._attachment, "make_gates", lambda method: made.append(method) or real(method))
+    model(random_ids(6), methods=[{NAMES[0]: 0.5}, "average", {NAMES[0]: 0.5}, "average", NAMES[1], NAMES[1]])
+    assert len(made) == 3

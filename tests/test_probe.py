@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from loraflow import FusedModel
+from loraflow import BaseOptions, FusedModel, QaFlora
 from loraflow.errors import ArchitectureError
 from loraflow.probe import Prompt
 from tests.tiny import (
@@ -228,3 +228,32 @@ def block_flops(base):
         return flops(run)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "away"), [("gpt2", ["transformer.ln_f"]), ("llama", ["model.norm", "lm_head"])]
+)
+def test_offloaded_norms_and_heads_are_read(tmp_path, architecture, away, dtype):
+    base = tiny_model(architecture)
+    base.save_pretrained(tmp_path / "base")
+    adapters = {name: random_adapter(base, name, seed=seed) for seed, name in enumerate("ab")}
+    parts = [name for name, module in base.named_modules() if name.count(".") < 2 and not list(module.children())]
+    layers = "transformer.h" if architecture == "gpt2" else "model.layers"
+    places = {**dict.fromkeys([*parts, layers], "cpu"), **dict.fromkeys(away, "disk")}
+    offload = BaseOptions(dtype=dtype, device_map=places, model_kwargs={"offload_folder": str(tmp_path / "offload")})
+    found, expected = (
+        FusedModel.from_adapters(tmp_path / "base", adapters, "qa-flora", options=options).weigh(random_ids())
+        for options in (offload, BaseOptions(dtype=dtype))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_states_that_are_projected_before_the_head_have_no_logits():
+    base = tiny_model("opt", word_embed_proj_dim=16, do_layer_norm_before=False)
+    adapters = {name: random_adapter(base, name, ["q_proj"], seed=seed) for seed, name in enumerate("ab")}
+    model = FusedModel.from_adapters(base, adapters, QaFlora(final_norm=False))
+    with pytest.raises(ArchitectureError, match="projects its states from 32 to 16 features before its head"):
+        model.weigh(random_ids())
+    model.set_method(QaFlora(distance="cosine"))
+    assert model.weigh(random_ids()).shape == (2, 3, 2)

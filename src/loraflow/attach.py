@@ -31,12 +31,14 @@ class Attachment:
         model: the base model.
         adapters: the fused adapters, in order.
         layers: where its decoder layers are.
+        stream: what the layers share during a forward.
         sites: every place that a gate can stand, by place, then by site name.
     """
 
     model: PreTrainedModel
     adapters: tuple[Adapter, ...]
     layers: DecoderLayers
+    stream: Stream
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
@@ -54,9 +56,7 @@ class Attachment:
             gate = method.gate(site)
             if gate is not None:
                 layer = self.layers.layers[site.layer]
-                gates[name] = gate.to(
-                    _device_of(layer), torch.promote_types(torch.float32, _dtype_of(layer, self.model))
-                )
+                gates[name] = gate.to(_device_of(layer), _gate_dtype(layer, self.model))
         return gates
 
     def install(self, method: Method, gates: Gates) -> None:
@@ -74,15 +74,10 @@ class Attachment:
     def given_lane(self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"]) -> Lane:
         """Requests of a batch, each with weights of its own for every layer."""
         gates: Gates = {
-            f"layers.{index}": RowGate(weights[:, index].to(_device_of(layer)))
+            f"layers.{index}": RowGate(weights[:, index].to(_device_of(layer), _gate_dtype(layer, self.model)))
             for index, layer in enumerate(self.layers.layers)
         }
         return Lane(tuple(requests), "layer", gates)
-
-    @property
-    def stream(self) -> Stream:
-        """What the model's layers share during a forward."""
-        return self.fusions[0].stream
 
     def check_attached(self) -> None:
         """Check that the adapters have not been taken out.
@@ -144,12 +139,13 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     for adapter in adapters:
         match_adapter(adapter, model)
         check_inside_layers(adapter, layers)
-    attachment = Attachment(model, tuple(adapters), layers)
+    stream = Stream(len(layers.layers), len(adapters))
+    attachment = Attachment(model, tuple(adapters), layers, stream)
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     attachment._packing = keep_differentiable(model)
     try:
-        _fuse_layers(model, layers, adapters)
+        _fuse_layers(model, layers, adapters, stream)
     except BaseException:
         attachment.detach()
         raise
@@ -157,8 +153,7 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     return attachment
 
 
-def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> None:
-    stream = Stream(len(layers.layers), len(adapters))
+def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], stream: Stream) -> None:
     for index, layer in enumerate(layers.layers):
         fusion = LayerFusion(index, stream)
         for names in group_by_input(_target_names(layer, layers, index, adapters)):
@@ -224,6 +219,11 @@ def _device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def _gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:
+    # Weights are computed in float32 at least.
+    return torch.promote_types(torch.float32, _dtype_of(layer, model))
 
 
 def _dtype_of(module: nn.Module, model: PreTrainedModel) -> torch.dtype:

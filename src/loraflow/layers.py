@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -73,6 +74,12 @@ class Lanes:
 
     requests: int
     lanes: tuple[Lane, ...]
+    _rows: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def only(self) -> Lane | None:
+        """The one lane, where there are no others: its requests are all rows, in order."""
+        return self.lanes[0] if len(self.lanes) == 1 else None
 
     @property
     def reads_embeddings(self) -> bool:
@@ -80,19 +87,25 @@ class Lanes:
         return any(lane.place == "model" for lane in self.lanes)
 
     def rows_of(self, lane: Lane, batch: int, device: torch.device) -> Tensor:
-        """The rows of a forward that are a lane's requests.
+        """The rows of a forward that are a lane's requests."""
+        key = (id(lane), batch, device)
+        if key not in self._rows:
+            repeats = batch // self.requests
+            rows = [request * repeats + repeat for request in lane.requests for repeat in range(repeats)]
+            self._rows[key] = torch.tensor(rows, device=device)
+        return self._rows[key]
+
+    def check_batch(self, batch: int) -> None:
+        """Check that a forward's rows are the requests, or several for each.
 
         Raises:
-            LoraflowError: if the forward's batch is no multiple of the requests.
+            LoraflowError: if their number is no multiple of the requests.
         """
         if batch % self.requests:
             raise LoraflowError(
                 f"A forward of {batch} rows came where {self.requests} requests have weights of their own. Give one "
                 "method, or one row of weights, for each row of `input_ids`."
             )
-        repeats = batch // self.requests
-        rows = [request * repeats + repeat for request in lane.requests for repeat in range(repeats)]
-        return torch.tensor(rows, device=device)
 
     def mixes(self, shape: Sequence[int], device: torch.device) -> bool | Tensor:
         """Whether parameters are mixed instead of outputs; for each token, where lanes differ."""
@@ -106,6 +119,25 @@ class Lanes:
         return mask.view(-1, 1)
 
 
+class Turn:
+    """Lets one thread at a time through: what a call keeps on its way, it keeps on the model.
+
+    Like a lock, which could be neither copied nor pickled with the model.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 @dataclass
 class Stream:
     """What the layers of one model share during a forward.
@@ -113,6 +145,7 @@ class Stream:
     Attributes:
         layers: number of layers.
         adapters: number of adapters.
+        turn: held by each call of the fused model.
         embeddings: the input of the first layer, where a gate of the whole model reads it.
         lanes: who weighs which rows; None where the method in use weighs all.
         alone: for each row, the position of the one adapter that it uses, or None for the base; None where rows have
@@ -121,6 +154,7 @@ class Stream:
 
     layers: int
     adapters: int
+    turn: Turn = field(default_factory=Turn)
     embeddings: Tensor | None = None
     lanes: Lanes | None = None
     alone: Sequence[int | None] | None = None
@@ -194,15 +228,15 @@ class LayerFusion(nn.Module):
         if self.stream.alone is not None:
             now.alone = self.stream.alone
             return
-        if lanes is not None:
+        if lanes is None:
+            now.mixes = self.mixes
+            weights = None if self.gate is None else self._call(self.gate, hidden_states, embeddings)
+        else:
+            lanes.check_batch(now.shape[0])
             now.mixes = lanes.mixes(now.shape, hidden_states.device)
             weights = self._weights_of_lanes(lanes, hidden_states, embeddings)
-        elif self.gate is None:
-            now.mixes = self.mixes
+        if weights is None:
             return
-        else:
-            now.mixes = self.mixes
-            weights = self._call(self.gate, hidden_states, embeddings)
         if self.recorded is not None:
             self._record("", weights)
         now.weights = self._by_token(weights)
@@ -245,8 +279,12 @@ class LayerFusion(nn.Module):
 
     def _weights_of_lanes(
         self, lanes: Lanes, hidden_states: Float[Tensor, "batch seq hidden"], embeddings: Tensor | None
-    ) -> Float[Tensor, "batch seq adapters"]:
+    ) -> Float[Tensor, "batch *seq adapters"] | None:
         """The weights of rows with different methods; zero where the base answers, and where each linear has a gate."""
+        only = lanes.only
+        if only is not None and only.place != "module":
+            gate = only.gate(self.index)
+            return None if gate is None else _by_row(self._call(gate, hidden_states, embeddings), len(hidden_states))
         dtype = torch.promote_types(torch.float32, hidden_states.dtype)
         weights = hidden_states.new_zeros(*hidden_states.shape[:-1], self.stream.adapters, dtype=dtype)
         for lane in lanes.lanes:
@@ -266,9 +304,9 @@ class LayerFusion(nn.Module):
     ) -> Float[Tensor, "tokens gates"] | None:
         """The same for a group of linears, where a lane has gates for each of them."""
         shared = self.now.weights
-        assert shared is not None
         if all(lane.place != "module" for lane in lanes.lanes):
             return shared
+        assert shared is not None
         shape = self.now.shape
         x = x.reshape(*shape, -1)
         weights = shared.view(*shape, -1).repeat(1, 1, len(names))

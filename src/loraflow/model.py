@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import shutil
@@ -26,7 +27,7 @@ from loraflow.card import model_card
 from loraflow.errors import FusionError, LoraflowError, MethodError
 from loraflow.layers import Gates, Lanes
 from loraflow.loading import BaseOptions, load_base, load_tokenizer
-from loraflow.methods import METHODS, Method, QueryMethod, get_method, make_method
+from loraflow.methods import Method, QueryMethod, get_method, make_method, method_names
 from loraflow.prompts import PromptFormat
 from loraflow.rows import (
     RowMethod,
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
     from transformers.generation.utils import GenerativePreTrainedModel
 
     from loraflow.training import FitConfig, FitResult
-
-_RESERVED = ("best", *METHODS)
 
 
 class FusedModel(nn.Module):
@@ -288,10 +287,11 @@ class FusedModel(nn.Module):
             MethodError: if a method weighs whole prompts: a bare forward does not say what the prompt is.
         """
         if methods is None and fusion_weights is None:
-            return self.base_model(*args, **kwargs)
+            with self._turn():
+                return self.base_model(*args, **kwargs)
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         rows = None if inputs is None else len(inputs)
-        with self._lanes(self._plan(methods, fusion_weights, rows, self._refuse_prompts)):
+        with self._turn(), self._lanes(self._plan(methods, fusion_weights, rows, self._refuse_prompts)):
             return self.base_model(*args, **kwargs)
 
     def generate(
@@ -325,18 +325,20 @@ class FusedModel(nn.Module):
         generate = cast("GenerativePreTrainedModel", self.base_model).generate
         given = {} if inputs is None else {"inputs": inputs}
         ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
+        rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
         if methods is None and fusion_weights is None:
             if not isinstance(self.method, QueryMethod):
-                return generate(*args, **given, **kwargs)
-            methods = [None] * (1 if ids is None else len(ids))
+                with self._turn():
+                    return generate(*args, **given, **kwargs)
+            methods = [None] * (rows or 1)
 
-        def weigh(method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:
+        def weigh(method: QueryMethod, gates: Gates, requests: list[int]) -> Tensor:
             if ids is None:
                 raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
             mask = prompt_mask(ids, kwargs, self.generation_config)
-            return self._weigh(method, gates, ids[rows], None if mask is None else mask[rows])
+            return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
 
-        with self._lanes(self._plan(methods, fusion_weights, None if ids is None else len(ids), weigh)):
+        with self._turn(), self._lanes(self._plan(methods, fusion_weights, rows, weigh)):
             return generate(*args, **given, **kwargs)
 
     def weigh(
@@ -367,12 +369,23 @@ class FusedModel(nn.Module):
 
     @torch.no_grad()
     def _weigh(self, method: QueryMethod, gates: Gates, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        was_training = self.training
+        with self._turn(), self._evaluating():
+            return weigh_prompts(self._attachment, method, gates.get("model"), input_ids, attention_mask)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        # A compiled forward is traced once, and cannot hold a lock.
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._attachment.stream.turn
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside the block; afterwards each module is in the mode it was in."""
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            return weigh_prompts(self._attachment, method, gates["model"], input_ids, attention_mask)
+            yield
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
 
     def _gates_of(self, method: RowMethod) -> tuple[Method, Gates]:
         """A method and its gates.
@@ -423,7 +436,10 @@ class FusedModel(nn.Module):
             count = "one" if isinstance(methods, str | Method | Mapping) else len(methods)
             wanted = "each row" if rows is None else f"each of the {rows} rows"
             raise LoraflowError(f"`methods` names {count}, and must name one for {wanted}. For one method use `using`.")
-        return lanes_of_methods(self._attachment, [self._gates_of(method) for method in methods], weigh)
+        # Rows often share a method; each is looked up and made once.
+        keys = [json.dumps(dict(m)) if isinstance(m, Mapping) else m if isinstance(m, str) else id(m) for m in methods]
+        found = {key: self._gates_of(method) for key, method in dict(zip(keys, methods, strict=True)).items()}
+        return lanes_of_methods(self._attachment, [found[key] for key in keys], weigh)
 
     def _refuse_prompts(self, method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:
         raise MethodError(
@@ -522,20 +538,16 @@ class FusedModel(nn.Module):
         if not self._gates:
             raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        was_training = self.training
-        self.eval()
-        lanes = None
-        if isinstance(self.method, QueryMethod):
-            prompt = slice(0, prompt_length or None)
-            weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
-            lanes = lanes_of_weights(self._attachment, weights, len(input_ids))
-        try:
-            with self._recording() as recorded:
-                positions = _positions(self.base_model, mask)
-                with self._lanes(lanes) if lanes is not None else contextlib.nullcontext():
-                    self.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions, **kwargs)
-        finally:
-            self.train(was_training)
+        with self._turn(), self._evaluating(), self._recording() as recorded:
+            positions = _positions(self.base_model, mask)
+            forward = functools.partial(self.base_model, use_cache=False, **positions, **kwargs)
+            if isinstance(self.method, QueryMethod):
+                prompt = slice(0, prompt_length or None)
+                weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
+                with self._lanes(lanes_of_weights(self._attachment, weights, len(input_ids))):
+                    forward(input_ids=input_ids, attention_mask=mask)
+            else:
+                forward(input_ids=input_ids, attention_mask=mask)
         none = torch.zeros(*input_ids.shape, len(self.adapters))
         per_layer = [torch.stack(list(w.values())).mean(dim=0).cpu() if w else none for w in recorded]
         module_weights = {
@@ -693,10 +705,11 @@ def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -
 def _check_names(names: Sequence[str]) -> None:
     if not names:
         raise LoraflowError("No adapters were given. Give at least one, by name.")
+    reserved = ("best", *method_names())
     for name in names:
-        if name in _RESERVED or not name.strip() or "/" in name or name.startswith("."):
+        if name in reserved or not name.strip() or "/" in name or name.startswith("."):
             raise LoraflowError(
-                f"The adapter name {name!r} cannot be used: it must be no path, and none of {', '.join(_RESERVED)}. "
+                f"The adapter name {name!r} cannot be used: it must be no path, and none of {', '.join(reserved)}. "
                 "Rename it."
             )
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,16 +36,19 @@ class Prompt:
         input_ids: its token ids, `[seq]`.
         layers: number of decoder layers.
         adapters: names of the adapters, in order.
+        vocabulary: number of logits of the model's head.
     """
 
     input_ids: Int[Tensor, " seq"]
     layers: int
     adapters: tuple[str, ...]
+    vocabulary: int
 
     def __init__(self, attachment: Attachment, input_ids: Int[Tensor, " seq"]) -> None:
         self.input_ids = input_ids
         self.layers = len(attachment.layers.layers)
         self.adapters = tuple(adapter.name for adapter in attachment.adapters)
+        self.vocabulary = attachment.model.config.get_text_config(decoder=True).vocab_size
         self._attachment = attachment
 
     def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
@@ -168,11 +172,13 @@ def _final_norm(model: PreTrainedModel, prefix: str) -> nn.Module:
 
 def _apply_norm(norm: nn.Module, states: Tensor) -> Tensor:
     wide = torch.promote_types(states.dtype, torch.float32)
-    if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-        # torch's own norm takes only inputs of its weight's precision.
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
+        return norm(states.to(wide))
+    # torch's own norm takes only inputs of its weight's precision, which accelerate may keep away until it is called.
+    with align_module_device(norm):
         bias = None if norm.bias is None else norm.bias.to(wide)
-        return F.layer_norm(states.to(wide), norm.normalized_shape, norm.weight.to(wide), bias, norm.eps)
-    return norm(states.to(wide))
+        states = states.to(norm.weight.device, wide)
+        return F.layer_norm(states, norm.normalized_shape, norm.weight.to(wide), bias, norm.eps)
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
@@ -184,10 +190,16 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 
 def _apply_head(model: PreTrainedModel, states: Float[Tensor, "*rows hidden"]) -> Tensor:
     head = model.get_output_embeddings()
-    weight = head.weight
-    if weight.dtype not in (torch.bfloat16, torch.float16) or weight.is_meta:
-        return head(states.to(weight.dtype) if weight.is_floating_point() else states).double()
+    if head.weight.is_floating_point() and head.weight.shape[-1] != states.shape[-1]:
+        raise ArchitectureError(
+            f"{type(model).__name__} projects its states from {states.shape[-1]} to {head.weight.shape[-1]} features "
+            "before its head, so inner states have no logits. Take a distance of hidden states (`cosine`, `euclidean`)."
+        )
+    if head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return head(states.to(head.weight.dtype) if head.weight.is_floating_point() else states).double()
     # In half precision nearly equal distributions would be equal; the head is widened a part at a time.
-    states = states.to(weight.device, torch.float32)
-    logits = torch.cat([F.linear(states, rows.float()) for rows in weight.split(_HEAD_ROWS)], dim=-1).double()
-    return logits if head.bias is None else logits + head.bias.double()
+    with align_module_device(head):
+        states = states.to(head.weight.device, torch.float32)
+        parts = [F.linear(states, rows.float()) for rows in head.weight.split(_HEAD_ROWS)]
+        logits = torch.cat(parts, dim=-1).double()
+        return logits if head.bias is None else logits + head.bias.double()

@@ -28,9 +28,10 @@ def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) 
     """Rows with given weights, `[rows, adapters]` or `[rows, layers, adapters]`.
 
     Raises:
-        LoraflowError: if they have another shape.
+        LoraflowError: if they have another shape, or are not finite.
     """
     layers, adapters = len(attachment.fusions), len(attachment.adapters)
+    weights = torch.as_tensor(weights)
     if weights.dim() == 2:
         weights = weights[:, None].expand(-1, layers, -1)
     if weights.dim() != 3 or tuple(weights.shape[1:]) != (layers, adapters) or rows not in (None, len(weights)):
@@ -39,6 +40,8 @@ def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) 
             f"`fusion_weights` has the shape {tuple(weights.shape)}. Give ({batch}, {adapters}) or ({batch}, {layers}, "
             f"{adapters}): batch, layers where they differ, and adapters."
         )
+    if not torch.isfinite(weights).all():
+        raise LoraflowError("`fusion_weights` has values that are not finite. Give finite numbers.")
     return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights.to(attachment.model.device)),))
 
 
@@ -57,14 +60,15 @@ def lanes_of_methods(
     given: dict[int, Float[Tensor, "layers adapters"]] = {}
     for method, gates, requests in by_gates.values():
         if isinstance(method, QueryMethod):
-            given.update(zip(requests, weigh_prompts(method, gates, requests), strict=True))
+            given.update(zip(requests, weigh_prompts(method, gates, requests).cpu(), strict=True))
         elif _is_constant(method, gates):
             given.update(dict.fromkeys(requests, _constant_weights(attachment, gates)))
         else:
             lanes.append(attachment.lane(requests, method, gates))
     if given:
         rows = sorted(given)
-        lanes.append(attachment.given_lane(rows, torch.stack([given[row] for row in rows])))
+        weights = torch.stack([given[row] for row in rows])
+        lanes.append(attachment.given_lane(rows, weights.to(attachment.model.device)))
     return Lanes(len(chosen), tuple(lanes))
 
 
@@ -77,8 +81,7 @@ def _is_constant(method: Method, gates: Gates) -> bool:
 def _constant_weights(attachment: Attachment, gates: Gates) -> Float[Tensor, "layers adapters"]:
     none = torch.zeros(len(attachment.adapters))
     found = [gates.get(f"layers.{index}", gates.get("model")) for index in range(len(attachment.fusions))]
-    weights = [none if gate is None else cast(ConstantGate, gate).weights.cpu() for gate in found]
-    return torch.stack(weights).to(attachment.model.device)
+    return torch.stack([none if gate is None else cast(ConstantGate, gate).weights.cpu() for gate in found])
 
 
 def weigh_prompts(
@@ -120,9 +123,12 @@ def prompt_mask(ids: Int[Tensor, "rows seq"], options: Mapping[str, Any], config
     """
     if options.get("attention_mask") is not None:
         return options["attention_mask"]
-    config = options.get("generation_config") or config
-    pad = options.get("pad_token_id", config.pad_token_id)
-    end = options.get("eos_token_id", config.eos_token_id)
+    # What a call leaves open, in a configuration that it gives too, is filled from the model's own.
+    sources = (options, vars(options.get("generation_config") or config), vars(config))
+    pad, end = (
+        next((source[key] for source in sources if source.get(key) is not None), None)
+        for key in ("pad_token_id", "eos_token_id")
+    )
     if pad is None or pad in (end if isinstance(end, list) else [end]) or not (ids == pad).any():
         return None
     return (ids != pad).long()

@@ -89,6 +89,10 @@ def test_one_command_fits_every_method(run, world, tmp_path, method, options, sa
     loaded = FusedModel.from_pretrained(out)
     assert loaded.method.name == method
     assert not (Path(out) / "checkpoints").exists()
+    described = run("info", out)
+    assert described.exit_code == 0, described.output
+    trained = re.search(r"trained: (.*)", described.output)[1]
+    assert ("zh 24, math 6" if OWN_DATA[0] in options else "examples 24") in trained
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,13 @@ def test_one_command_fits_every_method(run, world, tmp_path, method, options, sa
         (("--method", "centroid", "--adapter-data", "hz={world}/dev.jsonl"), "unknown adapter 'hz'"),
         (("--method", "lorahub", *OWN_DATA), "Give them with --data"),
         (("--method", "arow"), "Did you mean 'arrow'?"),
+        (("--method", "phatgoose", *OWN_DATA, "--search"), "'phatgoose' has no use for --search"),
+        (("--method", "phatgoose", *OWN_DATA, "--dev", "{world}/dev.jsonl"), "'phatgoose' has no use for --dev"),
+        (("--method", "centroid", *OWN_DATA, "--learning-rate", "5"), "'centroid' has no use for --learning-rate"),
+        (
+            ("--method", "lorahub", "--data", "{world}/train.jsonl", "--epochs", "2"),
+            "'lorahub' has no use for --epochs",
+        ),
     ],
 )
 def test_fit_says_what_a_method_learns_from(run, arguments, message):

@@ -71,6 +71,16 @@ def test_a_loaded_base_is_given_back_as_it_was(run, tmp_path, existing, settings
     assert not hasattr(base, "peft_config")
 
 
+def test_a_target_that_peft_refuses_leaves_nothing_in_the_base(run):
+    base = tiny_model()
+    types = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(LoraflowError, match="`target_modules`"):
+        run(base=base, lora=LoraSettings(r=2, target_modules=["q_proj", "mlp"]))
+    assert {name: type(module) for name, module in base.named_modules()} == types
+    assert not hasattr(base, "peft_config")
+    run(base=base)
+
+
 def test_an_existing_adapter_is_trained_further_and_its_file_stays(run, tmp_path):
     old = Path(save_adapter(tiny_model(), tmp_path / "old", r=3))
     before = {file.name: file.read_bytes() for file in old.iterdir()}

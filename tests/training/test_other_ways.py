@@ -5,13 +5,16 @@ from __future__ import annotations
 import builtins
 import json
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from loraflow import Centroid, FitConfig, FusedModel, LearnedStatic, LoraFlow, LoraHub, Phatgoose, QaFlora
 from loraflow.errors import DataError, LoraflowError, MethodError
-from loraflow.training import fit, mean_loss, search
+from loraflow.methods.learned_static import LearnedWeights
+from loraflow.methods.static import ConstantGate
+from loraflow.training import fit, mean_loss, search, search_grid
 from loraflow.training.run import prepare, run_trainer
 from tests.tiny import tiny_model
 from tests.training.test_fit import QUICK, adapters, console, make_model, reversals
@@ -186,6 +189,34 @@ def test_experts_go_on_after_an_interruption(make_model, console, tmp_path, monk
         assert torch.equal(gate.vectors, broken.gates[site].vectors)
 
 
+def test_a_fresh_fit_forgets_the_experts_of_an_older_one(make_model, console, tmp_path):
+    config = FitConfig.for_method(Phatgoose(), max_steps=2)
+    new = {"a": reversals(6, seed=7), "b": OWN["b"]}
+    fit(make_model(Phatgoose()), OWN, config=config, console=console, checkpoints=tmp_path)
+    # A fresh fit on other data that ends after its first expert, and is then gone on with.
+    fit(make_model(Phatgoose()), new, config=config, console=console, checkpoints=tmp_path)
+    (tmp_path / "expert-1" / "result.json").unlink()
+    resumed, expected = make_model(Phatgoose()), make_model(Phatgoose())
+    fit(resumed, new, config=config, console=console, checkpoints=tmp_path, resume=True)
+    fit(expected, new, config=config, console=console)
+    for site, gate in expected.gates.items():
+        assert torch.equal(gate.vectors, resumed.gates[site].vectors)
+
+
+def test_a_finished_expert_of_other_data_is_not_taken_over(make_model, console, tmp_path):
+    config = FitConfig.for_method(Phatgoose(), max_steps=2)
+    fit(make_model(Phatgoose()), OWN, config=config, console=console, checkpoints=tmp_path)
+    with pytest.raises(LoraflowError, match="its run had another `data`"):
+        fit(
+            make_model(Phatgoose()),
+            {**OWN, "a": reversals(6, seed=7)},
+            config=config,
+            console=console,
+            checkpoints=tmp_path,
+            resume=True,
+        )
+
+
 def test_centroids_are_the_mean_embeddings_of_the_samples(make_model, console, tmp_path):
     model = make_model(Centroid(layer=1))
     fit(model, OWN, console=console)
@@ -234,6 +265,34 @@ def test_examples_of_the_wrong_kind_are_refused(make_model, console, method, exa
 def test_a_grid_is_for_gradients(make_model, method):
     with pytest.raises(MethodError, match="The grid is of learning rates"):
         search(make_model(method), reversals(4), dev=reversals(2))
+
+
+@pytest.mark.parametrize(
+    ("learns", "message"),
+    [
+        ("search", "its Bare must be as `loraflow.methods.base.Searched` says"),
+        ("experts", "its ConstantGate must be as `loraflow.methods.base.LearnsAlone` says"),
+        ("samples", "its ConstantGate must be as `loraflow.methods.base.KeepsSamples` says"),
+        ("gradients", "learns by 'gradients'. Known: .* Did you mean 'gradient'?"),
+    ],
+)
+def test_a_method_must_have_what_its_way_to_learn_needs(make_model, console, learns, message):
+    @dataclass(frozen=True)
+    class Bare(LearnedStatic):
+        name = "bare"
+
+        def gate(self, site):
+            return LearnedWeights(2) if learns == "search" else ConstantGate([0.5, 0.5])
+
+    Bare.learns = learns
+    with pytest.raises(MethodError, match=message):
+        fit(make_model(Bare()), OWN, console=console)
+
+
+def test_the_grid_is_at_the_methods_own_rate():
+    assert {setting["learning_rate"] for setting in search_grid(LoraFlow())} == {1e-3, 1e-4}
+    assert {setting["learning_rate"] for setting in search_grid(LearnedStatic())} == {1e-2, 1e-3}
+    assert {setting["batch_size"] for setting in search_grid(LoraFlow())} == {2, 4, 8}
 
 
 # ---- The loss ------------------------------------------------------------------------------------------------------

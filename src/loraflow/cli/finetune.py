@@ -69,7 +69,10 @@ def finetune(
     keep_checkpoints: t.KeepCheckpoints = False,
     epochs: t.Epochs = 5,
     max_steps: Annotated[
-        int | None, typer.Option(help="End after so many steps.  [default: none]", rich_help_panel=t.RECIPE)
+        int | None,
+        typer.Option(
+            help="Go on for so many steps, whatever --epochs says.  [default: none]", rich_help_panel=t.RECIPE
+        ),
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.", rich_help_panel=t.RECIPE)] = 2e-4,
     batch_size: t.BatchSize = 4,

@@ -19,7 +19,22 @@ if TYPE_CHECKING:
     from loraflow.training import FitResult
 
 
+# What each way to learn cannot use.
+_BY_STEPS = ("epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "weight_decay")
+_OF_TRAINING = (*_BY_STEPS, "adapter_dropout", "gradient_checkpointing", "checkpoint_steps")
+_UNUSED: dict[str, tuple[str, ...]] = {
+    "gradient": (),
+    "search": ("search", *_OF_TRAINING),
+    "experts": ("search", "dev", "dev_metric", "max_new_tokens", "dev_prompt_field", "dev_completion_field"),
+    "samples": (
+        *("search", "dev", "dev_metric", "max_new_tokens", "dev_prompt_field", "dev_completion_field", "resume"),
+        *(*_OF_TRAINING, "batch_size", "max_length", "seed", "keep_checkpoints"),
+    ),
+}
+
+
 def fit(
+    context: typer.Context,
     *,
     data: Annotated[
         Path | None,
@@ -65,8 +80,8 @@ def fit(
         bool,
         typer.Option(
             "--search",
-            help="Try the paper's grid of learning rates (1e-3, 1e-4) and batch sizes (2, 4, 8) and keep what is best "
-            "on --dev.",
+            help="Try the method's learning rate and a tenth of it with batches of 2, 4 and 8 (the paper's grid), and "
+            "keep what is best on --dev.",
         ),
     ] = False,
     resume: t.Resume = False,
@@ -78,7 +93,10 @@ def fit(
     epochs: t.Epochs = 5,
     max_steps: Annotated[
         int | None,
-        typer.Option(help="End after so many steps.  [default: none; phatgoose 100]", rich_help_panel=t.RECIPE),
+        typer.Option(
+            help="Go on for so many steps, whatever --epochs says.  [default: none; phatgoose 100]",
+            rich_help_panel=t.RECIPE,
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
@@ -133,6 +151,7 @@ def fit(
     # Cheap checks come before the model is loaded.
     adapters = o.parse_adapters(lora_modules)
     resolved = o.resolve_method(method or "lora-flow", list(adapters), method_option)
+    _refuse_unused(context, resolved)
     fields = t.fields(prompt_field, completion_field)
     examples = _examples(resolved, data, adapter_data, list(adapters), fields)
     dev_fields = t.fields(dev_prompt_field or prompt_field, dev_completion_field or completion_field)
@@ -189,6 +208,15 @@ def fit(
     _report(console, model, result, output, count)
 
 
+def _refuse_unused(context: typer.Context, method: Any) -> None:
+    if method.learns is None:
+        raise LoraflowError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
+    for name in _UNUSED.get(method.learns, ()):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise LoraflowError(f"The method {method.name!r} has no use for --{name.replace('_', '-')}. Leave it out.")
+
+
 def _examples(
     method: Any, data: Path | None, adapter_data: list[str], adapters: list[str], fields: Fields | None
 ) -> list[Example] | dict[str, list[Example]]:
@@ -196,8 +224,6 @@ def _examples(
     from loraflow.errors import did_you_mean
     from loraflow.examples import read_examples
 
-    if method.learns is None:
-        raise LoraflowError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
     if method.learns not in ("experts", "samples"):
         if data is None or adapter_data:
             raise LoraflowError(f"The method {method.name!r} learns from examples of the task. Give them with --data.")

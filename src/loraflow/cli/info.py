@@ -86,6 +86,10 @@ def _describe_fusion(
     if config.training:
         shown = ("examples", "dev_examples", "steps", "train_loss", "dev_loss", "dev_score")
         summary = ", ".join(f"{key} {config.training[key]}" for key in shown if config.training.get(key) is not None)
+        experts = {name: record["examples"] for name, record in config.training.get("experts", {}).items()}
+        own = config.training.get("samples") or experts
+        if own:
+            summary = "on each adapter's own data, " + ", ".join(f"{name} {count}" for name, count in own.items())
         console.print(f"trained: {summary}")
     sources = {
         record.name: AdapterSource.parse(moved[record.name])

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
@@ -23,7 +22,8 @@ from loraflow.examples import Example, parse_examples
 from loraflow.export.files import ExportReport, MeanCost, checked_target, write_adapter
 from loraflow.export.folding import Compression, add_up, as_module, compressed, compression_of
 from loraflow.linear import dense_weight
-from loraflow.training.data import TokenExamples, tokenize
+from loraflow.training.data import longest_example, tokenize
+from loraflow.training.progress import counting_progress
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel
@@ -151,7 +151,7 @@ def _export_mean(
             f"The weights of the method {model.method.name!r} are constant as they are. "
             "Leave `mean_weights_on` (--mean-weights-on) out."
         )
-    data = _tokenized(model, examples)
+    data = tokenize(examples, require_tokenizer(model.tokenizer), model.prompt, longest_example(model))
     batches = split_batches(data, batch_size)
     was_training = model.training
     try:
@@ -169,16 +169,9 @@ def _export_mean(
     return export, MeanCost(len(data), dynamic, exported, data.truncated)
 
 
-def _tokenized(model: FusedModel, examples: Sequence[Example]) -> TokenExamples:
-    # As long as `fit` takes them by default.
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    return tokenize(examples, require_tokenizer(model.tokenizer), model.prompt, min(2048, longest))
-
-
 @contextlib.contextmanager
 def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with counting_progress(console) as progress:
         bar = progress.add_task("", total=total)
         yield lambda text: progress.update(bar, description=text), lambda: progress.advance(bar)
 

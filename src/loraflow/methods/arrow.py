@@ -67,6 +67,7 @@ class Arrow(Method):
     temperature: float = 1.0
 
     name: ClassVar[str] = "arrow"
+    paper: ClassVar[str] = "2405.11157"
     level: ClassVar[Level] = "token"
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ Place = Literal["model", "layer", "module"]
 Mixing = Literal["outputs", "parameters"]
 Learning = Literal["gradient", "search", "experts", "samples"]
 """How a method learns: by gradient or by gradient-free search on examples of the task at hand; or from each adapter's
-own data, by gradient with that adapter alone ("experts"), or by looking at it ("samples")."""
+own data, by gradient with that adapter alone ("experts"), or by looking at it ("samples"). What the fit needs of the
+method and its gates beyond the contract is in `FITTING`."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class Method(ABC):
 
     Attributes:
         name: what users call it.
+        paper: arXiv number of its paper; empty where there is none.
         level: what it looks at.
         learns: how it learns, or None where it learns nothing.
         recipe: fields of `FitConfig` whose defaults this method's own source changes.
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
     level: ClassVar[Level]
     learns: ClassVar[Learning | None] = None
     recipe: ClassVar[Mapping[str, Any]] = {}
@@ -129,6 +132,64 @@ class Method(ABC):
         return asdict(self)
 
 
+@runtime_checkable
+class StartsAt(Protocol):
+    """A gate that can be set to constant weights."""
+
+    def start_at(self, weights: Sequence[float]) -> None:
+        """Forget what was learned and give exactly these fusion weights for every input."""
+
+
+@runtime_checkable
+class Searched(Protocol):
+    """A method whose weights, one for each adapter, are searched without gradients.
+
+    Attributes:
+        budget: evaluations of the loss.
+        bound: weights stay within plus and minus this.
+        regularization: factor of the mean absolute weight in the objective.
+    """
+
+    budget: int
+    bound: float
+    regularization: float
+
+
+@runtime_checkable
+class LearnsAlone(Protocol):
+    """A gate that learns with one adapter at a time.
+
+    Attributes:
+        expert: position of that adapter while it is trained, else None.
+    """
+
+    expert: int | None
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A method that embeds texts."""
+
+    def embed(self, query: Query) -> Float[Tensor, " hidden"]:
+        """The embedding of a text."""
+
+
+@runtime_checkable
+class KeepsSamples(Protocol):
+    """A gate that is made of the embeddings of each adapter's samples."""
+
+    def set_samples(self, embeddings: Sequence[Float[Tensor, "samples hidden"]]) -> None:
+        """Take over the embeddings of each adapter's samples, in the adapters' order."""
+
+
+FITTING: dict[Learning, tuple[type | None, type | None]] = {
+    "gradient": (None, None),
+    "search": (Searched, StartsAt),
+    "experts": (None, LearnsAlone),
+    "samples": (Embeds, KeepsSamples),
+}
+"""What each way to learn needs: of the method, and of its gates."""
+
 Measure = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "passes tokens hidden"]], Float[Tensor, " passes"]]
 """Compares one layer's states with the base alone with those with each adapter alone."""
 
@@ -143,11 +204,13 @@ class Query(Protocol):
         input_ids: the prompt, `[seq]`.
         layers: number of decoder layers.
         adapters: names of the adapters, in order.
+        vocabulary: number of logits of the model's head.
     """
 
     input_ids: Int[Tensor, " seq"]
     layers: int
     adapters: tuple[str, ...]
+    vocabulary: int
 
     def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
         """Pass the prompt through the base alone and through it with each adapter alone, and compare every layer."""

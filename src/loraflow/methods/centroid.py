@@ -61,6 +61,7 @@ class Centroid(QueryMethod):
     center: bool = True
 
     name: ClassVar[str] = "centroid"
+    paper: ClassVar[str] = "2402.09997"
     learns: ClassVar[Learning] = "samples"
 
     def __post_init__(self) -> None:
@@ -85,7 +86,8 @@ class Centroid(QueryMethod):
         return query.layer_output(self.layer).float().mean(dim=0)
 
     def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
-        embedding, centroids = self.embed(query).double(), gate.centroids.double()
+        embedding = self.embed(query).double()
+        centroids = gate.centroids.to(embedding)
         if self.center:
             origin = centroids.mean(dim=0)
             embedding, centroids = embedding - origin, centroids - origin

@@ -52,6 +52,7 @@ class Logo(QueryMethod):
     module: str | None = None
 
     name: ClassVar[str] = "logo"
+    paper: ClassVar[str] = "2511.07129"
 
     def __post_init__(self) -> None:
         check_choice(self.score, ("norm", "entropy"), "score")

@@ -54,6 +54,7 @@ class LoraFlow(Method):
     top_k: int | None = None
 
     name: ClassVar[str] = "lora-flow"
+    paper: ClassVar[str] = "2402.11455"
     level: ClassVar[Level] = "token"
     learns: ClassVar[Learning] = "gradient"
 

@@ -6,7 +6,7 @@ $$\min_w \; L(w) + 0.05 \cdot \tfrac1k \sum_i |w_i|, \qquad
 with $L$ the loss on the examples' responses, minimised by Nevergrad's NGOpt from zero within $\pm 1.5$. The parameters
 are mixed, not the outputs: the product has cross terms between adapters, and a pair at 0.5 and 0.5 is not their
 average. Ranks may differ (the smaller one is padded with zeros, in the order of the ranks); each scaling is folded into
-its B first. `mixing="outputs"` searches the same way without cross terms.
+its B first. `mixes="outputs"` searches the same way without cross terms.
 
 Paper: Huang et al. 2023, "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition",
 [arXiv 2307.13269](https://arxiv.org/abs/2307.13269). Cost: one low-rank pass, k values; 40 evaluations to fit.
@@ -14,9 +14,9 @@ Paper: Huang et al. 2023, "LoraHub: Efficient Cross-Task Generalization via Dyna
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from loraflow.errors import MethodError
 from loraflow.methods.base import Learning, Level, Method, Mixing, Place, Site, check_choice, check_positive
@@ -40,9 +40,9 @@ class LoraHub(Method):
     regularization: float = 0.05
 
     name: ClassVar[str] = "lorahub"
+    paper: ClassVar[str] = "2307.13269"
     level: ClassVar[Level] = "task"
     learns: ClassVar[Learning] = "search"
-    recipe: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         check_choice(self.mixes, ("parameters", "outputs"), "mixes")

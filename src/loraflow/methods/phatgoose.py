@@ -76,6 +76,7 @@ class Phatgoose(Method):
     top_k: int | None = None
 
     name: ClassVar[str] = "phatgoose"
+    paper: ClassVar[str] = "2402.05859"
     level: ClassVar[Level] = "token"
     learns: ClassVar[Learning] = "experts"
     # The paper trains for 100 steps. Decay would pull the other adapters' vectors to zero while one of them learns.

@@ -50,6 +50,7 @@ class QaFlora(QueryMethod):
     epsilon: float = 1e-8
 
     name: ClassVar[str] = "qa-flora"
+    paper: ClassVar[str] = "2512.11366"
 
     def __post_init__(self) -> None:
         check_choice(self.distance, _DISTANCES, "distance")
@@ -74,15 +75,13 @@ class QaFlora(QueryMethod):
     def _between_distributions(
         self, query: Query, base: Float[Tensor, "tokens hidden"], alone: Float[Tensor, "passes tokens hidden"]
     ) -> Float[Tensor, " passes"]:
-        total = alone.new_zeros(alone.shape[0], dtype=torch.float64)
-        vocabulary = query.logits(base[:1], norm=self.final_norm).shape[-1]
-        block = max(1, _LENS_VALUES // (vocabulary * (alone.shape[0] + 1)))
+        total = torch.zeros(alone.shape[0], dtype=torch.float64)
+        states = torch.cat([base[None], alone])
+        block = max(1, _LENS_VALUES // (query.vocabulary * len(states)))
+        divergence = _kl if self.distance == "kl" else _js
         for start in range(0, base.shape[0], block):
-            rows = slice(start, start + block)
-            log_p = query.logits(base[rows], norm=self.final_norm).log_softmax(dim=-1)
-            log_q = query.logits(alone[:, rows], norm=self.final_norm).log_softmax(dim=-1)
-            divergence = _kl if self.distance == "kl" else _js
-            total += divergence(log_p, log_q).sum(dim=-1)
+            log_probabilities = query.logits(states[:, start : start + block], norm=self.final_norm).log_softmax(dim=-1)
+            total += divergence(log_probabilities[0], log_probabilities[1:]).sum(dim=-1).cpu()
         return total / base.shape[0]
 
 

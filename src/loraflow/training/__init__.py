@@ -1,13 +1,12 @@
 """Fitting what a method learns."""
 
-from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
+from loraflow.training.config import FitConfig, FitResult, search_grid
 from loraflow.training.finetune import FinetuneResult, LoraSettings, finetune
 from loraflow.training.fit import fit, search
 from loraflow.training.loss import mean_loss
 from loraflow.training.run import remove_checkpoints
 
 __all__ = [
-    "SEARCH_GRID",
     "FinetuneResult",
     "FitConfig",
     "FitResult",
@@ -17,4 +16,5 @@ __all__ = [
     "mean_loss",
     "remove_checkpoints",
     "search",
+    "search_grid",
 ]

@@ -9,9 +9,6 @@ from typing import Any
 from loraflow.errors import LoraflowError
 from loraflow.methods import Method
 
-# The grid that the paper chooses from on its dev sets.
-SEARCH_GRID = tuple({"learning_rate": lr, "batch_size": batch} for lr in (1e-3, 1e-4) for batch in (2, 4, 8))
-
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -19,7 +16,7 @@ class FitConfig:
 
     Attributes:
         epochs: passes over the examples.
-        max_steps: end after so many steps; None goes on for `epochs`.
+        max_steps: go on for so many steps, whatever `epochs` says; None goes by `epochs`.
         learning_rate: the peak of the schedule.
         batch_size: examples in a step.
         gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly.
@@ -73,6 +70,12 @@ class FitConfig:
     def for_method(cls, method: Method, **settings: Any) -> FitConfig:
         """The recipe of a method: the paper's, with what the method's own source changes, and then these settings."""
         return cls(**{**method.recipe, **settings})
+
+
+def search_grid(method: Method) -> list[dict[str, Any]]:
+    """The grid that the paper chooses from on its dev sets, at the method's own learning rate and a tenth of it."""
+    rate = FitConfig.for_method(method).learning_rate
+    return [{"learning_rate": lr, "batch_size": batch} for lr in (rate, rate / 10) for batch in (2, 4, 8)]
 
 
 @dataclass(frozen=True)

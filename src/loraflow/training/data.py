@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class TokenExamples(Dataset):
 
     def __getitem__(self, index: int) -> TokenExample:
         return self.rows[index]
+
+
+def longest_example(model: Any) -> int:
+    """How many tokens of an example are read where nothing else is said: what the model takes, at most 2048."""
+    return min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
 def tokenize(

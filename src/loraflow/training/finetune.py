@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -41,7 +42,7 @@ from loraflow.training.run import (
     remove_checkpoints,
     resumable_checkpoint,
 )
-from loraflow.training.trainer import logged
+from loraflow.training.trainer import outcome_of
 
 # The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
 # model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
@@ -280,6 +281,7 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | LoraSettings) -> Iterato
         finally:
             adapted.unload()
     finally:
+        _remove_layers(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
         if use_cache is not None:
@@ -287,6 +289,15 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | LoraSettings) -> Iterato
         if model.is_gradient_checkpointing and not checkpointing:
             model.gradient_checkpointing_disable()
         model.train(training)
+
+
+def _remove_layers(model: PreTrainedModel) -> None:
+    """Take out what PEFT left in a model when it failed half-way."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _new(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
@@ -333,21 +344,17 @@ def _train(
         write_atomically(directory / RUN_FILE, json.dumps(identity).encode())
     trainer = make_trainer(cast(Any, trained), data, config, None, directory, console, "fine-tuning")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = trainer.state.log_history
-    losses = logged(history, "loss")
-    last_epoch = losses[-max(1, len(losses) // config.epochs) :]
-    kept = trainer.state.best_global_step if data.dev is not None else None
-    kept = kept or trainer.state.global_step
+    outcome = outcome_of(trainer, has_dev=data.dev is not None)
     return FinetuneResult(
         output=output,
         parameters=sum(parameter.numel() for parameter in trained.learned().values()),
-        steps=trainer.state.global_step,
-        train_loss=sum(loss for _, loss in last_epoch) / len(last_epoch),
-        dev_loss=dict(logged(history, "eval_loss")).get(kept),
-        kept_step=kept,
+        steps=outcome.steps,
+        train_loss=outcome.train_loss,
+        dev_loss=outcome.dev_loss,
+        kept_step=outcome.kept_step,
         seconds=time.perf_counter() - started,
         truncated=data.train.truncated,
-        log=losses,
+        log=outcome.log,
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from loraflow.errors import DataError, LoraflowError, MethodError, did_you_mean
-from loraflow.training.config import SEARCH_GRID, FitConfig, FitResult
+from loraflow.methods.base import FITTING
+from loraflow.training.config import FitConfig, FitResult, search_grid
 from loraflow.training.loss import mean_loss
 from loraflow.training.other_ways import fit_samples, search_weights
 from loraflow.training.run import (
@@ -25,6 +26,7 @@ from loraflow.training.run import (
     load_finished,
     make_scorer,
     prepare,
+    remove_checkpoints,
     run_trainer,
     training_record,
 )
@@ -72,6 +74,7 @@ def fit(
         raise MethodError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
     if score is not None and dev is None:
         raise LoraflowError("Choosing by a score needs dev examples. Give `dev`.")
+    _check_fitting(model)
     with contextlib.ExitStack() as stack:
         directory = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
         if method.learns in ("experts", "samples"):
@@ -90,6 +93,27 @@ def fit(
             result = run_trainer(model, data, config, score, directory, resume, console, "fitting gates")
     model.training_record = training_record(config, data, result)
     return result
+
+
+def _check_fitting(model: FusedModel) -> None:
+    """Check that a method, perhaps of another package, has what its way to learn needs.
+
+    Raises:
+        MethodError: if it has not.
+    """
+    method = model.method
+    if method.learns not in FITTING:
+        raise MethodError(
+            f"The method {method.name!r} learns by {method.learns!r}. {did_you_mean(str(method.learns), FITTING)}"
+        )
+    of_method, of_gates = FITTING[method.learns]
+    gates = [] if of_gates is None else [(gate, of_gates) for gate in model.gates.values()]
+    for thing, needed in [*gates, *([] if of_method is None else [(method, of_method)])]:
+        if not isinstance(thing, needed):
+            raise MethodError(
+                f"The method {method.name!r} learns by {method.learns!r}, for which its {type(thing).__name__} must be "
+                f"as `loraflow.methods.base.{needed.__name__}` says. Add what is missing."
+            )
 
 
 def _own_examples(model: FusedModel, examples: Any, dev: Any) -> dict[str, Sequence[Any]]:
@@ -128,10 +152,14 @@ def _fit_experts(
     """Train each adapter's part of the gates on its own data, with no other adapter at work."""
     results, records = [], {}
     model.set_method(model.method)
-    for position, (name, own) in enumerate(examples.items()):
-        data = prepare(model, own, None, config)
+    prepared = {name: prepare(model, own, None, config) for name, own in examples.items()}
+    digests = {name: data.digest for name, data in prepared.items()}
+    if not resume:
+        remove_checkpoints(directory)
+    for position, (name, data) in enumerate(prepared.items()):
         cell = directory / f"expert-{position}"
-        identity = {**identity_of(model, data, config, None), "expert": name}
+        # A finished cell holds the experts before it too: all data must be as they were.
+        identity = {**identity_of(model, data, config, None), "data": digests, "expert": name}
         result = load_finished(model, identity, cell) if resume else None
         if result is None:
             label = f"fitting {name} on its own data ({position + 1}/{len(examples)})"
@@ -182,20 +210,21 @@ def search(
     *,
     dev: Examples,
     config: FitConfig | None = None,
-    grid: Sequence[Mapping[str, Any]] = SEARCH_GRID,
+    grid: Sequence[Mapping[str, Any]] | None = None,
     score: Score | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> FitResult:
-    """Fit once for each setting of a grid (by default the paper's); keep the gates that are best on the dev examples.
+    """Fit once for each setting of a grid; keep the gates that are best on the dev examples.
 
     Args:
         model: the fused model; its gates are changed in place.
         examples: training examples.
         dev: the examples that decide.
         config: the recipe that the grid's settings change.
-        grid: settings, as fields of `FitConfig`.
+        grid: settings, as fields of `FitConfig`; by default the method's learning rate and a tenth of it, with batches
+            of 2, 4 and 8: the paper's grid, for its method.
         score: decide by the mean of this over generated answers, not by the loss.
         checkpoints: directory for checkpoints and finished settings; a temporary one by default.
         resume: keep finished settings there, and go on with the interrupted one.
@@ -214,6 +243,7 @@ def search(
             f"The grid is of learning rates and batch sizes, and the method {model.method.name!r} does not learn by "
             "gradient on examples of a task. Fit it without a search."
         )
+    grid = search_grid(model.method) if grid is None else grid
     table: list[dict[str, Any]] = []
     best: tuple[float, FitResult, dict[str, torch.Tensor], dict[str, Any]] | None = None
     with contextlib.ExitStack() as stack:

@@ -12,24 +12,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loraflow.answers import require_tokenizer
 from loraflow.errors import LoraflowError
 from loraflow.examples import parse_examples
-from loraflow.methods.centroid import Centroid
-from loraflow.methods.lorahub import LoraHub
+from loraflow.methods.base import Embeds, Searched
 from loraflow.probe import Prompt
+from loraflow.storage import write_atomically
 from loraflow.training.config import FitConfig, FitResult
 from loraflow.training.data import TokenExamples
 from loraflow.training.loss import mean_loss
+from loraflow.training.progress import counting_progress
 from loraflow.training.run import SEARCH_FILE
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel
-
-# Evaluating keeps no activations, so that more examples fit than in a step.
-_BATCH_SIZE = 16
 
 
 def search_weights(
@@ -50,7 +47,7 @@ def search_weights(
         model: the fused model; its one gate is changed in place.
         data: the examples whose loss is minimised.
         identity: what makes two searches the same one.
-        config: the seed.
+        config: batch size and seed.
         directory: where the losses are kept.
         resume: use those that are there.
         console: where progress is shown.
@@ -65,12 +62,15 @@ def search_weights(
         import nevergrad
     except ImportError as error:
         raise LoraflowError("LoRA-Hub's search needs Nevergrad. Run: pip install 'loraflow[search]'") from error
-    method = cast(LoraHub, model.method)
+    method = cast(Searched, model.method)
     started = time.perf_counter()
-    model.set_method(method)
+    model.set_method(model.method)
     gate: Any = model.gates["model"]
     known = _known_losses(directory / SEARCH_FILE, identity) if resume else []
     directory.mkdir(parents=True, exist_ok=True)
+    # The half of a line that a crash may have left goes; what is known stays.
+    head = [json.dumps(identity), *(json.dumps({"loss": loss}) for loss in known)]
+    write_atomically(directory / SEARCH_FILE, ("\n".join(head) + "\n").encode())
     space = nevergrad.p.Array(init=[0.0] * len(model.adapters)).set_bounds(-method.bound, method.bound)
     space.random_state.seed(config.seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=method.budget)
@@ -79,9 +79,8 @@ def search_weights(
         # One of NGOpt's optimizers warns of a bound that it corrects itself.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="COBYLA: Invalid")
-        file = stack.enter_context((directory / SEARCH_FILE).open("w", encoding="utf-8"))
-        file.write(json.dumps(identity) + "\n")
-        progress = stack.enter_context(_progress(console))
+        file = stack.enter_context((directory / SEARCH_FILE).open("a", encoding="utf-8"))
+        progress = stack.enter_context(counting_progress(console))
         bar = progress.add_task("searching weights", total=method.budget)
         for evaluation in range(method.budget):
             candidate = optimizer.ask()
@@ -90,11 +89,12 @@ def search_weights(
                 loss = known[evaluation]
             else:
                 gate.start_at(weights)
-                loss = mean_loss(model, data, _BATCH_SIZE)
+                loss = mean_loss(model, data, config.batch_size)
             optimizer.tell(candidate, loss + method.regularization * sum(map(abs, weights)) / len(weights))
             losses.append(loss)
-            file.write(json.dumps({"weights": weights, "loss": loss}) + "\n")
-            file.flush()
+            if evaluation >= len(known):
+                file.write(json.dumps({"loss": loss, "weights": weights}) + "\n")
+                file.flush()
             progress.update(bar, advance=1, description=f"searching weights, lowest loss {min(losses):.4f}")
     found = [float(weight) for weight in optimizer.provide_recommendation().value]
     gate.start_at(found)
@@ -102,7 +102,7 @@ def search_weights(
         start=dict.fromkeys(model.adapter_names, 0.0),
         start_losses={},
         steps=method.budget,
-        train_loss=mean_loss(model, data, _BATCH_SIZE),
+        train_loss=mean_loss(model, data, config.batch_size),
         dev_loss=None,
         dev_score=None,
         kept_step=method.budget,
@@ -122,7 +122,9 @@ def _known_losses(path: Path, identity: Mapping[str, Any]) -> list[float]:
         return []
     first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
     recorded = _parse(first)
-    for key, value in identity.items() if recorded else ():
+    if not recorded:
+        return []
+    for key, value in identity.items():
         if recorded.get(key) != value:
             raise LoraflowError(
                 f"Cannot resume from {path}: its search had another `{key}`. Give the same arguments and data as then, "
@@ -157,14 +159,14 @@ def fit_samples(model: FusedModel, examples: Mapping[str, Sequence[Any]], consol
     Returns:
         How long it took.
     """
-    method = cast(Centroid, model.method)
+    method = cast(Embeds, model.method)
     started = time.perf_counter()
     tokenizer = require_tokenizer(model.tokenizer)
     parsed = {name: parse_examples(own) for name, own in examples.items()}
-    model.set_method(method)
+    model.set_method(model.method)
     model.eval()
     embeddings = []
-    with _progress(console) as progress:
+    with counting_progress(console) as progress:
         bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
         for own in parsed.values():
             of_one = []
@@ -187,8 +189,3 @@ def fit_samples(model: FusedModel, examples: Mapping[str, Sequence[Any]], consol
         truncated=[],
         log=[],
     )
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)

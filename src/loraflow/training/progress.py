@@ -17,6 +17,12 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+def counting_progress(console: Console) -> Progress:
+    """A bar for work that is counted; gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
 class RichProgress(TrainerCallback):
     """A progress bar on a terminal, a line after each epoch elsewhere."""
 

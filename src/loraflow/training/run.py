@@ -21,10 +21,10 @@ from loraflow.errors import LoraflowError
 from loraflow.examples import Example, parse_examples
 from loraflow.storage import write_atomically
 from loraflow.training.config import FitConfig, FitResult
-from loraflow.training.data import Collator, TokenExamples, tokenize
+from loraflow.training.data import Collator, TokenExamples, longest_example, tokenize
 from loraflow.training.loss import mean_loss
 from loraflow.training.progress import RichProgress
-from loraflow.training.trainer import GateTrainer, complete_checkpoints, logged
+from loraflow.training.trainer import GateTrainer, complete_checkpoints, outcome_of
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel
@@ -59,9 +59,7 @@ class RunData:
 def prepare(model: FusedModel, examples: Any, dev: Any, config: FitConfig) -> RunData:
     """Check examples and turn them into token ids."""
     tokenizer = require_tokenizer(model.tokenizer)
-    max_length = config.max_length or min(
-        2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    )
+    max_length = config.max_length or longest_example(model)
     train = tokenize(parse_examples(examples), tokenizer, model.prompt, max_length)
     dev_examples = parse_examples(dev) if dev is not None else []
     dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length) if dev_examples else None
@@ -95,22 +93,13 @@ def run_trainer(
     with _training_state(model, config):
         trainer = make_trainer(model, data, config, score, directory, console, label)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = trainer.state.log_history
-    losses = logged(history, "loss")
-    last_epoch = losses[-max(1, len(losses) // config.epochs) :]
-    kept = trainer.state.best_global_step if data.dev is not None else None
-    kept = kept or trainer.state.global_step
+    outcome = outcome_of(trainer, has_dev=data.dev is not None)
     return FitResult(
         start=_start_weights(model, run["start_losses"]),
         start_losses=run["start_losses"],
-        steps=trainer.state.global_step,
-        train_loss=sum(loss for _, loss in last_epoch) / len(last_epoch),
-        dev_loss=dict(logged(history, "eval_loss")).get(kept),
-        dev_score=dict(logged(history, "eval_score")).get(kept),
-        kept_step=kept,
         seconds=time.perf_counter() - started,
         truncated=data.train.truncated,
-        log=losses,
+        **dataclasses.asdict(outcome),
     )
 
 

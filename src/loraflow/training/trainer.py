@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,43 @@ class GateTrainer(Trainer):
                 # First the mark, so that a crash in between leaves no checkpoint that counts and is not whole.
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the log of a finished training says.
+
+    Attributes:
+        steps: optimiser steps.
+        train_loss: mean loss of the last epoch's steps.
+        dev_loss: loss on the dev examples at the kept step.
+        dev_score: score on the dev examples at the kept step.
+        kept_step: the step whose values were kept: the best on dev, else the last.
+        log: every logged loss, as (step, loss).
+    """
+
+    steps: int
+    train_loss: float
+    dev_loss: float | None
+    dev_score: float | None
+    kept_step: int
+    log: list[tuple[int, float]]
+
+
+def outcome_of(trainer: Trainer, *, has_dev: bool) -> Outcome:
+    """Read the log of a finished training, whose every step was logged."""
+    state = trainer.state
+    losses = logged(state.log_history, "loss")
+    last_epoch = losses[-max(1, round(len(losses) / max(1.0, state.epoch or 1.0))) :]
+    kept = (state.best_global_step if has_dev else None) or state.global_step
+    return Outcome(
+        steps=state.global_step,
+        train_loss=sum(loss for _, loss in last_epoch) / len(last_epoch),
+        dev_loss=dict(logged(state.log_history, "eval_loss")).get(kept),
+        dev_score=dict(logged(state.log_history, "eval_score")).get(kept),
+        kept_step=kept,
+        log=losses,
+    )
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -264,8 +264,8 @@ def set_random_gates(model: FusedModel, seed: int = 5) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for gate in model.gates.values():
-            for parameter in gate.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            for value in gate.state_dict().values():
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
 
 
 def number_tokenizer() -> PreTrainedTokenizerFast:

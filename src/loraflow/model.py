@@ -370,7 +370,9 @@ class FusedModel(nn.Module):
     @torch.no_grad()
     def _weigh(self, method: QueryMethod, gates: Gates, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         with self._turn(), self._evaluating():
-            return weigh_prompts(self._attachment, method, gates.get("model"), input_ids, attention_mask)
+            return weigh_prompts(
+                self._attachment, method, gates.get("model"), input_ids, attention_mask, self.tokenizer
+            )
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         # A compiled forward is traced once, and cannot hold a lock.

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loraflow.answers import require_tokenizer
 from loraflow.attach import Attachment
 from loraflow.errors import ArchitectureError
 from loraflow.methods.base import Measure
@@ -44,12 +45,27 @@ class Prompt:
     adapters: tuple[str, ...]
     vocabulary: int
 
-    def __init__(self, attachment: Attachment, input_ids: Int[Tensor, " seq"]) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        input_ids: Int[Tensor, " seq"],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.input_ids = input_ids
         self.layers = len(attachment.layers.layers)
         self.adapters = tuple(adapter.name for adapter in attachment.adapters)
         self.vocabulary = attachment.model.config.get_text_config(decoder=True).vocab_size
         self._attachment = attachment
+        self._tokenizer = tokenizer
+
+    @property
+    def text(self) -> str:
+        """The prompt as text, without special tokens.
+
+        Raises:
+            LoraflowError: if there is no tokenizer.
+        """
+        return str(require_tokenizer(self._tokenizer).decode(self.input_ids.tolist(), skip_special_tokens=True))
 
     def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
         """Pass the prompt through the base alone and with each adapter alone, and compare every layer."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loraflow.attach import Attachment
 from loraflow.errors import LoraflowError, MethodError
@@ -90,6 +90,7 @@ def weigh_prompts(
     gate: Any,
     input_ids: Int[Tensor, "rows seq"],
     attention_mask: Int[Tensor, "rows seq"] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Float[Tensor, "rows layers adapters"]:
     """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
 
@@ -103,7 +104,7 @@ def weigh_prompts(
         raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
     layers = len(attachment.fusions)
     read = {
-        key: method.weigh(Prompt(attachment, prompt), gate).expand(layers, -1)
+        key: method.weigh(Prompt(attachment, prompt, tokenizer), gate).expand(layers, -1)
         for key, prompt in dict(zip(keys, prompts, strict=True)).items()
     }
     dtype = torch.promote_types(attachment.model.dtype, torch.float32)

@@ -10,11 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel
 
 from loraflow import FusedModel
 from loraflow.errors import MethodError
 from loraflow.methods import Centroid
-from tests.tiny import block_outputs, merged_model, random_adapter, random_ids, relative_error, tiny_model
+from tests.tiny import (
+    VOCAB,
+    block_outputs,
+    merged_model,
+    number_tokenizer,
+    random_adapter,
+    random_ids,
+    relative_error,
+    save_adapter,
+    tiny_model,
+)
 
 
 def slow_weights(method, embedding, samples):
@@ -125,3 +136,52 @@ def test_a_layer_that_the_base_has_not_is_refused(layer):
 def test_settings_that_cannot_be_are_refused(make, expected):
     with pytest.raises(MethodError, match=re.escape(expected)):
         make()
+
+
+# ---- Another encoder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A small BERT with a tokenizer, on disk."""
+    path = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(path)
+    number_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_another_model_may_embed_the_texts(encoder, tmp_path):
+    base = tiny_model()
+    adapters = {name: save_adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    model = FusedModel.from_adapters(base, adapters, Centroid(encoder=encoder), tokenizer=number_tokenizer())
+    samples = {"a": ["5 6 7", "9 8"], "b": ["40 41 42 43"]}
+    model.fit({name: [{"prompt": text, "completion": "3"} for text in texts] for name, texts in samples.items()})
+    bert, tokenizer = BertModel.from_pretrained(encoder).eval(), number_tokenizer()
+
+    @torch.no_grad()
+    def embed(text):
+        return bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+
+    centroids = torch.stack([torch.stack([embed(text) for text in texts]).mean(dim=0) for texts in samples.values()])
+    torch.testing.assert_close(model.gates["model"].centroids, centroids)
+    origin = centroids.mean(dim=0)
+    cosines = torch.cosine_similarity(embed("6 7 9") - origin, centroids - origin, dim=-1)
+    expected = torch.softmax(cosines / 0.1, dim=-1)
+    found = model.weigh(tokenizer("6 7 9", return_tensors="pt")["input_ids"])
+    torch.testing.assert_close(found, expected.expand(1, 3, 2), rtol=1e-4, atol=1e-5)
+    # The encoder is named in the fusion, not kept in it.
+    model.save_pretrained(tmp_path / "fusion")
+    again = FusedModel.from_pretrained(tmp_path / "fusion", base=tiny_model(), tokenizer=tokenizer)
+    assert set(again.state_dict()) == {"model.centroids"}
+    assert torch.equal(again.weigh(random_ids()), model.weigh(random_ids()))
+
+
+def test_an_encoder_that_is_none_is_named(tmp_path):
+    base = tiny_model()
+    adapters = {name: save_adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    with pytest.raises(MethodError, match="is no model that transformers can load"):
+        FusedModel.from_adapters(base, adapters, Centroid(encoder=str(tmp_path)))

@@ -170,8 +170,8 @@ class LearnsAlone(Protocol):
 class Embeds(Protocol):
     """A method that embeds texts."""
 
-    def embed(self, query: Query) -> Float[Tensor, " hidden"]:
-        """The embedding of a text."""
+    def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
+        """The embedding of a text, given what the method's `gate` made."""
 
 
 @runtime_checkable
@@ -211,6 +211,10 @@ class Query(Protocol):
     layers: int
     adapters: tuple[str, ...]
     vocabulary: int
+
+    @property
+    def text(self) -> str:
+        """The prompt as text."""
 
     def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
         """Pass the prompt through the base alone and through it with each adapter alone, and compare every layer."""

@@ -3,8 +3,8 @@ r"""Centroid: the adapters whose own data looks like the query.
 $$w = \operatorname{softmax}\nolimits_{\text{top } k}\big(\cos(e(\text{query}), c_i) / \tau\big)$$
 
 with $c_i$ the mean of the embeddings e of samples of adapter i's data, and e the mean over the tokens of a hidden state
-of the base model itself. Hidden states of language models all lie in one narrow cone, where every cosine is close to
-one; so the mean of the centroids is taken from both sides first, unless `center` is off.
+of the base model itself, or another model's embedding. Hidden states of language models all lie in one narrow cone, where
+every cosine is close to one; so the mean of the centroids is taken from both sides first, unless `center` is off.
 
 After LoraRetriever (Zhao et al. 2024, [arXiv 2402.09997](https://arxiv.org/abs/2402.09997)) and the training-free
 baseline of qa-FLoRA. Cost: one pass of the prompt; then one low-rank pass; k embeddings, from samples of each
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from loraflow.errors import MethodError
 from loraflow.methods.base import Learning, Place, Query, QueryGate, QueryMethod, Site, check_positive, check_top_k
+from loraflow.methods.encoder import TextEncoder
 from loraflow.methods.scores import top_k_softmax
 
 
@@ -31,12 +32,15 @@ class Centroids(QueryGate):
 
     Attributes:
         centroids: c, `[adapters, hidden]`; zero before they are made of samples.
+        encoder: the model that embeds texts; None is the base.
     """
 
     centroids: Float[Tensor, "adapters hidden"]
+    encoder: TextEncoder | None
 
-    def __init__(self, adapters: int, features: int) -> None:
+    def __init__(self, adapters: int, features: int, encoder: TextEncoder | None) -> None:
         super().__init__()
+        self.encoder = encoder
         self.register_buffer("centroids", torch.zeros(adapters, features))
 
     def set_samples(self, embeddings: Sequence[Float[Tensor, "samples hidden"]]) -> None:
@@ -49,16 +53,18 @@ class Centroid(QueryMethod):
     """Weights by likeness to each adapter's data.
 
     Attributes:
-        layer: which decoder layer's output is the embedding; -1 is the last.
+        layer: which decoder layer's output of the base is the embedding; -1 is the last.
         temperature: divisor of the cosines.
         top_k: how many adapters are kept; None keeps all.
         center: whether the centroids' mean is taken from query and centroids first.
+        encoder: "base", or the Hub id or directory of another model that embeds texts (the mean of its last states).
     """
 
     layer: int = -1
     temperature: float = 0.1
     top_k: int | None = None
     center: bool = True
+    encoder: str = "base"
 
     name: ClassVar[str] = "centroid"
     paper: ClassVar[str] = "2402.09997"
@@ -79,14 +85,17 @@ class Centroid(QueryMethod):
         """
         if not -site.layers <= self.layer < site.layers:
             raise MethodError(f"`layer` (={self.layer}) must be between -{site.layers} and {site.layers - 1}.")
-        return Centroids(len(site.adapters), site.features)
+        encoder = None if self.encoder == "base" else TextEncoder(self.encoder)
+        return Centroids(len(site.adapters), site.features if encoder is None else encoder.features, encoder)
 
-    def embed(self, query: Query) -> Float[Tensor, " hidden"]:
+    def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
         """The embedding of a text."""
+        if gate.encoder is not None:
+            return gate.encoder.embed(query.text, gate.centroids.device)
         return query.layer_output(self.layer).float().mean(dim=0)
 
     def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
-        embedding = self.embed(query).double()
+        embedding = self.embed(query, gate).double()
         centroids = gate.centroids.to(embedding)
         if self.center:
             origin = centroids.mean(dim=0)

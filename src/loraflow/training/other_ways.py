@@ -165,6 +165,7 @@ def fit_samples(model: FusedModel, examples: Mapping[str, Sequence[Any]], consol
     parsed = {name: parse_examples(own) for name, own in examples.items()}
     model.set_method(model.method)
     model.eval()
+    gate: Any = model.gates["model"]
     embeddings = []
     with counting_progress(console) as progress:
         bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
@@ -172,10 +173,10 @@ def fit_samples(model: FusedModel, examples: Mapping[str, Sequence[Any]], consol
             of_one = []
             for example in own:
                 ids = torch.tensor(model.prompt.prompt_ids(tokenizer, example.messages), device=model.device)
-                of_one.append(method.embed(Prompt(model._attachment, ids)))
+                of_one.append(method.embed(Prompt(model._attachment, ids, tokenizer), gate))
                 progress.advance(bar)
             embeddings.append(torch.stack(of_one))
-    cast(Any, model.gates["model"]).set_samples(embeddings)
+    gate.set_samples(embeddings)
     model.training_record = {"samples": {name: len(own) for name, own in parsed.items()}}
     return FitResult(
         start={},

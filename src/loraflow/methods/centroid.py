@@ -3,8 +3,8 @@ r"""Centroid: the adapters whose own data looks like the query.
 $$w = \operatorname{softmax}\nolimits_{\text{top } k}\big(\cos(e(\text{query}), c_i) / \tau\big)$$
 
 with $c_i$ the mean of the embeddings e of samples of adapter i's data, and e the mean over the tokens of a hidden state
-of the base model itself, or another model's embedding. Hidden states of language models all lie in one narrow cone, where
-every cosine is close to one; so the mean of the centroids is taken from both sides first, unless `center` is off.
+of the base model itself, or another model's embedding. Hidden states of language models all lie in one narrow cone,
+where every cosine is close to one; so the mean of the centroids is taken from both sides first, unless `center` is off.
 
 After LoraRetriever (Zhao et al. 2024, [arXiv 2402.09997](https://arxiv.org/abs/2402.09997)) and the training-free
 baseline of qa-FLoRA. Cost: one pass of the prompt; then one low-rank pass; k embeddings, from samples of each

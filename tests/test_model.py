@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, TextStreamer, Trainer, TrainingArgume
 
 import loraflow
 from loraflow import Average, BaseOptions, FitConfig, FusedModel, LoraFlow, PromptFormat, Static
-from loraflow.errors import ArchitectureError, LoraflowError, MethodError
+from loraflow.errors import ArchitectureError, DataError, LoraflowError, MethodError
 from tests.tiny import (
     ALL_LLAMA,
     number_tokenizer,
@@ -377,3 +377,14 @@ def test_fitting_leaves_the_base_as_it_was(model):
     assert model.training_record["examples"] == 4
     model.set_method("average")
     assert model.training_record is None
+
+
+def test_encode_is_the_fusions_prompt_padded_on_the_left(adapters):
+    prompt = PromptFormat(template="7 {prompt} 8")
+    model = FusedModel.from_adapters(tiny_model(), adapters, tokenizer=number_tokenizer(), prompt=prompt)
+    inputs = model.encode(["5", [{"role": "user", "content": "5 6 9"}]])
+    assert inputs["input_ids"].tolist() == [[0, 0, 7, 5, 8], [7, 5, 6, 9, 8]]
+    assert inputs["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert model.encode("5")["input_ids"].tolist() == [[7, 5, 8]]
+    with pytest.raises(DataError, match="Read them with `loraflow"):
+        model.fit("train.jsonl")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraflow.errors import LoraflowError
@@ -68,6 +70,19 @@ def generate_answers(
     return answers
 
 
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, Int[Tensor, "batch seq"]]:
+    """Token ids of prompts as `generate` takes them: `input_ids` and `attention_mask`, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), padding_id(tokenizer))
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
 @torch.inference_mode()
 def _generate(
     model: Any,
@@ -76,18 +91,11 @@ def _generate(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> list[str]:
-    width = max(map(len, prompts))
-    pad = padding_id(tokenizer)
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    inputs = pad_prompts(prompts, tokenizer, model.device)
     out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        **inputs,
         max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
+        pad_token_id=padding_id(tokenizer),
         **{"do_sample": False, **options},
     )
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

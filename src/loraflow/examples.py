@@ -58,6 +58,8 @@ def read_records(path: str | Path) -> list[tuple[str, Any]]:
     try:
         # Not `splitlines`: JSON strings may hold other line separators, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise DataError(f"There is no file {path}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     records = [
@@ -76,6 +78,8 @@ def parse_examples(records: Iterable[Mapping[str, Any] | Example], fields: Field
     Raises:
         DataError: if one is malformed, or there is none; the message names its position.
     """
+    if isinstance(records, str | Path):
+        raise DataError(f"Examples were given as {str(records)!r}. Read them with `loraflow.examples.read_examples`.")
     examples = [
         record if isinstance(record, Example) else parse_example(record, f"example {position}", fields)
         for position, record in enumerate(records)

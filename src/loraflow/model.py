@@ -21,14 +21,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.answers import pad_prompts, require_tokenizer
 from loraflow.architecture import find_decoder_layers
 from loraflow.attach import Attachment, attach, check_unfused
 from loraflow.card import model_card
-from loraflow.errors import FusionError, LoraflowError, MethodError
+from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.layers import Gates, Lanes
 from loraflow.loading import BaseOptions, load_base, load_tokenizer
 from loraflow.methods import Method, QueryMethod, get_method, make_method, method_names
-from loraflow.prompts import PromptFormat
+from loraflow.prompts import Message, PromptFormat
 from loraflow.rows import (
     RowMethod,
     WeighPrompts,
@@ -340,6 +341,20 @@ class FusedModel(nn.Module):
 
         with self._turn(), self._lanes(self._plan(methods, fusion_weights, rows, weigh)):
             return generate(*args, **given, **kwargs)
+
+    def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
+        """Questions as `generate`, `weigh` and `trace` take them, in the fusion's own prompt format.
+
+        Args:
+            questions: one text, or several; each a question, or a conversation of messages up to the user's turn.
+
+        Returns:
+            `input_ids` and `attention_mask`, padded on the left.
+        """
+        tokenizer = require_tokenizer(self.tokenizer)
+        several = [questions] if isinstance(questions, str) else questions
+        turns = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in several]
+        return pad_prompts([self.prompt.prompt_ids(tokenizer, turn) for turn in turns], tokenizer, self.device)
 
     def weigh(
         self,
@@ -724,7 +739,13 @@ def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str
     loaded = {}
     for record in config.adapters:
         source = sources[record.name]
-        adapter = _load(record.name, source)
+        try:
+            adapter = _load(record.name, source)
+        except AdapterError as error:
+            raise FusionError(
+                f"The fusion's adapter {record.name!r} cannot be read from where it was: {error} Say where it is now: "
+                f'`adapters={{"{record.name}": ...}}`, or --lora-modules {record.name}=...'
+            ) from error
         if adapter.digest != record.digest:
             raise FusionError(
                 f"Adapter {record.name!r} ({adapter.source.path}) is not the one that the fusion was made with: its "

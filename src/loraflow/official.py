@@ -104,10 +104,9 @@ def _read(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise FusionError(
-            f"{path} is no file of tensors that can be read without running code in it: {reason} "
-            "Give LoRA-Flow's gate file (.pt)."
+            f"{path} holds more than tensors, or is damaged: it cannot be read without running code in it "
+            f"({type(error).__name__}). Give LoRA-Flow's gate file (.pt)."
         ) from error
 
 

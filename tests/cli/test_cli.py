@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from loraflow.cli import app
 from loraflow.cli.options import parse_method_options, spread_values
 from loraflow.errors import MethodError
 from loraflow.storage import read_fusion
-from tests.tiny import byte_tokenizer, save_adapter, tiny_model, trained_tokenizer
+from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model, trained_tokenizer
 from tests.training.test_fit import reversals
 
 PAPER = Path(os.environ.get("LORAFLOW_PAPER_DATA", "no such place"))
@@ -93,6 +94,59 @@ def test_one_command_fits_every_method(run, world, tmp_path, method, options, sa
     assert described.exit_code == 0, described.output
     trained = re.search(r"trained: (.*)", described.output)[1]
     assert ("zh 24, math 6" if OWN_DATA[0] in options else "examples 24") in trained
+
+
+@pytest.fixture(scope="module")
+def fitted(world, tmp_path_factory):
+    """A fusion with gates of its own, on disk."""
+    out = tmp_path_factory.mktemp("fitted") / "fusion"
+    sources = {name: world / name for name in ("zh", "math")}
+    model = FusedModel.from_adapters(world / "base", sources, "lora-flow")
+    set_random_gates(model)
+    model.save_pretrained(out)
+    return out
+
+
+def test_a_result_is_replaced_only_on_request(run, world, fitted, tmp_path):
+    out, before = tmp_path / "out", (fitted / "fusion.safetensors").read_bytes()
+    shutil.copytree(fitted, out)
+    fit = ("fit", *SOURCES, "--data", "{world}/train.jsonl", "--max-steps", "1", "--output")
+    refused = run(*fit, str(out))
+    assert refused.exit_code == 1
+    assert "holds a finished fusion. Give another directory, or say --overwrite." in refused.output
+    assert (out / "fusion.safetensors").read_bytes() == before
+    assert "holds a LoRA adapter. Give another directory." in run(*fit, str(world / "zh"), "--overwrite").output
+    assert not (world / "zh" / "fusion.safetensors").exists()
+    tune = ("finetune", "--base", "{world}/base", "--data", "{world}/train.jsonl", "--output")
+    assert "holds a finished adapter" in run(*tune, str(world / "zh")).output
+    assert "holds a LoRA fusion" in run(*tune, str(out)).output
+    assert run(*fit, str(out), "--overwrite").exit_code == 0
+    assert (out / "fusion.safetensors").read_bytes() != before
+
+
+def test_a_fusions_own_method_keeps_what_it_learned(run, fitted, tmp_path):
+    def weights(*options):
+        shown = run("trace", str(fitted), "--prompt", "4 5", "--answer", "6", "--json", str(tmp_path / "t"), *options)
+        assert shown.exit_code == 0, shown.output
+        return json.loads((tmp_path / "t").read_text())["weights"]
+
+    own = weights()
+    assert weights("--method", "lora-flow") == own
+    # Deeper layers read what the sparse weights of the layers before made.
+    first, sparse = torch.tensor(own)[:, 0], torch.tensor(weights("--method-option", "top_k=1"))[:, 0]
+    kept = first.abs().argmax(dim=-1, keepdim=True)
+    torch.testing.assert_close(sparse, torch.zeros_like(first).scatter(-1, kept, first.gather(-1, kept)))
+    refused = run("generate", str(fitted), "--prompt", "4", "--method", "phatgoose")
+    assert "this fusion was fitted by 'lora-flow'" in refused.output
+
+
+def test_a_moved_fusion_says_how_to_find_its_adapters(run, world, fitted, tmp_path):
+    moved = shutil.copytree(fitted, tmp_path / "deep" / "er" / "fusion")
+    refused = run("generate", str(moved), "--prompt", "4")
+    assert "cannot be read from where it was" in refused.output
+    assert "--lora-modules zh=..." in refused.output
+    answered = run("generate", str(moved), *SOURCES, "--prompt", "4", "--max-new-tokens", "2")
+    assert answered.exit_code == 0, answered.output
 
 
 @pytest.mark.parametrize(
@@ -184,7 +238,7 @@ def test_info_before_anything_heavy(run, world, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fit", *SOURCES, "--data", "{world}/nothing.jsonl", "--output", "x"), "cannot be read"),
+        (("fit", *SOURCES, "--data", "{world}/nothing.jsonl", "--output", "x"), "There is no file"),
         ((*FIT, "--prompt-field", "a"), "go together"),
         ((*FIT, "--search"), "`--search` needs dev examples"),
         ((*FIT, "--method", "base"), "'base' learns nothing"),

@@ -121,7 +121,7 @@ def test_help_teaches(run):
             "`--prompt-field` and `--completion-field` go togeth",
         ),
         (("export", "f", "--output", "x", *DATA[2:]), "names a field of `--mean-weights-on`, which is missing"),
-        (("export", "f", "--output", "x", "--mean-weights-on", "{world}/no.jsonl"), "cannot be read"),
+        (("export", "f", "--output", "x", "--mean-weights-on", "{world}/no.jsonl"), "There is no file"),
         (("import-official", "{world}/gate.pt", "--output", "x", *SOURCES[:2]), "`--lora-modules` is missing"),
         (("import-official", "{world}/gate.pt", "--output", "x", *SOURCES[2:]), "`--base` is missing"),
         (("import-official", "{world}/no.pt", "--output", "x", *SOURCES), "There is no file"),

@@ -67,6 +67,7 @@ def finetune(
     dev_completion_field: t.DevCompletionField = None,
     resume: t.Resume = False,
     keep_checkpoints: t.KeepCheckpoints = False,
+    overwrite: o.Overwrite = False,
     epochs: t.Epochs = 5,
     max_steps: Annotated[
         int | None,
@@ -107,6 +108,7 @@ def finetune(
 
     console = Console(stderr=True)
     # Cheap checks come before the model is loaded.
+    o.check_output(output, overwrite=overwrite or resume, makes="adapter")
     if base is None:
         raise LoraflowError("`--base` is missing. Give the base model's Hub id or directory.")
     new = {"--rank": rank, "--alpha": alpha, "--dropout": dropout, "--target-modules": target_modules}

@@ -86,6 +86,7 @@ def fit(
     ] = False,
     resume: t.Resume = False,
     keep_checkpoints: t.KeepCheckpoints = False,
+    overwrite: o.Overwrite = False,
     copy_adapters: Annotated[
         bool,
         typer.Option("--copy-adapters", help="Copy local adapters into --output, so that it can be moved as it is."),
@@ -149,6 +150,7 @@ def fit(
 
     console = Console(stderr=True)
     # Cheap checks come before the model is loaded.
+    o.check_output(output, overwrite=overwrite or resume, makes="fusion")
     adapters = o.parse_adapters(lora_modules)
     resolved = o.resolve_method(method or "lora-flow", list(adapters), method_option)
     _refuse_unused(context, resolved)
@@ -186,7 +188,8 @@ def fit(
     placement = o.Placement(revision, dtype, device, quantization)
     model = o.build_model(base, lora_modules, resolved, prompt, placement)
     count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
-    console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {len(model.gates)} gates")
+    gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
+    console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")
     checkpoints = output / "checkpoints"
     # What fitting and searching take alike.
     common: dict[str, Any] = {

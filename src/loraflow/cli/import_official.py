@@ -24,6 +24,7 @@ def import_official(
             "gates, else 1.",
         ),
     ] = 1.0,
+    overwrite: o.Overwrite = False,
     copy_adapters: Annotated[
         bool,
         typer.Option("--copy-adapters", help="Copy local adapters into --output, so that it can be moved as it is."),
@@ -45,6 +46,7 @@ def import_official(
     """  # noqa: DOC501 (it is the --help text)
     from rich.console import Console
 
+    o.check_output(output, overwrite=overwrite, makes="fusion")
     adapters = o.parse_adapters(lora_modules)
     if base is None or not adapters:
         missing = "--base" if base is None else "--lora-modules"

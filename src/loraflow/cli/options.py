@@ -27,7 +27,11 @@ _SOURCES = "Base and adapters"
 _READING = "How text is read"
 
 Fusion = Annotated[
-    str | None, typer.Argument(help="A saved fusion: its directory or Hub id. Or give --base and --lora-modules.")
+    str | None,
+    typer.Argument(
+        help="A saved fusion: its directory or Hub id; --base and --lora-modules say where those are that moved. "
+        "Without a fusion, give both."
+    ),
 ]
 Base = Annotated[
     str | None,
@@ -79,6 +83,7 @@ MethodOptions = Annotated[
         show_default=False,
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result in --output.")]
 SystemPrompt = Annotated[
     str | None,
     typer.Option(
@@ -199,6 +204,31 @@ def prompt_format(system: str | None, template: str | None, chat_template: Path 
     return PromptFormat(system_prompt=system, template=plain, chat_template=chat)
 
 
+def check_output(output: Path, *, overwrite: bool, makes: str) -> None:
+    """Check that what a command writes replaces nothing unasked.
+
+    Args:
+        output: the directory that it writes to.
+        overwrite: whether it may replace what is of its own kind there.
+        makes: "fusion" or "adapter".
+
+    Raises:
+        LoraflowError: if there is a file, another fusion, or an adapter.
+    """
+    marks = {"fusion": ("fusion.safetensors", "fusion_config.json"), "adapter": ("adapter_config.json",)}
+    if output.is_file():
+        raise LoraflowError(f"`--output` (={str(output)!r}) is a file. Give a directory.")
+    for kind, names in marks.items():
+        if not any((output / name).exists() for name in names):
+            continue
+        if kind != makes:
+            raise LoraflowError(f"`--output` (={str(output)!r}) holds a LoRA {kind}. Give another directory.")
+        if not overwrite:
+            raise LoraflowError(
+                f"`--output` (={str(output)!r}) holds a finished {kind}. Give another directory, or say --overwrite."
+            )
+
+
 def resolve_method(method: str, adapters: Sequence[str], options: Sequence[str]) -> FusionMethod:
     """The method that `--method` and `--method-option` describe, checked against the adapters."""
     from loraflow.methods import get_method
@@ -247,16 +277,40 @@ def open_model(
         model = FusedModel.from_pretrained(
             fusion, base=base, adapters=parse_adapters(lora_modules) or None, options=placement.options()
         )
-        if method is not None:
-            model.set_method(resolve_method(method, model.adapter_names, method_options))
+        if method is not None or method_options:
+            _use(model, method or model.method.name, method_options)
     else:
         from loraflow.prompts import PromptFormat
 
         resolved = resolve_method(method or "average", list(parse_adapters(lora_modules)), method_options)
         model = build_model(base, lora_modules, resolved, PromptFormat(), placement)
-    if model.method.learns and (fusion is None or method is not None):
+    if model.method.learns and fusion is None:
         raise LoraflowError(
             f"The method {model.method.name!r} must be fitted first. "
             "Run `loraflow fit`, and give the directory it writes."
         )
     return model
+
+
+def _use(model: FusedModel, name: str, options: Sequence[str]) -> None:
+    """Use another method on a saved fusion; its own keeps what it learned, and may take other parameters with it.
+
+    Raises:
+        LoraflowError: if the method would learn, and is not the fusion's own.
+    """
+    own, learned, record = model.method, model.state_dict(), model.training_record
+    parameters = parse_method_options(options)
+    if name == own.name:
+        from loraflow.methods import make_method
+
+        model.set_method(make_method(name, {**own.parameters(), **parameters}))
+        model.load_state_dict(learned)
+        model.training_record = record
+        return
+    chosen = resolve_method(name, model.adapter_names, options)
+    if chosen.learns:
+        raise LoraflowError(
+            f"The method {name!r} must be fitted first, and this fusion was fitted by {own.name!r}. "
+            "Run `loraflow fit`, and give the directory it writes."
+        )
+    model.set_method(chosen)

@@ -132,7 +132,7 @@ def _find(name: str) -> type[Method]:
     try:
         found = point.load()
     except Exception as error:
-        raise MethodError(f"The method {name!r} of the package {package!r} cannot be imported: {error}") from error
+        raise MethodError(f"The method {name!r} of the package {package!r} cannot be imported: {error}.") from error
     if not (inspect.isclass(found) and issubclass(found, Method) and getattr(found, "name", None) == name):
         raise MethodError(
             f"The entry point {name!r} of the package {package!r} is {point.value}, which is no method of that name. "

@@ -5,6 +5,7 @@ Cost: one low-rank pass, nothing learned.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -94,7 +95,11 @@ class Static(Method):
 
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
         if not self.weights:
-            raise MethodError("`static` needs `weights`, by adapter name. Give them, or take 'base' or 'average'.")
+            example = json.dumps(dict.fromkeys(adapters, 0.5))
+            raise MethodError(
+                f"`static` needs `weights`, by adapter name. Give them, as in Static({example}) or --method-option "
+                f"'weights={example}', or take 'base' or 'average'."
+            )
         if isinstance(self.weights, Sequence) and not isinstance(self.weights, str):
             for layer in self.weights:
                 check_weights(layer, adapters, "weights")

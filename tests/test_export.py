@@ -80,15 +80,15 @@ def config_of(directory) -> dict:
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("zh", {"zh"}),
-        ("average", {"zh", "math", "code"}),
-        (Static({"zh": 0.4, "code": -1.5}), {"zh", "code"}),
-        (Static([{"zh": 1.0}, {"math": 0.5, "zh": 0.2}, {"code": 2.0}]), {"zh", "math", "code"}),
-        (LearnedStatic("task"), {"zh", "math", "code"}),
-        (LearnedStatic("layer"), {"zh", "math", "code"}),
-        (LearnedStatic("module"), {"zh", "math", "code"}),
-        (LoraHub(), {"zh", "math", "code"}),
-        (LoraHub("outputs"), {"zh", "math", "code"}),
+        ("zh", ["zh"]),
+        ("average", ["zh", "math", "code"]),
+        (Static({"zh": 0.4, "code": -1.5}), ["zh", "code"]),
+        (Static([{"zh": 1.0}, {"math": 0.5, "zh": 0.2}, {"code": 2.0}]), ["zh", "math", "code"]),
+        (LearnedStatic("task"), ["zh", "math", "code"]),
+        (LearnedStatic("layer"), ["zh", "math", "code"]),
+        (LearnedStatic("module"), ["zh", "math", "code"]),
+        (LoraHub(), ["zh", "math", "code"]),
+        (LoraHub("outputs"), ["zh", "math", "code"]),
     ],
     ids=str,
 )
@@ -97,7 +97,7 @@ def test_constant_fusions_are_one_adapter(adapters, tmp_path, method, expected):
     if model.method.learns:
         set_random_gates(model)
     report = check_export(model, double(), tmp_path / "out")
-    assert set(report.adapters) == expected
+    assert set(report.adapters) == set(expected)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md")
     }

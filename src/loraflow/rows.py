@@ -42,7 +42,7 @@ def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) 
         )
     if not torch.isfinite(weights).all():
         raise LoraflowError("`fusion_weights` has values that are not finite. Give finite numbers.")
-    return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights.to(attachment.model.device)),))
+    return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights),))
 
 
 def lanes_of_methods(
@@ -67,8 +67,7 @@ def lanes_of_methods(
             lanes.append(attachment.lane(requests, method, gates))
     if given:
         rows = sorted(given)
-        weights = torch.stack([given[row] for row in rows])
-        lanes.append(attachment.given_lane(rows, weights.to(attachment.model.device)))
+        lanes.append(attachment.given_lane(rows, torch.stack([given[row] for row in rows])))
     return Lanes(len(chosen), tuple(lanes))
 
 

@@ -33,7 +33,7 @@ def export(
     adapter_dtype: Annotated[
         str, typer.Option("--adapter-dtype", help="Precision of the saved adapter: float32, bfloat16, float16.")
     ] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in --output.")] = False,
+    overwrite: o.Overwrite = False,
     mean_weights_on: Annotated[
         Path | None,
         typer.Option(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice
-from loraflow.methods.start import check_start, start_weights
+from loraflow.methods.start import StartChoice
 
 Granularity = Literal["task", "layer", "module"]
 _PLACES: dict[Granularity, Place] = {"task": "model", "layer": "layer", "module": "module"}
@@ -46,7 +46,7 @@ class LearnedWeights(nn.Module):
 
 
 @dataclass(frozen=True)
-class LearnedStatic(Method):
+class LearnedStatic(StartChoice, Method):
     """Constant weights, learned by gradient.
 
     Attributes:
@@ -75,13 +75,3 @@ class LearnedStatic(Method):
         gate = LearnedWeights(len(site.adapters))
         gate.start_at(self.start_weights(site.adapters, best=None))
         return gate
-
-    @property
-    def starts_at_best(self) -> bool:  # noqa: D102
-        return self.start == "best"
-
-    def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float]:  # noqa: D102
-        return start_weights(self.start, adapters, best)
-
-    def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
-        check_start(self.start, adapters)

@@ -19,14 +19,14 @@ from typing import ClassVar, Literal
 from loraflow.errors import MethodError
 from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice, check_positive, check_top_k
 from loraflow.methods.flow_gates import ACTIVATIONS, INPUTS, SCORERS, FlowGate, GateShape
-from loraflow.methods.start import check_start, start_weights
+from loraflow.methods.start import StartChoice
 
 Granularity = Literal["step", "layer", "module"]
 _PLACES: dict[Granularity, Place] = {"step": "model", "layer": "layer", "module": "module"}
 
 
 @dataclass(frozen=True)
-class LoraFlow(Method):
+class LoraFlow(StartChoice, Method):
     """LoRA-Flow's gates.
 
     Attributes:
@@ -78,13 +78,6 @@ class LoraFlow(Method):
         gate.start_at(self.start_weights(site.adapters, best=None))
         return gate
 
-    @property
-    def starts_at_best(self) -> bool:  # noqa: D102
-        return self.start == "best"
-
-    def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float]:  # noqa: D102
-        return start_weights(self.start, adapters, best)
-
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
-        check_start(self.start, adapters)
+        super().check(adapters)
         check_top_k(self.top_k, adapters)

@@ -8,6 +8,25 @@ from loraflow.errors import MethodError, did_you_mean
 from loraflow.methods.base import check_weights
 
 
+class StartChoice:
+    """Mixed into methods whose parameter `start` says where training starts."""
+
+    start: str | Mapping[str, float]
+
+    @property
+    def starts_at_best(self) -> bool:
+        """Whether training starts at the adapter that alone has the lowest loss on the examples."""
+        return self.start == "best"
+
+    def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float]:
+        """The fusion weights at which training starts, given the best adapter."""
+        return start_weights(self.start, adapters, best)
+
+    def check(self, adapters: Sequence[str]) -> None:
+        """Check `start` against the adapters that are to be fused."""
+        check_start(self.start, adapters)
+
+
 def start_weights(start: str | Mapping[str, float], adapters: Sequence[str], best: str | None) -> list[float]:
     """The fusion weights at which training starts.
 

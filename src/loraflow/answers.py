@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -31,6 +32,19 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(chosen or 0)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer.
+
+    Attributes:
+        text: without special tokens, and without the stop string and what follows it.
+        tokens: how many tokens were generated, the end token included.
+    """
+
+    text: str
+    tokens: int
+
+
 def generate_answers(
     model: Any,
     conversations: Sequence[Sequence[Message]],
@@ -39,9 +53,10 @@ def generate_answers(
     prompt: PromptFormat,
     max_new_tokens: int,
     batch_size: int = 16,
+    stop: Sequence[str] = (),
     on_batch: Callable[[int], None] = lambda count: None,
     **options: Any,
-) -> list[str]:
+) -> list[Answer]:
     """Answer conversations with `model.generate`.
 
     Args:
@@ -51,6 +66,7 @@ def generate_answers(
         prompt: how a conversation becomes a prompt.
         max_new_tokens: the longest answer, in tokens.
         batch_size: how many are generated together.
+        stop: an answer ends before the first of these strings.
         on_batch: called after each batch with its size, for progress bars.
         options: further options of `generate`; sampling is off unless one of them turns it on.
 
@@ -58,16 +74,27 @@ def generate_answers(
         The answers, in the order of the conversations.
     """
     ids = [prompt.prompt_ids(tokenizer, conversation) for conversation in conversations]
-    answers = [""] * len(ids)
+    if stop:
+        options = {**options, "stop_strings": list(stop), "tokenizer": tokenizer}
+    answers: list[Answer | None] = [None] * len(ids)
     # Rows of similar length waste the least padding.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        texts = _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, options)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
+        generated = _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, options)
+        for row, tokens in zip(rows, generated, strict=True):
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            kept = before_first(text, stop)
+            # A row that a stop string ended is padded, maybe with the end token, which it has not generated then.
+            padded = kept != text and tokens[-1] == padding_id(tokenizer)
+            answers[row] = Answer(kept, len(tokens) - padded)
         on_batch(len(rows))
-    return answers
+    return cast(list[Answer], answers)
+
+
+def before_first(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first stop string in it."""
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
 
 
 def pad_prompts(
@@ -90,7 +117,8 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     options: dict[str, Any],
-) -> list[str]:
+) -> list[list[int]]:
+    """The generated token ids of each prompt, up to and with its end token."""
     inputs = pad_prompts(prompts, tokenizer, model.device)
     out = model.generate(
         **inputs,
@@ -98,4 +126,13 @@ def _generate(
         pad_token_id=padding_id(tokenizer),
         **{"do_sample": False, **options},
     )
-    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    padding = padding_id(tokenizer)
+    answers = []
+    for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        while end and ids[end - 1] == padding and padding not in ends:
+            end -= 1
+        answers.append(ids[:end])
+    return answers

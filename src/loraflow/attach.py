@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -49,10 +50,19 @@ class Attachment:
         """Each decoder layer's fusion, in order."""
         return [cast(FusedDecoderLayer, layer).fusion for layer in self.layers.layers]
 
-    def make_gates(self, method: Method) -> Gates:
-        """Make a method's gates, each on the device of its layer, in float32 at least."""
+    def make_gates(self, method: Method, among: Sequence[int] | None = None) -> Gates:
+        """Make a method's gates, each on the device of its layer, in float32 at least.
+
+        Args:
+            method: the method.
+            among: positions of the adapters that it is to weigh; all by default. Linears that none of them targets get
+                no gates of their own.
+        """
         gates = {}
         for name, site in self.sites[_gate_place(method)].items():
+            site = site if among is None else _site_of(site, among)
+            if site.module is not None and not any(site.updates[site.module]):
+                continue
             gate = method.gate(site)
             if gate is not None:
                 layer = self.layers.layers[site.layer]
@@ -101,6 +111,15 @@ class Attachment:
         allow_packing(self._packing)
         for parameter in self._trained:
             parameter.requires_grad_(True)
+
+
+def _site_of(site: Site, among: Sequence[int]) -> Site:
+    """The same site for some of the adapters."""
+    return dataclasses.replace(
+        site,
+        adapters=tuple(site.adapters[i] for i in among),
+        updates={name: tuple(updates[i] for i in among) for name, updates in site.updates.items()},
+    )
 
 
 def _gate_place(method: Method) -> Place:

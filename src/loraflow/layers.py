@@ -65,15 +65,18 @@ class Lanes:
     """Who weighs which rows of a batch, where one method does not weigh them all.
 
     Generation repeats each request for its beams or returned sequences, one after the other; a forward of more rows
-    than requests is read so.
+    than requests is read so. Continuous batching lays all requests one behind the other in one row; each token of that
+    row then counts as a request.
 
     Attributes:
         requests: size of the batch.
         lanes: every request is in one of them.
+        flat: whether they are the tokens of one row.
     """
 
     requests: int
     lanes: tuple[Lane, ...]
+    flat: bool = False
     _rows: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -223,6 +226,9 @@ class LayerFusion(nn.Module):
     ) -> None:
         """Compute the layer's fusion weights for this forward."""
         now = self.now
+        if lanes is not None and lanes.flat:
+            hidden_states = hidden_states.transpose(0, 1)
+            embeddings = None if embeddings is None else embeddings.transpose(0, 1)
         now.shape = hidden_states.shape[:-1]
         now.lanes = lanes
         if self.stream.alone is not None:
@@ -316,7 +322,9 @@ class LayerFusion(nn.Module):
             rows = lanes.rows_of(lane, shape[0], x.device)
             for position, name in enumerate(names):
                 gate = lane.gate(self.index, name)
-                assert gate is not None
+                if gate is None:
+                    # A fusion of some of the model's adapters, none of which targets this linear.
+                    continue
                 of_module = slice(position * self.stream.adapters, (position + 1) * self.stream.adapters)
                 weights[rows, :, of_module] = _by_row(gate(x[rows]), len(rows)).to(weights)
         if self.recorded is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from loraflow.errors import ArchitectureError, LoraflowError, did_you_mean
 
@@ -60,19 +63,33 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     kwargs = dict(options.model_kwargs)
     if options.quantization not in (None, "none"):
         kwargs["quantization_config"] = _bitsandbytes_config(options)
-    config = _base_config(base, options)
+    config = read_base_config(base, options)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            revision=options.revision,
-            dtype=options.dtype,
-            device_map=options.device_map,
-            trust_remote_code=options.trust_remote_code,
-            **kwargs,
-        ).eval()
+        with _bar_for_people():
+            return AutoModelForCausalLM.from_pretrained(
+                base,
+                config=config,
+                revision=options.revision,
+                dtype=options.dtype,
+                device_map=options.device_map,
+                trust_remote_code=options.trust_remote_code,
+                **kwargs,
+            ).eval()
     except OSError as error:
         raise LoraflowError(f"The base model {str(base)!r} cannot be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def _bar_for_people() -> Iterator[None]:
+    """transformers' progress bar on a terminal only: in a log it is noise."""
+    shown = sys.stderr.isatty() or not logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not shown:
+            logging.enable_progress_bar()
 
 
 def load_empty_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
@@ -82,12 +99,18 @@ def load_empty_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
         ArchitectureError: if transformers has no causal language model of its kind.
         LoraflowError: if it cannot be found or read.
     """
-    config = _base_config(base, options)
+    config = read_base_config(base, options)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
 
 
-def _base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig:
+def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig:
+    """The configuration of a base model, which is quick to read, and wrong where the base is.
+
+    Raises:
+        ArchitectureError: if transformers has no causal language model of its kind.
+        LoraflowError: if it cannot be found or read.
+    """
     try:
         config = AutoConfig.from_pretrained(
             base, revision=options.revision, trust_remote_code=options.trust_remote_code

@@ -581,6 +581,9 @@ class FusedModel(nn.Module):
             attention_mask=mask.cpu(),
             prompt_length=prompt_length,
             module_weights=module_weights,
+            method=self.method.name,
+            level=self.method.level,
+            place=self.method.place,
         )
 
     @contextlib.contextmanager

@@ -50,10 +50,12 @@ class Prompt:
         attachment: Attachment,
         input_ids: Int[Tensor, " seq"],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        among: Sequence[int] | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.layers = len(attachment.layers.layers)
-        self.adapters = tuple(adapter.name for adapter in attachment.adapters)
+        self._positions = list(range(len(attachment.adapters)) if among is None else among)
+        self.adapters = tuple(attachment.adapters[position].name for position in self._positions)
         self.vocabulary = attachment.model.config.get_text_config(decoder=True).vocab_size
         self._attachment = attachment
         self._tokenizer = tokenizer
@@ -70,7 +72,8 @@ class Prompt:
     def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
         """Pass the prompt through the base alone and with each adapter alone, and compare every layer."""
         found = torch.zeros(self.layers, len(self.adapters), dtype=torch.float64)
-        waiting: list[int | None] = [None, *range(len(self.adapters))]
+        waiting: list[int | None] = [None, *self._positions]
+        column = {position: index for index, position in enumerate(self._positions)}
         rows = max(1, TOKENS_A_PASS // len(self.input_ids))
         # The base's states are wanted again by later passes only.
         base: dict[int, Tensor] = {}
@@ -80,7 +83,8 @@ class Prompt:
             if owners[0] is None:
                 base[layer], states, owners = states[0], states[1:], owners[1:]
             if owners:
-                found[layer, list(owners)] = measure(base[layer], states).double().cpu()
+                columns = [column[owner] for owner in owners if owner is not None]
+                found[layer, columns] = measure(base[layer], states).double().cpu()
             if not waiting:
                 del base[layer]
 

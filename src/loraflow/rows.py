@@ -90,8 +90,18 @@ def weigh_prompts(
     input_ids: Int[Tensor, "rows seq"],
     attention_mask: Int[Tensor, "rows seq"] | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    among: Sequence[int] | None = None,
 ) -> Float[Tensor, "rows layers adapters"]:
     """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
+
+    Args:
+        attachment: the adapters in the model.
+        method: the method.
+        gate: what it has made for the model.
+        input_ids: the prompts.
+        attention_mask: 1 at real tokens, 0 at padding.
+        tokenizer: the model's.
+        among: positions of the adapters that it weighs; all by default.
 
     Raises:
         MethodError: if a prompt is empty.
@@ -103,7 +113,7 @@ def weigh_prompts(
         raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
     layers = len(attachment.fusions)
     read = {
-        key: method.weigh(Prompt(attachment, prompt, tokenizer), gate).expand(layers, -1)
+        key: method.weigh(Prompt(attachment, prompt, tokenizer, among), gate).expand(layers, -1)
         for key, prompt in dict(zip(keys, prompts, strict=True)).items()
     }
     dtype = torch.promote_types(attachment.model.dtype, torch.float32)

@@ -118,7 +118,7 @@ def _answer_all(
             **options,
         )
     lines = "".join(
-        json.dumps({**record, "answer_text": answer}, ensure_ascii=False) + "\n"
+        json.dumps({**record, "answer_text": answer.text}, ensure_ascii=False) + "\n"
         for record, answer in zip(records, answers, strict=True)
     )
     if output is None:

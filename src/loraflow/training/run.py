@@ -176,7 +176,7 @@ def make_scorer(model: FusedModel, examples: Sequence[Example], config: FitConfi
             prompt=model.prompt,
             max_new_tokens=config.score_max_new_tokens,
         )
-        scores = [score(answer, record) for answer, record in zip(answers, records, strict=True)]
+        scores = [score(answer.text, record) for answer, record in zip(answers, records, strict=True)]
         return sum(scores) / len(scores)
 
     # Wherever the completion came from, scorers find it under one name.

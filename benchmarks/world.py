@@ -289,7 +289,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     started = time.perf_counter()
     model, details = CONTENDERS[cell.method].prepare(task_model, task, cell.seed or 0)
     prepare_s = time.perf_counter() - started
-    result = run.evaluate(model, task.test[: cell.problems], cell.method, None, lambda count: None)
+    result = run.evaluate(model, task, cell.method, cell.problems, None, lambda count: None)
     outcomes = {
         key: "".join(str(int(value)) for value in values)
         for key, values in (("right", result.right), ("spoken", result.in_language))

@@ -74,6 +74,21 @@ from loraflow.evaluation.scoring import (
         ("un total de $25,00", "25"),
         ("Son 276,000 dólares", "276000"),
         ("#### 17\nLa respuesta es: 17", "17"),
+        # Numbers said in part by a word
+        ("利润是7万美元", "70000"),
+        ("人口有1.2亿", "120000000"),
+        ("Прибыль 70 тыс. долларов", "70000"),
+        ("это 2,5 миллиона", "2500000"),
+        ("Ganó 70 mil dólares", "70000"),
+        ("Vale 3 millones", "3000000"),
+        ("It cost 2 million", "2000000"),
+        ("It is 3 miles away", "3"),
+        ("Son 3 milímetros", "3"),
+        # An exponent is not the answer
+        ("El área es 18 cm^2.", "18"),
+        (r"so it is $18\text{ m}^{3}$", "18"),
+        ("x^2", "2"),
+        ("2^5 = 32", "32"),
         # Longer than Decimal's usual precision
         ("-" + "1" * 40, "-" + "1" * 40),
     ],

@@ -100,7 +100,7 @@ def _compare(model: Any, task: Any, output: Path, count: int, console: Console) 
             file = output / "answers" / f"{name}.jsonl"
 
             def answer(name: str = name, file: Path = file) -> Result:
-                return run.evaluate(model, task.test[:count], name, file, lambda done: progress.advance(bar, done))
+                return run.evaluate(model, task, name, count, file, lambda done: progress.advance(bar, done))
 
             if name == "lora-flow":
                 results.append(answer())
@@ -136,7 +136,7 @@ def _percent(share: float, interval: tuple[float, float]) -> str:
 
 def _show_trace(model: Any, task: Any, result: Result, console: Console) -> None:
     from loraflow.cli.trace import trace_answer
-    from loraflow.demo.run import LONGEST_ANSWER
+    from loraflow.demo.setting import LONGEST_ANSWER
     from loraflow.visual.terminal import render_trace
 
     shown = result.in_language.index(True) if any(result.in_language) else 0

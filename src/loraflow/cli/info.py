@@ -1,34 +1,108 @@
-"""`loraflow info`: what fits, how many parameters, how much memory, before anything heavy."""
+"""`loraflow info`: what fits, how many parameters, how much memory, before anything heavy; and how a fusion weighs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraflow.cli import options as o
+from loraflow.cli import training_options as t
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from loraflow.adapters import Adapter
+    from loraflow.evaluation.weights import WeightStatistics, WeightSummary
 
+_STATS = "How it weighs (--stats, which loads the base)"
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "bnb-8bit": 1.0, "bnb-4bit": 0.55}
 
 
 def info(
     fusion: o.Fusion = None,
+    *,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="Report the weights on --data, and gates that collapsed.", rich_help_panel=_STATS),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="JSON lines of prompts and completions, as for fit.", rich_help_panel=_STATS),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", min=1, help="Only the first so many.  [default: all]", rich_help_panel=_STATS),
+    ] = None,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Every module's gate, where each has one.", rich_help_panel=_STATS)
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers there.", rich_help_panel=_STATS)
+    ] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option("--prompt-field", help="Field that is the prompt.", rich_help_panel=_STATS)
+    ] = None,
+    completion_field: Annotated[
+        str | None, typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=_STATS)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward.", rich_help_panel=_STATS)] = 8,
+    method: o.Method = None,
+    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
     base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006 (typer reads the default)
+    lora_modules: o.LoraModules = [],  # noqa: B006
     revision: o.Revision = None,
     dtype: o.Dtype = "auto",
+    device: o.Device = None,
     quantization: o.Quantization = None,
 ) -> None:
     """Check which adapters fit a base, and count parameters and memory, without loading the base's weights.
 
-    Examples: `loraflow info zh-math`; `loraflow info --base B --lora-modules zh=path math=path`
+    With --stats, also report how the fusion weighs its adapters on your examples: mean weights, who leads and how
+    often, whether weights vary at all. The given completions are read in one forward each, nothing is generated.
+
+    Examples: `loraflow info zh-math`; `loraflow info --base B --lora-modules zh=path math=path`;
+    `loraflow info zh-math --stats --data dev.jsonl`
     """  # noqa: DOC501 (it is the --help text)
+    of_stats = {
+        "--data": data,
+        "--examples": examples,
+        "--modules": modules,
+        "--json": json_file,
+        "--prompt-field": prompt_field,
+        "--method": method,
+        "--method-option": method_option,
+    }
+    for flag, value in of_stats.items():
+        if value and not stats:
+            raise LoraflowError(f"`{flag}` belongs to --stats. Say --stats too.")
+    if stats and data is None:
+        raise LoraflowError("`--stats` reads examples. Give --data, a file of JSON lines of prompt and completion.")
+    read = _read(data, prompt_field, completion_field)[:examples] if data is not None else []
+    _describe(fusion, base, lora_modules, revision, dtype, quantization)
+    if stats:
+        placement = o.Placement(revision, dtype, device, quantization)
+        model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
+        _show_statistics(model, read, batch_size, json_file, modules=modules)
+
+
+def _describe(
+    fusion: str | None,
+    base: str | None,
+    lora_modules: Sequence[str],
+    revision: str | None,
+    dtype: str,
+    quantization: str | None,
+) -> None:
+    """Print what can be said without the base's weights.
+
+    Raises:
+        LoraflowError: if there is neither a fusion nor base and adapters.
+        Exit: if an adapter does not fit.
+    """
     from rich.console import Console
 
     from loraflow.adapters import AdapterSource, load_adapter
@@ -81,11 +155,16 @@ def _describe_fusion(
     config, tensors = read_fusion(directory)
     learned = sum(tensor.numel() for tensor in tensors.values())
     console.print(
-        f"fusion: {fusion}, method {config.method.name} {config.method.parameters}, {learned:,} learned values"
+        f"fusion: {fusion}, method {_method_text(config.method.name, config.method.parameters)}, "
+        f"{learned:,} learned values",
+        soft_wrap=True,
+        markup=False,
     )
     if config.training:
         shown = ("examples", "dev_examples", "steps", "train_loss", "dev_loss", "dev_score")
-        summary = ", ".join(f"{key} {config.training[key]}" for key in shown if config.training.get(key) is not None)
+        summary = ", ".join(
+            f"{key} {_value_text(config.training[key], '.4f')}" for key in shown if config.training.get(key) is not None
+        )
         experts = {name: record["examples"] for name, record in config.training.get("experts", {}).items()}
         own = config.training.get("samples") or experts
         if own:
@@ -98,6 +177,22 @@ def _describe_fusion(
         for record in config.adapters
     }
     return base or resolve_source(config.base.path, directory), sources
+
+
+def _method_text(name: str, parameters: Mapping[str, Any]) -> str:
+    """A method as `lora-flow (granularity layer, start average)`, without what is not set."""
+    shown = ", ".join(f"{key} {_value_text(value, 'g')}" for key, value in parameters.items() if value is not None)
+    return f"{name} ({shown})" if shown else name
+
+
+def _value_text(value: Any, precision: str) -> str:
+    if isinstance(value, float):
+        return format(value, precision)
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_value_text(item, precision)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return " ".join(_value_text(item, precision) for item in value) or "none"
+    return str(value)
 
 
 def _adapter_table(adapters: list[Adapter], console: Console) -> None:
@@ -155,3 +250,99 @@ def _count(
 
 def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _read(data: Path, prompt_field: str | None, completion_field: str | None) -> list[Any]:
+    from loraflow.examples import read_examples
+
+    return read_examples(data, t.fields(prompt_field, completion_field))
+
+
+def _show_statistics(
+    model: Any, examples: list[Any], batch_size: int, json_file: Path | None, *, modules: bool
+) -> None:
+    """Print how a fusion weighs its adapters on examples, and write the numbers.
+
+    Raises:
+        LoraflowError: if gates of single modules are asked for where there are none.
+    """
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from loraflow.evaluation.findings import findings, report_json
+    from loraflow.evaluation.weights import weight_statistics
+    from loraflow.storage import write_atomically
+
+    if modules and model.method.place != "module":
+        raise LoraflowError(
+            f"`--modules` shows gates of single modules, and those of {model.method.name!r} stand at each "
+            f"{model.method.place}. Leave it out."
+        )
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=len(examples))
+        found = weight_statistics(
+            model, examples, batch_size=batch_size, on_batch=lambda count: progress.advance(task, count)
+        )
+    console = Console()
+    for line in _introduction(found):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.print(_weight_table(found, modules=modules))
+    if found.prompts is not None:
+        means = zip(found.adapters, found.prompts.mean.mean(dim=0).tolist(), strict=True)
+        shown = ", ".join(f"{name} {mean:+.2f}" for name, mean in means)
+        tokens = int(found.prompts.count[0])
+        line = f"on the prompts' {tokens:,} tokens, mean of all layers: {shown}"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    for finding in findings(found):
+        loud = finding.kind in ("constant", "collapsed", "unused")
+        console.print(f"- {finding.text}", style="bold red" if loud else None, soft_wrap=True, markup=False)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(json_file, json.dumps(report_json(found), ensure_ascii=False).encode())
+
+
+def _introduction(found: WeightStatistics) -> list[str]:
+    whole = found.level == "query"
+    count = int(found.overall.count[0])
+    counted = f"{count:,} prompts" if whole else f"{count:,} tokens of {found.examples:,} given answers"
+    lines = [
+        "",
+        f"weights of {found.method} over {counted}: mean ± standard deviation, and the share of {found.counted} "
+        "where an adapter has the largest weight",
+        "entropy of the positive weights: 0 one adapter speaks, 1 all speak alike",
+    ]
+    silent = found.answers.silent.max().item()
+    if silent > 0:
+        lines.append(f"up to {silent:.0%} of the {found.counted} of a layer have no positive weight, and no entropy")
+    if found.truncated:
+        lines.append(f"{len(found.truncated)} of {found.examples} examples were cut to the longest length")
+    return lines
+
+
+def _weight_table(found: WeightStatistics, *, modules: bool) -> Any:
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    right = [Column(Text(name), justify="right") for name in found.adapters]
+    table = Table("gates" if modules else "layer", *right, Column("entropy", justify="right"), box=None)
+    if modules and found.module_answers is not None:
+        _add_rows(table, found.modules, found.module_answers)
+    else:
+        _add_rows(table, [str(layer) for layer in found.layers], found.answers)
+    _add_rows(table, ["all layers"], found.overall)
+    return table
+
+
+def _add_rows(table: Any, names: Sequence[str], summary: WeightSummary) -> None:
+    for site, name in enumerate(names):
+        numbers = zip(
+            summary.mean[site].tolist(), summary.std[site].tolist(), summary.largest[site].tolist(), strict=True
+        )
+        cells = [f"{mean:+.2f} ± {std:.2f} {share:>6.1%}" for mean, std, share in numbers]
+        table.add_row(name, *cells, _entropy_text(summary.entropy[site].item()))
+
+
+def _entropy_text(entropy: float) -> str:
+    return "-" if entropy != entropy else f"{entropy:.2f}"

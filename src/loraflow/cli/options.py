@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from loraflow.prompts import PromptFormat
 
 # Options that take several values after one flag, as in `--lora-modules zh=path math=path`.
-_SEVERAL = ("--adapter-data", "--lora-modules", "--method-option")
+_SEVERAL = (
+    "--adapter-data",
+    "--compare",
+    "--fusions",
+    "--lora-modules",
+    "--method-option",
+    "--methods",
+    "--seeds",
+    "--tasks",
+)
+# Of these, those whose values are bare words, so that an argument after them would be taken for one.
+_WORDS = ("--compare", "--fusions", "--methods", "--seeds", "--tasks")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -146,7 +157,7 @@ def spread_values(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("-"):
             flag = argument if argument in _SEVERAL else None
             spread.append(argument)
-        elif flag is not None and "=" in argument and spread[-1] != flag:
+        elif flag is not None and ("=" in argument or flag in _WORDS) and spread[-1] != flag:
             spread += [flag, argument]
         else:
             spread.append(argument)

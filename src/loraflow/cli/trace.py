@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraflow.cli import options as o
+from loraflow.errors import LoraflowError
+
+if TYPE_CHECKING:
+    from loraflow.methods import Method as FusionMethod
+    from loraflow.model import FusedModel
 
 
 def trace(
@@ -17,13 +24,27 @@ def trace(
     answer: Annotated[
         str | None, typer.Option("--answer", help="Trace this answer.  [default: the one that the fusion generates]")
     ] = None,
+    compare: Annotated[
+        list[str],
+        typer.Option(
+            "--compare",
+            metavar="METHOD",
+            help="Trace the same text by these methods too, several after one flag: average, qa-flora, arrow, an "
+            "adapter's name (that one alone), ...",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 (typer reads the default)
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page there that shows every token, layer and method in a browser."),
+    ] = None,
     numbers: Annotated[bool, typer.Option("--numbers", help="Print every token's weights too.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write tokens and all weights (seq, layers, adapters) there.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.")] = 256,
     method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
+    method_option: o.MethodOptions = [],  # noqa: B006
     base: o.Base = None,
     lora_modules: o.LoraModules = [],  # noqa: B006
     revision: o.Revision = None,
@@ -34,19 +55,36 @@ def trace(
     """Colour each token by the adapter that dominates it.
 
     A generated token has the colour of the weights that produced it, those of the position before it (the paper's
-    figure 5). Example: `loraflow trace zh-math --prompt "..." --numbers`
+    figure 5). Example: `loraflow trace zh-math --prompt "..." --compare average qa-flora --html trace.html`
     """
+    for flag, path in {"--html": html_file, "--json": json_file}.items():
+        if path is not None:
+            _check_file(flag, path)
     placement = o.Placement(revision, dtype, device, quantization)
     model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
+    own = method or model.method.name
+    others = _compared(model, own, compare)
 
     from rich.console import Console
+    from rich.rule import Rule
+    from rich.text import Text
 
     from loraflow.visual.terminal import render_trace
 
-    traced = trace_answer(model, prompt, answer, max_new_tokens)
-    Console().print(render_trace(traced, numbers=numbers))
+    traces = _trace_all(model, own, others, trace_answer(model, prompt, answer, max_new_tokens))
+    console = Console()
+    for name, traced in traces.items():
+        if others:
+            console.print(Rule(Text(name), align="left"))
+        console.print(render_trace(traced, numbers=numbers))
     if json_file is not None:
-        _write_json(traced, json_file)
+        _write_json(traces, json_file)
+        print(f"Wrote {json_file}.")
+    if html_file is not None:
+        from loraflow.visual.explorer import save_explorer
+
+        save_explorer(traces, html_file, title=f"Fusion weights: {Path(fusion).name}" if fusion else "Fusion weights")
+        print(f"Wrote {html_file}; open it in a browser.")
 
 
 def trace_answer(model: Any, prompt: str, answer: str | None, max_new_tokens: int) -> Any:
@@ -73,18 +111,74 @@ def trace_answer(model: Any, prompt: str, answer: str | None, max_new_tokens: in
     return model.trace(whole, prompt_length=len(ids))
 
 
-def _write_json(traced: Any, path: Path) -> None:
+def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, FusionMethod]:
+    """The other methods by name.
+
+    Raises:
+        LoraflowError: if one has no weights, is named twice, or would have to be fitted.
+    """
+    found: dict[str, FusionMethod] = {}
+    for name in names:
+        if name == "base":
+            raise LoraflowError("`--compare` names 'base', which has no fusion weights. Leave it out.")
+        if name == own or name in found:
+            which = "the method that is traced anyway" if name == own else "a method twice"
+            raise LoraflowError(f"`--compare` names {name!r}, {which}. Leave it out.")
+        found[name] = o.resolve_method(name, model.adapter_names, [])
+        if found[name].learns:
+            raise LoraflowError(
+                f"`--compare` names {name!r}, which must be fitted first, and what is opened here is {own!r}. Compare "
+                "with methods that learn nothing, or trace a fusion that was fitted by it."
+            )
+    return found
+
+
+def _trace_all(model: FusedModel, own: str, others: Mapping[str, FusionMethod], traced: Any) -> dict[str, Any]:
+    """The text of a trace by all methods."""
+    traces = {own: traced}
+    for name, method in others.items():
+        with model.using(method):
+            ids, mask = (tensor.to(model.device) for tensor in (traced.input_ids, traced.attention_mask))
+            traces[name] = model.trace(ids, mask, prompt_length=traced.prompt_length)
+    return traces
+
+
+def _check_file(flag: str, path: Path) -> None:
+    """Check, before any work, that a file can be written.
+
+    Raises:
+        LoraflowError: if there is a directory of that name, or its folder is none or is not writable.
+    """
+    if path.is_dir():
+        raise LoraflowError(f"`{flag}` (={str(path)!r}) is a directory. Give a file.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise LoraflowError(f"`{flag}` (={str(path)!r}) cannot be written: {folder} is a file. Give another place.")
+    if not os.access(folder, os.W_OK):
+        raise LoraflowError(f"`{flag}` (={str(path)!r}) cannot be written: {folder} is read-only. Give another place.")
+
+
+def _write_json(traces: Mapping[str, Any], path: Path) -> None:
     import json
 
     from loraflow.storage import write_atomically
 
+    first, *others = traces
     content = {
-        "adapters": traced.adapters,
-        "tokens": traced.tokens[0],
-        "prompt_length": traced.prompt_length,
+        "method": first,
+        "adapters": traces[first].adapters,
+        "tokens": traces[first].tokens[0],
+        "prompt_length": traces[first].prompt_length,
         "axes": ["seq", "layers", "adapters"],
-        "weights": traced.weights[0].tolist(),
-        "module_weights": {name: weights[0].tolist() for name, weights in traced.module_weights.items()},
+        **_weights(traces[first]),
+        "compared": {name: _weights(traces[name]) for name in others},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+
+
+def _weights(traced: Any) -> dict[str, Any]:
+    return {
+        "weights": traced.weights[0].tolist(),
+        "module_weights": {name: weights[0].tolist() for name, weights in traced.module_weights.items()},
+    }

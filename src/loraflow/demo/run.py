@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.answers import generate_answers, require_tokenizer
-from loraflow.demo.tasks import Problem, Task, in_language
+from loraflow.demo.setting import METRIC, RECIPES, small_world
+from loraflow.demo.tasks import Problem, Task
 from loraflow.demo.world import adapter_paths, base_path
-from loraflow.evaluation.sandbox import check_available, run_many
-from loraflow.evaluation.scoring import extract_code, same_number
+from loraflow.evaluation.measure import answer_task
+from loraflow.evaluation.settings import Task as SettingTask
 from loraflow.evaluation.statistics import wilson_interval
 from loraflow.methods import Method
 from loraflow.model import FusedModel
 from loraflow.storage import write_atomically
 from loraflow.training import FitConfig
 
-# The paper's recipe but for the learning rate: chosen on dev problems, a small model wants a larger one.
-RECIPE = FitConfig(learning_rate=1e-2)
-LONGEST_ANSWER = 120
+RECIPE = FitConfig(**RECIPES["lora-flow"])
 
 
 @dataclass(frozen=True)
@@ -80,40 +78,32 @@ def write_task(task: Task, directory: Path) -> None:
 
 
 def evaluate(
-    model: FusedModel,
-    problems: Sequence[Problem],
-    name: str,
-    answers_file: Path | None,
-    on_batch: Callable[[int], None],
+    model: FusedModel, task: Task, method: str, count: int, answers_file: Path | None, on_batch: Callable[[int], None]
 ) -> Result:
-    """Answer all problems greedily with the model as it is, keep the answers, and score them."""
-    started = time.perf_counter()
-    answers = generate_answers(
-        model,
-        [[{"role": "user", "content": problem.prompt}] for problem in problems],
-        tokenizer=require_tokenizer(model.tokenizer),
-        prompt=model.prompt,
-        max_new_tokens=LONGEST_ANSWER,
-        batch_size=64,
-        on_batch=on_batch,
-    )
-    seconds = time.perf_counter() - started
-    right = score(answers, problems)
-    spoken = [ok and in_language(answer, p.language) for ok, answer, p in zip(right, answers, problems, strict=True)]
+    """Answer the first problems of a task greedily with the model as it is, keep the answers, and score them.
+
+    Args:
+        model: the fused model.
+        task: the task.
+        method: what the result is called.
+        count: how many problems.
+        answers_file: where the answers go, one JSON object a line.
+        on_batch: called after each batch with its size.
+    """
+    problems = _setting_task(task.name)
+    measured = answer_task(model, problems, limit=count, batch_size=64, advance=on_batch)
+    right, spoken = ([bool(item.scores[name]) for item in measured.items] for name in ("right", METRIC))
     lines = [
-        json.dumps({"prompt": p.prompt, "answer": a, "right": r, "in_language": s}, ensure_ascii=False)
-        for p, a, r, s in zip(problems, answers, right, spoken, strict=True)
+        json.dumps({"prompt": p.prompt, "answer": i.answer, "right": r, "in_language": s}, ensure_ascii=False)
+        for p, i, r, s in zip(task.test, measured.items, right, spoken, strict=False)
     ]
     if answers_file is not None:
         answers_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(answers_file, ("\n".join(lines) + "\n").encode())
-    return Result(name, right, spoken, seconds)
+    return Result(method, right, spoken, measured.seconds)
 
 
-def score(answers: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
-    """Whether each answer is right: by its last number, or by running its code in the sandbox."""
-    if problems[0].tests:
-        check_available()
-        programs = [(extract_code(answer), p.tests) for answer, p in zip(answers, problems, strict=True)]
-        return [result.passed for result in run_many(programs)]
-    return [same_number(answer, str(p.answer)) for answer, p in zip(answers, problems, strict=True)]
+@functools.cache
+def _setting_task(name: str) -> SettingTask:
+    # Whoever calls has been asked whether code may run.
+    return small_world([name], allow_code=True).tasks[name]

@@ -158,6 +158,13 @@ def load_task(name: str) -> Task:
     )
 
 
+def more_training(task: Task, count: int) -> tuple[Problem, ...]:
+    """Further training problems of a task, none of which is in any of its splits or any other task's."""
+    used = sum(_SPLITS.values())
+    frames = held_out_frames(task.skill, used + count)[used:]
+    return tuple(problem(task.language, frame) for frame in frames)
+
+
 def held_out_frames(skill: str, count: int, seed: str = "task") -> tuple[MathFrame | CodeFrame, ...]:
     """Frames of a skill, no two of the same meaning, none of which any training data of the small world holds."""
     rng = random.Random(f"loraflow small world {skill} {seed}")

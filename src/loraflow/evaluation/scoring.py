@@ -52,7 +52,16 @@ _NUMBER = re.compile(
     r"|\d+(?:[.,]\d+)*"  # 80,000.50 and 80.000,50
     r"|(?<![\w.])\.\d+"  # .5
     r")"
+    rf"(?:[{_SPACES}]?(?P<unit>万|亿|тыс|млн|миллион|mil\b|mill[oó]n|thousand\b|million))?"
 )
+_UNITS = {
+    "万": 10**4,
+    "亿": 10**8,
+    **dict.fromkeys(("тыс", "mil", "thousand"), 10**3),
+    **dict.fromkeys(("млн", "миллион", "millon", "millón", "million"), 10**6),
+}
+# What an exponent of a unit stands behind: `cm^2`, `\\text{ m}^{3}`.
+_BEFORE_EXPONENT = re.compile(r"[^\W\d_]\}?\^\{?$")
 _COMMA_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _DOT_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
 _SPLIT_RUN = re.compile(r"\d+(?:\.\d+)?")
@@ -63,7 +72,8 @@ def last_number(text: str) -> Decimal | None:
 
     Units, currency and percent signs, `\\boxed{}` and a closing full stop do not matter. `80,000`, `80 000` and
     `80.000.000` have thousands separators; `3,5` and `0,125` have decimal commas; `70.000` is read as 70, see
-    `same_number`. A fraction `1/2` ends in the number 2.
+    `same_number`; `7万`, `70 тыс.` and `70 mil` are 70000. A fraction `1/2` ends in the number 2, but an area `18 cm^2`
+    in the number 18.
 
     Args:
         text: in any language; full-width digits count.
@@ -105,9 +115,16 @@ def _last_readings(text: str) -> tuple[Decimal, ...]:
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return ()
-    last = numbers[-1]
+    no_exponents = (number for number in reversed(numbers) if not _is_exponent(text, number.start()))
+    last = next(no_exponents, numbers[-1])
     readings = _readings("".join(last["body"].split()), spaced=last["space"] is not None)
+    if last["unit"]:
+        readings = tuple(reading * _UNITS[last["unit"]] for reading in readings)
     return tuple(reading.copy_negate() for reading in readings) if last["sign"] else readings
+
+
+def _is_exponent(text: str, start: int) -> bool:
+    return _BEFORE_EXPONENT.search(text, max(0, start - 4), start) is not None
 
 
 def _readings(body: str, spaced: bool) -> tuple[Decimal, ...]:

@@ -1,11 +1,13 @@
-"""Intervals for scores."""
+"""Intervals for scores, and tests of differences between them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Values = np.ndarray
 
@@ -74,6 +76,51 @@ def percentile_interval(resampled: Float[Values, " resamples"], level: float = 0
     """
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_p(differences: Float[Values, " resamples"]) -> float:
+    """Two-sided p-value of a difference of means, from its paired bootstrap resamples (Efron and Tibshirani 1993).
+
+    Twice the share of resamples on the other side of zero, at least 2 / (resamples + 1): it is never zero.
+    """
+    others = min((differences <= 0).sum(), (differences >= 0).sum())
+    return min(1.0, 2 * (int(others) + 1) / (len(differences) + 1))
+
+
+def mcnemar_p(first: Int[Values, " problems"], second: Int[Values, " problems"]) -> float:
+    """Exact two-sided p-value of McNemar's test (1947): two methods, right or wrong on the same problems.
+
+    Only problems on which the two differ count; if both are equally good, each is as likely to be right there.
+
+    Args:
+        first: 1 where the first is right, else 0.
+        second: the same of the second.
+
+    Returns:
+        The binomial p-value; 1 where they never differ.
+
+    Raises:
+        ValueError: if they are not 0 or 1, or not as many.
+    """
+    if first.shape != second.shape or not np.isin([first, second], (0, 1)).all():
+        raise ValueError(f"McNemar's test compares as many zeros and ones, not {first.shape} and {second.shape}.")
+    wins, losses = int((first > second).sum()), int((first < second).sum())
+    trials = wins + losses
+    tail = sum(math.comb(trials, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**trials)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for how many there are, in the same order (Holm 1979).
+
+    Rejecting all corrected values below 0.05 keeps the chance of even one wrong rejection below 5 %.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def _shares(count: int, seed: int, resamples: int) -> Float[Values, "resamples count"]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from loraflow.visual.colours import adapter_colour
-from loraflow.visual.trace import Trace
+from loraflow.visual.colours import NEUTRAL, adapter_colour
+from loraflow.visual.trace import Trace, dominance, dominating
 
 
 def trace_html(trace: Trace) -> str:
@@ -16,6 +16,7 @@ def trace_html(trace: Trace) -> str:
         if trace.prompt_length
         else "Each token has the colour of the weights computed at its position."
     )
+    note = " ".join([note, *trace.notes()])
     rows = "".join(_row(trace, row) for row in range(len(trace.tokens)))
     return (
         f'<div style="font-family:monospace;line-height:1.9"><div>{legend}</div>'
@@ -36,11 +37,11 @@ def _row(trace: Trace, row: int) -> str:
 
 
 def _token(token: str, weights: list[float], adapters: tuple[str, ...]) -> str:
-    top = max(range(len(weights)), key=weights.__getitem__)
-    share = max(weights[top], 0.0) / (sum(max(w, 0.0) for w in weights) or 1.0)
+    top = dominating(weights)
+    colour = NEUTRAL if top is None else adapter_colour(top)
     numbers = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(adapters, weights, strict=True))
-    opacity = round(255 * (0.15 + 0.45 * share))
-    style = f"background:{adapter_colour(top)}{opacity:02x};border-radius:3px"
+    opacity = round(255 * (0.15 + 0.45 * dominance(weights)))
+    style = f"background:{colour}{opacity:02x};border-radius:3px"
     return f'<span title="{escape(numbers, quote=True)}" style="{style}">{escape(token)}</span>'
 
 

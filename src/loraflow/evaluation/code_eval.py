@@ -1,0 +1,261 @@
+"""lm-eval's metric `code_eval`, with its contract, but in the sandbox.
+
+The stock metric is downloaded and runs what a model wrote as the user who called it. While lm-eval loads and runs a
+task, `sandboxed_code_eval` puts another in its place, wherever the task asks for it by `evaluate.load("code_eval")`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from loraflow.errors import SandboxError
+from loraflow.evaluation.sandbox import Limits, check_available, run_many
+
+logger = logging.getLogger(__name__)
+
+METRIC = "code_eval"
+TIMEOUT_S = 3.0
+"""The stock metric's."""
+
+NOTICE = (
+    "The task {task!r} runs code that a model wrote, in loraflow's sandbox. lm-eval's stock `code_eval`, which has no "
+    "sandbox, was replaced."
+)
+
+# What runs code or programs outside the sandbox, by the names that task files use.
+_RUNNERS = frozenset({"exec", "eval", "compile", "__import__"})
+_RUNNER_MODULES = frozenset({"subprocess", "multiprocessing", "concurrent", "ctypes", "pty", "runpy", "code", "codeop"})
+_OS_RUNNERS = ("system", "popen", "exec", "spawn", "posix_spawn", "fork")
+
+
+class SandboxedCodeEval:
+    """What `evaluate.load("code_eval")` gives meanwhile."""
+
+    name = METRIC
+
+    def compute(
+        self,
+        *,
+        predictions: Sequence[Sequence[str]],
+        references: Sequence[str],
+        k: Sequence[int] = (1, 10, 100),
+        num_workers: int | None = None,
+        timeout: float = TIMEOUT_S,
+    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """Run every candidate against its problem's tests, each in a sandbox of its own.
+
+        Args:
+            predictions: the candidates of each problem.
+            references: the tests of each problem.
+            k: for which k to estimate pass@k; those above a problem's number of candidates are left out.
+            num_workers: how many run at the same time; by default one per CPU.
+            timeout: seconds that each may take.
+
+        Returns:
+            pass@k by name; and each problem's outcomes as pairs of the candidate's number and its record.
+        """
+        programs = [
+            (candidate, [reference])
+            for candidates, reference in zip(predictions, references, strict=True)
+            for candidate in candidates
+        ]
+        verdicts = iter(run_many(programs, Limits(wall_s=timeout, cpu_s=timeout), num_workers))
+        outcomes: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        for task_id, candidates in enumerate(predictions):
+            outcomes[task_id] = []
+            for completion_id in range(len(candidates)):
+                verdict = next(verdicts)
+                text = {"passed": "passed", "timeout": "timed out"}.get(verdict.reason, f"failed: {verdict.detail}")
+                record = {
+                    "task_id": task_id,
+                    "passed": verdict.passed,
+                    "result": text,
+                    "completion_id": completion_id,
+                }
+                outcomes[task_id].append((completion_id, record))
+        counts = [(len(row), sum(record["passed"] for _, record in row)) for row in outcomes.values()]
+        return {
+            f"pass@{size}": sum(pass_at_k(*count, size) for count in counts) / len(counts)
+            for size in k
+            if all(total >= size for total, _ in counts)
+        }, outcomes
+
+
+def pass_at_k(total: int, correct: int, k: int) -> float:
+    r"""The share of draws of k candidates with a right one among them.
+
+    $$1 - \binom{n - c}{k} / \binom{n}{k}$$
+
+    for n candidates of which c are right: the unbiased estimate of
+    [Chen et al. 2021, eq. 1](https://arxiv.org/abs/2107.03374).
+    """
+    return 1.0 - math.comb(total - correct, k) / math.comb(total, k)
+
+
+@dataclass
+class Replacement:
+    """What happened while the metric was replaced.
+
+    Attributes:
+        asked: whether a task asked for it.
+    """
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def sandboxed_code_eval(task: str, *, allow_code: bool) -> Iterator[Replacement]:
+    """Replace the stock `code_eval` inside a `with` block, and in task modules that are loaded in it.
+
+    lm-eval keeps the modules of its tasks, so those loaded before, which may hold the stock metric, are put aside, and
+    those loaded inside are forgotten at the end.
+
+    Args:
+        task: the task's name, for messages.
+        allow_code: whether generated code may run, in the sandbox.
+
+    Yields:
+        Whether the metric was asked for.
+    """
+    import evaluate
+
+    replacement = Replacement()
+    places: list[Any] = [module for module in (evaluate, sys.modules.get("evaluate.loading")) if module is not None]
+    stock = [module.load for module in places]
+
+    @functools.wraps(stock[0])
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+        if Path(str(path)).stem != METRIC:
+            return stock[0](path, *args, **kwargs)
+        replacement.asked = True
+        require_permission(task, allow_code)
+        return SandboxedCodeEval()
+
+    kept = _task_modules()
+    for name in kept:
+        del sys.modules[name]
+    try:
+        for module in places:
+            module.load = load
+        yield replacement
+    finally:
+        for module, original in zip(places, stock, strict=True):
+            module.load = original
+        for name in _task_modules():
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def _task_modules() -> dict[str, ModuleType]:
+    """The modules that lm-eval loaded from the files of tasks: it marks them."""
+    return {name: module for name, module in sys.modules.items() if "__mtime__" in getattr(module, "__dict__", ())}
+
+
+def require_permission(task: str, allow_code: bool) -> None:
+    """Refuse a task that runs code unless the caller has opted in, and the sandbox works.
+
+    Raises:
+        SandboxError: if they have not.
+    """
+    if not allow_code:
+        raise SandboxError(
+            f"The task {task!r} runs programs that a model wrote. If you want that on this machine, in a sandbox, say "
+            "so: `allow_code=True`, or `--allow-code` on the command line."
+        )
+    _check_available()
+
+
+# Once a process: it starts an interpreter.
+_check_available = functools.cache(check_available)
+
+
+def check_code_task(task: str, functions: Any, replacement: Replacement) -> None:
+    """Refuse a task that runs generated code by any other means than the sandbox.
+
+    The functions of a task are trusted as any installed code is; this finds those that hand a model's answer to
+    something else than the sandbox, as lm-eval's `cruxeval` and `longproc` do.
+
+    Args:
+        task: the task's name.
+        functions: its functions and classes, anywhere in mappings and lists.
+        replacement: what was asked for while it was loaded.
+
+    Raises:
+        SandboxError: if its functions use neither `code_eval` nor the sandbox, or run code by themselves.
+    """
+    modules = {id(module): module for module in map(inspect.getmodule, _functions(functions)) if module is not None}
+    for module in modules.values():
+        means = _own_means(module)
+        if means is not None:
+            raise SandboxError(
+                f"The task {task!r} is refused: {module.__name__} runs code by {means}, outside the sandbox. Tasks may "
+                "run code by `code_eval` or by `loraflow.evaluation.sandbox`."
+            )
+    if not replacement.asked and not any(map(_uses_sandbox, modules.values())):
+        raise SandboxError(
+            f"The task {task!r} is refused: it says that it runs code (`unsafe_code`), and uses neither `code_eval` "
+            "nor `loraflow.evaluation.sandbox` for it."
+        )
+
+
+def _functions(value: Any) -> Iterator[Callable[..., Any]]:
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _functions(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _functions(each)
+    elif callable(value):
+        yield value
+
+
+def _own_means(module: ModuleType) -> str | None:
+    """How a module runs code by itself, or None."""
+    package = module.__name__.partition(".")[0]
+    if package == "loraflow" or (package == "lm_eval" and not module.__name__.startswith("lm_eval.tasks.")):
+        return None
+    for value in vars(module).values():
+        if getattr(value, "name", None) == METRIC and not isinstance(value, SandboxedCodeEval):
+            return "the stock `code_eval`"
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError, SyntaxError):
+        return "means that cannot be read"
+    return next(filter(None, map(_runner, ast.walk(tree))), None)
+
+
+def _runner(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Name) and node.id in _RUNNERS:
+        return f"`{node.id}`"
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+        return f"`os.{node.attr}`" if node.attr.startswith(_OS_RUNNERS) else None
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module or ""]
+    return next((f"`{name}`" for name in names if name.partition(".")[0] in _RUNNER_MODULES), None)
+
+
+def _uses_sandbox(module: ModuleType) -> bool:
+    return any(
+        isinstance(value, SandboxedCodeEval) or str(getattr(value, "__module__", "")).startswith("loraflow.evaluation.")
+        for value in vars(module).values()
+    )
+
+
+@functools.cache
+def announce(task: str) -> str:
+    """Say once a process that the task's code runs in the sandbox; return what was said."""
+    notice = NOTICE.format(task=task)
+    logger.warning(notice)
+    return notice

@@ -1,0 +1,1 @@
+"""The six tasks of the LoRA-Flow paper, as task files of lm-evaluation-harness."""

@@ -1,0 +1,227 @@
+"""`loraflow compare`, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from loraflow import FusedModel
+from loraflow.cli import app
+from loraflow.evaluation import compare as compare_module
+from loraflow.evaluation.plan import study_names
+from tests.evaluation.small import write_setting
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A setting, a plan of three rows on one task, and two saved fusions."""
+    root = tmp_path_factory.mktemp("world")
+    setting = write_setting(root)
+    for task in setting["tasks"].values():
+        task["max_new_tokens"] = 4
+    (root / "setting.yaml").write_text(yaml.safe_dump(setting))
+    plan = {
+        "title": "Three rows",
+        "setting": "setting.yaml",
+        "methods": ["base", "average", "math"],
+        "tasks": ["zh"],
+        "limit": 1,
+        "reference": "average",
+    }
+    (root / "plan.yaml").write_text(yaml.safe_dump(plan))
+    adapters = {name: setting["adapters"][name] for name in ("zh-chat", "math")}
+    model = FusedModel.from_adapters(setting["base"], adapters, "average")
+    for name in ("mean", "other/mean", "alone"):
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def run(world, monkeypatch):
+    """Compare; `{world}` in the arguments is where everything lies."""
+    monkeypatch.setenv("COLUMNS", "220")
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, ["compare", *(argument.format(world=world) for argument in arguments)])
+
+    return invoke
+
+
+def rows(output: Path) -> list[str]:
+    content = json.loads((output / "report.json").read_text())
+    return [row["contender"] for row in content["rows"] if row["task"] == content["tasks"][0]]
+
+
+PLAN = ("{world}/plan.yaml", "--device", "cpu")
+
+
+def test_help_tells_every_flag(run):
+    result = run("--help")
+    assert result.exit_code == 0, result.output
+    flags = """--output --methods --fusions --seeds --reference --setting --tasks --base --lora-modules --test --scorer
+    --data --dev --limit --batch-size --workers --device --allow-code --weights --rescore --report --overwrite --list
+    --chat --revision --dtype --quantization --prompt-field --completion-field --max-new-tokens"""
+    assert [flag for flag in flags.split() if flag not in result.output] == []
+
+
+def test_studies_are_listed(run):
+    result = run("--list")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in study_names())
+
+
+def test_a_plan_is_compared_and_reported(run, tmp_path):
+    done = run(*PLAN, "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "Three rows" in done.output
+    assert "* differs from average" in " ".join(done.output.split())
+    assert rows(tmp_path) == ["base", "average", "math"]
+    assert all((tmp_path / f"report.{ending}").is_file() for ending in ("html", "md", "csv", "json"))
+    again = run(*PLAN, "--output", str(tmp_path))
+    assert "3 cells, 3 of them finished before" in again.output
+    assert "scores changed in 0 cells" in run(*PLAN, "--output", str(tmp_path), "--rescore").output
+    # The run knows its own plan.
+    assert "scores changed in 0 cells" in run("--output", str(tmp_path), "--rescore").output
+    assert "Three rows" in run("--output", str(tmp_path), "--report").output
+
+
+def test_a_report_can_be_of_a_part(run, tmp_path):
+    assert run(*PLAN, "--output", str(tmp_path), "--methods", "math").exit_code == 0
+    assert rows(tmp_path) == ["math"]
+    part = run(*PLAN, "--output", str(tmp_path), "--report")
+    assert part.exit_code == 0, part.output
+    assert rows(tmp_path) == ["math"]
+    assert "**2 cells are not finished**" in (tmp_path / "report.md").read_text()
+    nothing = run(*PLAN, "--output", str(tmp_path / "other"), "--report")
+    assert nothing.exit_code == 1
+    assert "has no finished cells of this plan. Run it first." in nothing.output
+
+
+def test_methods_choose_rows_of_a_plan_or_are_the_rows(run, tmp_path):
+    assert run(*PLAN, "--output", str(tmp_path / "a"), "--methods", "math", "base").exit_code == 0
+    assert rows(tmp_path / "a") == ["base", "math"]
+    content = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert content["reference"] == "math"
+    own = ("--setting", "{world}/setting.yaml", "--tasks", "es,zh", "--limit", "1", "--device", "cpu")
+    done = run(*own, "--methods", "math", "base", "--reference", "math", "--output", str(tmp_path / "b"))
+    assert done.exit_code == 0, done.output
+    assert rows(tmp_path / "b") == ["math", "base"]
+    content = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert (content["tasks"], content["reference"]) == (["es", "zh"], "math")
+
+
+def test_fusions_bring_base_and_adapters(run, tmp_path):
+    problems = "".join(json.dumps({"q": f"{n} + 1?", "a": str(n + 1)}) + "\n" for n in range(3))
+    (tmp_path / "sums.jsonl").write_text(problems)
+    task = ("--test", str(tmp_path / "sums.jsonl"), "--scorer", "last-number", "--prompt-field", "q")
+    task = (*task, "--completion-field", "a", "--max-new-tokens", "4", "--limit", "2", "--device", "cpu")
+    fusions = ("--fusions", "{world}/mean", "{world}/alone")
+    done = run(*fusions, "--methods", "base", "zh-chat", *task, "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    assert rows(tmp_path / "run") == ["base", "zh-chat", "mean", "alone"]
+    content = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (content["tasks"], content["rows"][0]["problems"]) == (["sums"], 2)
+
+
+def test_a_failed_cell_is_an_exit_code(run, tmp_path, monkeypatch):
+    real = compare_module.answer_task
+
+    def unlucky(model: Any, *rest: Any, **options: Any) -> Any:
+        if not model.gates:
+            raise RuntimeError("no luck")
+        return real(model, *rest, **options)
+
+    monkeypatch.setattr(compare_module, "answer_task", unlucky)
+    result = run(*PLAN, "--output", str(tmp_path))
+    assert result.exit_code == 1
+    assert "RuntimeError: no luck" in result.output
+    assert "1 cells failed. Give the same command again" in result.output
+    assert rows(tmp_path) == ["average", "math"]
+    alone = run(*PLAN, "--output", str(tmp_path), "--methods", "base")
+    assert alone.exit_code == 1
+    assert "All 1 cells failed. There is nothing to report." in alone.output
+
+
+BASE = ("--base", "x", "--lora-modules", "a=b")
+TEST = ("--test", "x.jsonl", "--scorer", "last-number")
+MISTAKES = {
+    "no output": ((*PLAN,), "`--output` is missing. Say where the run's files go"),
+    "no task": ((*BASE, "--output", "x"), "There is no task. Give --tasks of lm-evaluation-harness, or --test"),
+    "one adapter's name alone": ((*BASE[:3], "a", *TEST, "--output", "x"), "takes name=path, found 'a'"),
+    "no rows": ((*BASE, *TEST, "--output", "x"), "There is nothing to compare. Give a plan or study, --methods"),
+    "no base": ((*TEST, "--methods", "base", "--output", "x"), "`--base` is missing. Give --base and --lora-modules"),
+    "no adapters": (
+        (*TEST, "--base", "x", "--methods", "base", "--output", "x"),
+        "`--lora-modules` is missing. Give --base and --lora-modules",
+    ),
+    "no scorer": ((*BASE, *TEST[:2], "--methods", "base", "--output", "x"), "`test` needs a `scorer`"),
+    "unknown row": (
+        (*PLAN, "--methods", "averag", "--output", "x"),
+        "plan.yaml' has no row 'averag'. Known: 'average', 'base', 'math'. Did you mean 'average'?",
+    ),
+    "fusions of a plan": (
+        (*PLAN, "--fusions", "{world}/mean", "--output", "x"),
+        "`--fusions` are rows, and a plan names its own. Add them there.",
+    ),
+    "fusions of one name": (
+        (*BASE, *TEST, "--fusions", "{world}/mean", "{world}/other/mean", "--output", "x"),
+        "Two of --fusions end in the same name. Name them in a plan.",
+    ),
+    "a fusion with a method's name": (
+        (*BASE, *TEST, "--fusions", "{world}/mean", "--methods", "mean", "--output", "x"),
+        "`--methods` and --fusions both have a row 'mean'.",
+    ),
+    "a reference that is no row": (
+        (*PLAN, "--methods", "base", "--reference", "math", "--output", "x"),
+        "`--reference` (='math') is not among --methods. Name it there too.",
+    ),
+    "unknown plan": (("granularty", "--output", "x"), "There is no plan 'granularty'"),
+    "no setting": (("granularity", "--output", "x"), "there is no `setting`. Name one there or with --setting"),
+    "unknown setting": (
+        ("granularity", "--setting", "small-word", "--output", "x"),
+        "There is no setting 'small-word'. Known: 'small-world'. Did you mean 'small-world'?",
+    ),
+    "workers": ((*PLAN, "--workers", "0", "--output", "x"), "`workers` (=0) must be at least 1."),
+    "one field": ((*BASE, *TEST, "--prompt-field", "q", "--output", "x"), "`--prompt-field` and `--completion-field`"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_told_without_a_traceback(run, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    arguments, said = MISTAKES[case]
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--base", "x"),
+        ("--lora-modules", "a=b"),
+        ("--revision", "x"),
+        ("--dtype", "float32"),
+        ("--quantization", "bnb-4bit"),
+        ("--test", "x"),
+        ("--scorer", "last-number"),
+        ("--data", "x"),
+        ("--dev", "x"),
+        ("--prompt-field", "x"),
+        ("--completion-field", "x"),
+        ("--max-new-tokens", "3"),
+        ("--chat",),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_plan_has_its_own_setting(run, flags):
+    result = run(*PLAN, *flags, "--output", "x")
+    assert result.exit_code == 1
+    assert f"`{flags[0]}` describes a setting, and a plan or --setting names one. Leave it out." in result.output

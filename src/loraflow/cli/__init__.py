@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from loraflow import __version__
-from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, trace
+from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
 from loraflow.cli.options import spread_values
 from loraflow.errors import LoraflowError
 
@@ -56,6 +56,7 @@ app.command()(generate.generate)
 app.command()(trace.trace)
 app.add_typer(plot.plot, name="plot")
 app.command()(export.export)
+app.command()(serve.serve)
 app.command(name="import-official")(import_official.import_official)
 
 

@@ -1,0 +1,287 @@
+"""The HTTP server: OpenAI's endpoints over one `Service`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from loraflow import __version__
+from loraflow.serving.page import make_page
+from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
+from loraflow.serving.service import Asked, Piece, Service
+
+_OPEN = ("/health", "/metrics")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+    }
+    for status, text in (
+        (400, "The request is wrong"),
+        (401, "The key is missing or wrong"),
+        (404, "There is no such model"),
+        (413, "The request is too large"),
+        (429, "The queue is full"),
+        (503, "The server is shutting down"),
+        (504, "The request took too long"),
+    )
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    """The server of a service, which starts and ends with it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        service.metrics.watch(lambda: service.engine.running)
+        yield
+        await service.stop()
+
+    app = FastAPI(title="loraflow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    _add_guards(app, service)
+    _add_errors(app)
+    _add_information(app, service)
+    _add_generation(app, service)
+    _add_page(app)
+    return app
+
+
+def _add_guards(app: FastAPI, service: Service) -> None:
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        try:
+            _check_key(request, service.config.api_keys)
+            _check_size(request, service.config.max_body_bytes)
+        except ApiError as error:
+            return _error_response(error)
+        return await call_next(request)
+
+
+def _check_key(request: Request, keys: tuple[str, ...]) -> None:
+    # Not `request.url`, which older versions of Starlette build from the client's Host.
+    path = request.scope["path"]
+    if not keys or path in _OPEN or not path.startswith("/v1"):
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+    # The bytes as they came; each is compared in constant time: how long it takes tells nothing of a key.
+    if not any(hmac.compare_digest(given, key.encode()) for key in keys):
+        message = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
+        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
+
+
+def _check_size(request: Request, limit: int) -> None:
+    length = request.headers.get("content-length")
+    # A body in chunks may be of any size, whatever length is said beside it.
+    if request.headers.get("transfer-encoding"):
+        raise ApiError(411, "The request comes in chunks. Send it whole, with a Content-Length.")
+    if length is not None and (not length.isdecimal() or int(length) > limit):
+        raise ApiError(413, f"The request has {length} bytes, and may have {limit}. Send less.")
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return _error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part != "body"]
+        param = ".".join(place) or None
+        return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}", param=param))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+def _error_response(error: ApiError) -> Response:
+    # What was wrong is quoted, and may be no valid text: half of a surrogate pair in a field's name.
+    error.message = error.message.encode(errors="backslashreplace").decode()
+    error.param = error.param and error.param.encode(errors="backslashreplace").decode()
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the server takes requests."""
+        failure = service.engine.failure
+        if service.closing or failure is not None:
+            return JSONResponse({"status": failure or "shutting down"}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters, for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models", responses={401: _ERRORS[401]})
+    async def models() -> dict[str, Any]:
+        """The base, each adapter, and each fusion."""
+        return {"object": "list", "data": [_card(service, name) for name in service.catalog.served]}
+
+    @app.get("/v1/models/{name:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        if name not in service.catalog.served:
+            known = ", ".join(map(repr, service.catalog.served))
+            raise ApiError(404, f"There is no model {name!r}. Known: {known}.", param="model", code="model_not_found")
+        return _card(service, name)
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    served = service.catalog.served[name]
+    return {
+        "id": served.id,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "loraflow",
+        "root": served.root,
+        "parent": served.parent,
+        "kind": served.kind,
+        "adapters": list(served.adapters),
+        "method": served.method.name,
+        "digest": served.digest,
+        "max_model_len": service.longest,
+    }
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", responses=_ERRORS)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        served = service.served_for(body)
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        if messages[-1]["role"] != "user":
+            raise ApiError(400, "The conversation must end with the user's turn.", param="messages")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "`top_logprobs` needs `logprobs`. Set it to true.", param="top_logprobs")
+        longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        wanted = (body.top_logprobs or 0) if body.logprobs else None
+        asked = await service.ask(body, served, service.prompt_ids(served, messages), longest, wanted)
+        reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
+        if body.stream:
+            return _stream(service, reply, chat_chunk)
+        return JSONResponse(chat_reply(reply, (await _gather(service, request, [asked]))[0]))
+
+    @app.post("/v1/completions", responses=_ERRORS)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts."""
+        served = service.served_for(body)
+        if body.best_of is not None and body.best_of != body.n:
+            raise ApiError(400, f"`best_of` (={body.best_of}) is not supported. Leave it out.", param="best_of")
+        prompts = _prompts(service, body)
+        if len(prompts) * body.n > service.config.max_waiting:
+            message = f"{len(prompts)} prompts times n={body.n} are more than the server takes."
+            raise ApiError(400, message, param="prompt")
+        asked: list[Asked] = []
+        try:
+            for prompt in prompts:
+                asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs))
+        except ApiError:
+            for one in asked:
+                service.cancel(one)
+            raise
+        reply = Reply(service, body, asked, "cmpl", "text_completion")
+        if body.stream:
+            return _stream(service, reply, completion_chunk)
+        return JSONResponse(completion_reply(reply, await _gather(service, request, asked)))
+
+
+def _add_page(app: FastAPI) -> None:
+    page = make_page()
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        """The page to chat on; it has no secrets, and so needs no key."""
+        return HTMLResponse(page.html, headers=page.headers)
+
+
+def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+    """The prompts' token ids; text is taken as it is, in no chat format."""
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise ApiError(400, "`prompt` is empty. Give text, or token ids.", param="prompt")
+    return [service.tokenizer(one)["input_ids"] if isinstance(one, str) else list(one) for one in given]
+
+
+async def _gather(service: Service, request: Request, asked: Sequence[Asked]) -> list[list[Piece]]:
+    """All pieces of each request; where one fails, or their client goes away, all are given up."""
+
+    async def collect(one: Asked) -> list[Piece]:
+        return [piece async for piece in service.pieces(one)]
+
+    work = [asyncio.ensure_future(collect(one)) for one in asked]
+    waiting = set(work)
+    try:
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
+            for one in done:
+                one.result()
+            if waiting and await request.is_disconnected():
+                raise ApiError(499, "The client has gone away.")
+        return [one.result() for one in work]
+    finally:
+        for one in work:
+            one.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+
+
+Chunk = Callable[[Reply, int, Piece], Mapping[str, Any]]
+
+
+class _EventStream(StreamingResponse):
+    """A stream that leaves nothing in the engine, however it ends: also where it is given up before it began."""
+
+    def __init__(self, service: Service, reply: Reply, events: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._service = service
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for asked in self._reply.asked:
+                self._service.cancel(asked)
+
+
+def _stream(service: Service, reply: Reply, chunk: Chunk) -> Response:
+    """Server-sent events: a chunk for each piece, on request the usage, and `[DONE]`."""
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            for number, asked in enumerate(reply.asked):
+                async for piece in service.pieces(asked):
+                    yield _event(chunk(reply, number, piece))
+            options = reply.body.stream_options
+            if options is not None and options.include_usage:
+                yield _event({**reply.head(chunk=True), "choices": [], "usage": usage(reply)})
+        except ApiError as error:
+            # The status is sent already; the error comes as an event, as OpenAI's server sends it.
+            yield _event(error.body())
+        yield "data: [DONE]\n\n"
+
+    return _EventStream(service, reply, events())
+
+
+def _event(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,0 +1,65 @@
+"""What a server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Float
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from torch import Tensor
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Attributes:
+        requests: by model and whether they finished.
+        refused: requests that came while the queue was full.
+        prompt_tokens: tokens read.
+        generated: tokens generated.
+        seconds: of whole requests.
+        first_token: seconds till a request's first token.
+    """
+
+    requests: Counter
+    refused: Counter
+    prompt_tokens: Counter
+    generated: Counter
+    seconds: Histogram
+    first_token: Histogram
+
+    def __init__(self, adapters: Sequence[str]) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._adapters = list(adapters)
+        self.requests = Counter("loraflow_requests", "Requests", ["model", "outcome"], registry=registry)
+        self.refused = Counter("loraflow_refused_requests", "Requests refused with 429", registry=registry)
+        self.prompt_tokens = Counter("loraflow_prompt_tokens", "Tokens read", registry=registry)
+        self.generated = Counter("loraflow_generated_tokens", "Tokens generated", registry=registry)
+        self.seconds = Histogram("loraflow_request_seconds", "Whole requests", buckets=_SECONDS, registry=registry)
+        self.first_token = Histogram(
+            "loraflow_first_token_seconds", "Till the first token", buckets=_SECONDS, registry=registry
+        )
+        self._weights = Counter(
+            "loraflow_fusion_weight",
+            "Sum of the mean weights of tokens that were sent with theirs",
+            ["adapter"],
+            registry=registry,
+        )
+        self._weighed = Counter("loraflow_weighed_tokens", "Tokens that were sent with weights", registry=registry)
+        self._running = Gauge("loraflow_running_answers", "Answers in the engine", registry=registry)
+
+    def watch(self, running: Callable[[], float]) -> None:
+        """Read how many answers are in the engine whenever the metrics are read."""
+        self._running.set_function(running)
+
+    def add_weights(self, weights: Float[Tensor, "layers adapters"]) -> None:
+        """Count a token's weights; negative ones take nothing away."""
+        self._weighed.inc()
+        for name, weight in zip(self._adapters, weights.mean(dim=0).tolist(), strict=True):
+            self._weights.labels(name).inc(max(0.0, weight))
+
+    def text(self) -> bytes:
+        """All of it, in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,215 @@
+"""What requests may say: OpenAI's fields, and this server's beyond them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Stop = Annotated[list[str], Field(max_length=4)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FusionChoice(_Body):
+    """Another method for one request.
+
+    Attributes:
+        method: its name.
+        options: its parameters.
+    """
+
+    method: str
+    options: dict[str, Any] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _are_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # They are sent back with the answer. Python's parser takes NaN and Infinity.
+        json.dumps(value, allow_nan=False)
+        return value
+
+
+class StreamOptions(_Body):
+    """OpenAI's.
+
+    Attributes:
+        include_usage: send a last chunk with the usage.
+    """
+
+    include_usage: bool = False
+
+
+class Generation(_Body):
+    """What chat and plain completions share.
+
+    Attributes:
+        model: the base, an adapter or a fusion, by name.
+        stream: send tokens as they come.
+        stream_options: OpenAI's.
+        stop: an answer ends before the first of these strings.
+        seed: of the draws.
+        n: how many answers.
+        temperature: 0 is greedy.
+        top_p: sample from the smallest set of tokens with this probability.
+        user: taken, and not used.
+        adapter_weights: fusion weights by adapter, for this request.
+        fusion: another method on the model's adapters, for this request.
+        return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
+        presence_penalty: only 0.
+        frequency_penalty: only 0.
+    """
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | Stop | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    user: str | None = None
+    adapter_weights: dict[str, Finite] | None = None
+    fusion: FusionChoice | None = None
+    return_fusion_weights: bool | Literal["all"] = False
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        # JSON may have half of a surrogate pair in it, which neither tokenizers nor answers take.
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("half of a surrogate pair is no text") from error
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and "" in ([value] if isinstance(value, str) else value):
+            raise ValueError("a stop string must not be empty")
+        return value
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+class TextPart(_Body):
+    """A part of a message.
+
+    Attributes:
+        type: only text.
+        text: the text.
+    """
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One message of a conversation.
+
+    Attributes:
+        role: who speaks.
+        content: what is said.
+        name: taken, and not used.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole content."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Generation):
+    """A request for `/v1/chat/completions`.
+
+    Attributes:
+        messages: the conversation, which ends with the user's turn.
+        max_tokens: the longest answer; by default what the server allows.
+        max_completion_tokens: the same, by its newer name.
+        logprobs: send the log-probability of each token.
+        top_logprobs: and those of so many of the likeliest.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class CompletionRequest(Generation):
+    """A request for `/v1/completions`.
+
+    Attributes:
+        prompt: text or token ids, or several of either.
+        max_tokens: the longest answer.
+        logprobs: send the log-probabilities of each token and of so many of the likeliest.
+        echo: only false.
+        best_of: only `n`.
+        suffix: none.
+    """
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] = False
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: None = None
+
+
+class ApiError(Exception):
+    """An answer of OpenAI's error form.
+
+    Attributes:
+        status: the HTTP status.
+        message: the fact, the value and the remedy.
+        kind: OpenAI's `type`.
+        param: the field that is wrong.
+        code: OpenAI's `code`.
+        headers: further headers of the answer.
+    """
+
+    status: int
+    message: str
+    kind: str
+    param: str | None
+    code: str | None
+    headers: dict[str, str]
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}

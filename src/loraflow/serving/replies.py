@@ -1,0 +1,154 @@
+"""Answers in OpenAI's form, with the fusion that made them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraflow.serving.engine import Token
+from loraflow.serving.protocol import Generation
+from loraflow.serving.service import Asked, Piece, Service
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What all chunks of one answer share.
+
+    Attributes:
+        service: what answers.
+        body: what was asked.
+        asked: the requests of which it is the answer; several where there are several prompts.
+        prefix: of the answer's name.
+        object: OpenAI's.
+        created: when it began, in seconds since 1970.
+    """
+
+    service: Service
+    body: Generation
+    asked: Sequence[Asked]
+    prefix: str
+    object: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, *, chunk: bool = False) -> dict[str, Any]:
+        """What every answer and every chunk begins with."""
+        served = self.asked[0].served
+        return {
+            "id": f"{self.prefix}-{self.asked[0].id}",
+            "object": f"{self.object}.chunk" if chunk and self.prefix == "chatcmpl" else self.object,
+            "created": self.created,
+            "model": served.id,
+            "system_fingerprint": served.digest.removeprefix("sha256:")[:16],
+            "fusion": self.service.fusion_of(served),
+        }
+
+
+def usage(reply: Reply) -> dict[str, int]:
+    """OpenAI's count of tokens."""
+    prompt = sum(len(asked.prompt) for asked in reply.asked)
+    generated = sum(asked.generated for asked in reply.asked)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def chat_reply(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """A whole answer to a conversation."""
+    choices = []
+    for index in range(len(reply.asked[0].jobs)):
+        mine = [piece for piece in pieces if piece.index == index]
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(piece.text for piece in mine)},
+            "finish_reason": mine[-1].finish,
+            "logprobs": _chat_logprobs(reply, mine),
+        }
+        choices.append(choice | _weights(reply, 0, mine))
+    return {**reply.head(), "choices": choices, "usage": usage(reply)}
+
+
+def chat_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
+    """A piece of it."""
+    choice: dict[str, Any] = {
+        "index": piece.index,
+        "delta": {"role": "assistant", "content": piece.text},
+        "finish_reason": piece.finish,
+        "logprobs": _chat_logprobs(reply, [piece]),
+    }
+    return {**reply.head(chunk=True), "choices": [choice | _weights(reply, number, [piece])]}
+
+
+def completion_reply(reply: Reply, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    """Whole continuations of texts."""
+    choices = []
+    for number, of_prompt in enumerate(pieces):
+        for index in range(len(reply.asked[number].jobs)):
+            mine = [piece for piece in of_prompt if piece.index == index]
+            choices.append(_completion_choice(reply, number, index, mine))
+    return {**reply.head(), "choices": choices, "usage": usage(reply)}
+
+
+def completion_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
+    """A piece of one."""
+    choice = _completion_choice(reply, number, piece.index, [piece])
+    return {**reply.head(chunk=True), "choices": [choice]}
+
+
+def _completion_choice(reply: Reply, number: int, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": number * len(reply.asked[number].jobs) + index,
+        "text": "".join(piece.text for piece in pieces),
+        "finish_reason": pieces[-1].finish,
+        "logprobs": _completion_logprobs(reply, pieces),
+    }
+    return choice | _weights(reply, number, pieces)
+
+
+def _tokens(pieces: Sequence[Piece]) -> list[Token]:
+    return [piece.token for piece in pieces if piece.token is not None]
+
+
+def _weights(reply: Reply, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    wanted = reply.body.return_fusion_weights
+    if not wanted:
+        return {}
+    served = reply.asked[number].served
+    tokens = _tokens(pieces)
+    return {
+        "fusion_weights": {
+            "adapters": list(served.adapters),
+            "tokens": [_text(reply, token.id) for token in tokens],
+            "weights": [reply.service.shown_weights(served, token, wanted) for token in tokens],
+        }
+    }
+
+
+def _text(reply: Reply, token: int) -> str:
+    return str(reply.service.tokenizer.decode([token]))
+
+
+def _chat_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    if not getattr(reply.body, "logprobs", False):
+        return None
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text = _text(reply, token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [
+        {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
+        for token in _tokens(pieces)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _completion_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    if getattr(reply.body, "logprobs", None) is None:
+        return None
+    tokens = _tokens(pieces)
+    return {
+        "tokens": [_text(reply, token.id) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{_text(reply, one): logprob for one, logprob in token.top} for token in tokens],
+        "text_offset": [],
+    }

@@ -1,0 +1,365 @@
+"""From a request to its answers: who weighs it, what it may ask for, and how its tokens come back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from loraflow.answers import require_tokenizer
+from loraflow.errors import LoraflowError
+from loraflow.serving.catalog import Catalog, Served
+from loraflow.serving.engine import Engine, Failure, Job, Limits, Sampling, Token
+from loraflow.serving.metrics import Metrics
+from loraflow.serving.protocol import ApiError, Generation
+from loraflow.serving.text import TextStream
+
+log = logging.getLogger("loraflow.serving")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server allows.
+
+    Attributes:
+        limits: how large the engine may become.
+        api_keys: keys of which requests must bring one; anybody may ask where there is none.
+        max_waiting: answers that may be in the engine at the same time, those that wait included.
+        max_new_tokens: the longest answer, and its length where a request says nothing.
+        max_body_bytes: the largest request.
+        timeout_s: the longest that a request may take.
+        drain_s: how long running requests may go on when the server stops.
+        log_prompts: whether logs have prompts and answers in them.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    api_keys: tuple[str, ...] = ()
+    max_waiting: int = 256
+    max_new_tokens: int = 1024
+    max_body_bytes: int = 2 * 2**20
+    timeout_s: float = 600.0
+    drain_s: float = 60.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token brought to one of a request's answers.
+
+    Attributes:
+        index: which answer.
+        text: the text that became known, which may be empty.
+        token: the token; None for text that was held back until the end.
+        finish: why it is the last piece; None where it is not.
+    """
+
+    index: int
+    text: str
+    token: Token | None
+    finish: str | None = None
+
+
+@dataclass
+class Asked:
+    """A request that has been checked.
+
+    Attributes:
+        id: its name.
+        served: who answers.
+        prompt: its token ids.
+        jobs: one for each answer, as the engine takes them.
+        streams: their text.
+        events: what the engine says of them.
+        started: when it came, in seconds of a monotonic clock.
+        generated: tokens so far, of all answers.
+        first_token_s: seconds till the first token.
+    """
+
+    id: str
+    served: Served
+    prompt: list[int]
+    jobs: list[Job]
+    streams: list[TextStream]
+    events: asyncio.Queue[tuple[int, Token | Failure]]
+    started: float
+    generated: int = 0
+    first_token_s: float | None = None
+
+
+class Service:
+    """One engine and what it offers.
+
+    Attributes:
+        catalog: the models.
+        config: what is allowed.
+        engine: what answers; made by `start`.
+        metrics: what is counted.
+        closing: whether no new requests are taken any more.
+    """
+
+    catalog: Catalog
+    config: ServerConfig
+    engine: Engine
+    metrics: Metrics
+    closing: bool
+
+    def __init__(self, catalog: Catalog, config: ServerConfig | None = None) -> None:
+        self.catalog = catalog
+        self.config = config or ServerConfig()
+        self.metrics = Metrics(catalog.model.adapter_names)
+        self.closing = False
+        self.tokenizer = require_tokenizer(catalog.model.tokenizer)
+
+    def start(self) -> None:
+        """Start the engine."""
+        self.engine = Engine(self.catalog.model, self.config.limits)
+
+    async def stop(self) -> None:
+        """Take no new requests, let the running ones finish for a while, and end the engine."""
+        self.closing = True
+        until = time.monotonic() + self.config.drain_s
+        while self.engine.running and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.engine.close, finish=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer together."""
+        config = self.catalog.model.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", None) or self.config.limits.cache_tokens
+        return int(min(positions, self.config.limits.cache_tokens))
+
+    # What a request asks for.
+
+    def served_for(self, body: Generation) -> Served:
+        """Who answers a request.
+
+        Raises:
+            ApiError: if there is no such model, or the weights or the method that it asks for cannot be had.
+        """
+        try:
+            served = self.catalog.find(body.model)
+        except LoraflowError as error:
+            raise ApiError(404, str(error), param="model", code="model_not_found") from error
+        if body.adapter_weights is not None and body.fusion is not None:
+            message = "`adapter_weights` and `fusion` exclude each other. Give one of them."
+            raise ApiError(400, message, param="adapter_weights")
+        try:
+            if body.adapter_weights is not None:
+                return self.catalog.with_weights(served, body.adapter_weights)
+            if body.fusion is not None:
+                return self.catalog.with_method(served, body.fusion.method, body.fusion.options)
+        except (LoraflowError, TypeError) as error:
+            param = "adapter_weights" if body.adapter_weights is not None else "fusion"
+            raise ApiError(400, str(error), param=param) from error
+        return served
+
+    def prompt_ids(self, served: Served, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation in a model's prompt format.
+
+        Raises:
+            ApiError: if the format does not take it.
+        """
+        try:
+            return served.prompt.prompt_ids(self.tokenizer, [dict(message) for message in messages])
+        except LoraflowError as error:
+            raise ApiError(400, str(error), param="messages") from error
+
+    async def ask(
+        self, body: Generation, served: Served, prompt: Sequence[int], max_tokens: int | None, logprobs: int | None
+    ) -> Asked:
+        """Check a request and hand it to the engine; `pieces` gives its answers.
+
+        Raises:
+            ApiError: if it asks for too much, or the server has too much to do.
+        """
+        limit = self._new_tokens(len(prompt), max_tokens)
+        self._admit(body.n)
+        vocabulary = self.catalog.model.config.get_text_config(decoder=True).vocab_size
+        if any(not 0 <= token < vocabulary for token in prompt):
+            raise ApiError(400, f"A token of the prompt is none of 0 to {vocabulary - 1}.", param="prompt")
+        if not served.own and body.return_fusion_weights:
+            raise ApiError(400, "The base has no fusion weights. Ask for a fusion.", param="return_fusion_weights")
+        try:
+            weigher = await asyncio.to_thread(self.catalog.weigher, served, prompt)
+        except LoraflowError as error:
+            raise ApiError(400, str(error), param="fusion") from error
+        name = uuid.uuid4().hex
+        events: asyncio.Queue[tuple[int, Token | Failure]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        jobs = []
+        for index in range(body.n):
+
+            def listen(event: Token | Failure, index: int = index) -> None:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            seed = None if body.seed is None else (body.seed + index) % 2**63
+            sampling = Sampling(body.temperature, body.top_p, seed, logprobs)
+            wants = bool(body.return_fusion_weights)
+            jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, self._ends(), wants, listen))
+        streams = [TextStream(self.tokenizer, body.stops) for _ in jobs]
+        asked = Asked(name, served, list(prompt), jobs, streams, events, time.monotonic())
+        # Others may have come while the prompt was weighed.
+        self._admit(body.n)
+        try:
+            for job in jobs:
+                self.engine.submit(job)
+        except LoraflowError as error:
+            self.cancel(asked)
+            raise ApiError(503, str(error), kind="server_error") from error
+        return asked
+
+    def cancel(self, asked: Asked) -> None:
+        """Take a request's answers out of the engine, where they are not finished."""
+        for job in asked.jobs:
+            self.engine.cancel(job.id)
+
+    def _new_tokens(self, prompt: int, max_tokens: int | None) -> int:
+        if not prompt:
+            raise ApiError(400, "The prompt has no tokens. Give some text.", param="prompt")
+        room = self.longest - prompt
+        if room < 1:
+            raise ApiError(
+                400,
+                f"The prompt has {prompt} tokens, and prompt and answer together may have {self.longest}. Shorten it.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if max_tokens is None:
+            return min(room, self.config.max_new_tokens)
+        if max_tokens > min(room, self.config.max_new_tokens):
+            raise ApiError(
+                400,
+                f"`max_tokens` (={max_tokens}) must be at most {min(room, self.config.max_new_tokens)}: the prompt has "
+                f"{prompt} tokens, prompt and answer together may have {self.longest}, and an answer "
+                f"{self.config.max_new_tokens}.",
+                param="max_tokens",
+            )
+        return max_tokens
+
+    def _admit(self, answers: int) -> None:
+        if self.closing:
+            raise ApiError(503, "The server is shutting down.", kind="server_error")
+        if self.engine.failure is not None:
+            raise ApiError(503, f"The engine has ended: {self.engine.failure}", kind="server_error")
+        waiting = self.engine.running
+        if waiting + answers > self.config.max_waiting:
+            self.metrics.refused.inc()
+            raise ApiError(
+                429,
+                f"The server has {waiting} answers to give, and takes at most {self.config.max_waiting}. Try again "
+                "later.",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def _ends(self) -> list[int]:
+        end = self.catalog.model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        return [int(token) for token in ends if token is not None]
+
+    # Its answers.
+
+    async def pieces(self, asked: Asked) -> AsyncIterator[Piece]:
+        """Generate a request's answers, piece by piece; who stops listening cancels it.
+
+        Yields:
+            What each token brought, as it comes; the answers' pieces are mixed.
+
+        Raises:
+            ApiError: if it takes too long, or the engine fails.
+        """
+        open_answers = set(range(len(asked.jobs)))
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                while open_answers:
+                    index, event = await asked.events.get()
+                    if isinstance(event, Failure) and event.asked_for:
+                        raise ApiError(400, event.message)
+                    if isinstance(event, Failure):
+                        raise ApiError(500, f"The engine failed: {event.message}", kind="server_error")
+                    if index not in open_answers:
+                        continue
+                    for piece in self._pieces_of(asked, index, event):
+                        if piece.finish is not None:
+                            open_answers.discard(index)
+                        yield piece
+        except TimeoutError as error:
+            message = f"The request took longer than {self.config.timeout_s:g} s. Ask for a shorter answer."
+            raise ApiError(504, message, kind="server_error", code="timeout") from error
+        finally:
+            self.cancel(asked)
+            self._log(asked, finished=not open_answers)
+
+    def _pieces_of(self, asked: Asked, index: int, token: Token) -> list[Piece]:
+        asked.generated += 1
+        self.metrics.generated.inc()
+        if asked.first_token_s is None:
+            asked.first_token_s = time.monotonic() - asked.started
+            self.metrics.first_token.observe(asked.first_token_s)
+        if token.weights is not None:
+            self.metrics.add_weights(token.weights)
+        stream = asked.streams[index]
+        text = "" if token.id in asked.jobs[index].ends else stream.push(token.id)
+        if stream.stopped:
+            self.engine.cancel(asked.jobs[index].id)
+            return [Piece(index, text, token, "stop")]
+        if token.finish is None:
+            return [Piece(index, text, token)]
+        rest = stream.finish()
+        return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish)]
+
+    def _log(self, asked: Asked, *, finished: bool) -> None:
+        seconds = time.monotonic() - asked.started
+        self.metrics.prompt_tokens.inc(len(asked.prompt))
+        self.metrics.requests.labels(asked.served.id, "finished" if finished else "cancelled").inc()
+        self.metrics.seconds.observe(seconds)
+        facts: dict[str, Any] = {
+            "request": asked.id,
+            "model": asked.served.id,
+            "method": asked.served.method.name,
+            "prompt_tokens": len(asked.prompt),
+            "generated_tokens": asked.generated,
+            "answers": len(asked.jobs),
+            "seconds": round(seconds, 4),
+            "first_token_s": None if asked.first_token_s is None else round(asked.first_token_s, 4),
+            "finished": finished,
+        }
+        if self.config.log_prompts:
+            facts["prompt"] = self.tokenizer.decode(asked.prompt)
+        log.info(json.dumps(facts, ensure_ascii=False))
+
+    def fusion_of(self, served: Served) -> dict[str, Any]:
+        """What an answer says of the fusion that made it."""
+        return {
+            "model": served.id,
+            "method": served.method.name,
+            "parameters": served.method.parameters(),
+            "adapters": list(served.adapters),
+            "digest": served.digest,
+        }
+
+    def shown_weights(self, served: Served, token: Token, wanted: bool | str) -> Any:
+        """A token's weights as a request wants them: `[adapters]`, or `[layers, adapters]` for "all"."""
+        if token.weights is None:
+            return None
+        positions = [self.catalog.model.adapter_names.index(name) for name in served.adapters]
+        weights: Tensor = token.weights[:, positions].float()
+        if wanted == "all":
+            return [[round(w, 5) for w in layer] for layer in weights.tolist()]
+        return [round(w, 5) for w in weights.mean(dim=0).tolist()]

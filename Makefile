@@ -6,10 +6,10 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test test-vllm lint venv clean
 
 help:  ## This list.
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
 demo: venv  ## Fit LoRA-Flow on the small world and compare.
 	$(BIN)/loraflow demo
@@ -17,6 +17,9 @@ demo: venv  ## Fit LoRA-Flow on the small world and compare.
 # Two workers of one thread each: torch would otherwise start as many threads as there are cores in both.
 test: lint  ## Lint, then run all tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-vllm:  ## Test the vLLM plug-in, in an environment of its own.
+	scripts/test_vllm.sh
 
 lint: venv  ## Style, docstrings against signatures, formatting, types.
 	$(BIN)/ruff check

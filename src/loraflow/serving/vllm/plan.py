@@ -1,0 +1,117 @@
+"""A saved fusion as the plug-in needs it: checked as ever, the gates ready, and no weights of the base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from loraflow.adapters import LoraModule
+from loraflow.errors import FusionError
+from loraflow.layers import Gates
+from loraflow.loading import BaseOptions, load_empty_base
+from loraflow.methods import Method
+from loraflow.methods.base import Site
+from loraflow.model import FusedModel
+from loraflow.serving.vllm.base_files import check_base_files
+from loraflow.storage import FusionConfig, fetch_fusion, read_fusion
+
+Updates = Mapping[str, tuple[LoraModule | None, ...]]
+"""Each adapter's update of a layer's linears, by their name within the layer; None where one does not target it."""
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """What is to be put into a model.
+
+    Attributes:
+        config: the fusion, as it is saved.
+        method: what gives its weights.
+        adapters: names of the adapters, in order.
+        layers: the updates of each decoder layer.
+        gates: the method's gates by site, with what they learned; none where whole prompts are weighed.
+        digest: SHA-256 of all that decides what the fusion computes.
+    """
+
+    config: FusionConfig
+    method: Method
+    adapters: tuple[str, ...]
+    layers: tuple[Updates, ...]
+    gates: Gates = field(repr=False)
+    digest: str
+
+
+def read_plan(
+    fusion: str | Path,
+    base: str,
+    options: BaseOptions | None = None,
+    adapters: Mapping[str, str] | None = None,
+) -> FusionPlan:
+    """Read a fusion for a base, of which only the configuration is read.
+
+    Args:
+        fusion: its directory or Hub id.
+        base: Hub id or path of the base that vLLM serves.
+        options: revision of the base, and whether its code may run.
+        adapters: other places of the adapters, by name.
+
+    Returns:
+        The plan; every file of the fusion has been compared with the digest that was recorded for it.
+    """
+    directory = fetch_fusion(fusion, None)
+    config, tensors = read_fusion(directory)
+    with warnings.catch_warnings():
+        # torch warns of each learned tensor that it is not copied into a model without weights: it is not needed there.
+        warnings.filterwarnings("ignore", message=".*is a no-op.*")
+        empty = load_empty_base(base, options or BaseOptions())
+        model = FusedModel.from_pretrained(directory, base=empty, adapters=adapters)
+    check_base_files(config.base, base, empty)
+    sites = model._attachment.sites
+    return FusionPlan(
+        config=config,
+        method=model.method,
+        adapters=tuple(model.adapter_names),
+        layers=tuple(site.updates for site in sites["layer"].values()),
+        gates={} if model.method.level == "query" else _gates(model.method, sites[model.method.place], tensors),
+        digest=fusion_digest(config),
+    )
+
+
+def _gates(method: Method, sites: Mapping[str, Site], tensors: Mapping[str, Tensor]) -> Gates:
+    """A method's gates on the CPU; those of the model without weights have none either."""
+    gates: dict[str, nn.Module] = {}
+    for name, site in sites.items():
+        gate = method.gate(site)
+        if gate is not None:
+            gate.load_state_dict({key: tensors[f"{name}.{key}"] for key in gate.state_dict()})
+            gates[name] = gate.float().eval().requires_grad_(False)
+    return gates
+
+
+def fusion_digest(config: FusionConfig) -> str:
+    """What tells a fusion from every other: its adapters' digests in order, its method, and what that learned."""
+    parts = {
+        "base": config.base.model_dump(include={"model_type", "hidden_size", "num_hidden_layers", "digest"}),
+        "adapters": [(adapter.name, adapter.digest) for adapter in config.adapters],
+        "method": config.method.model_dump(),
+        "weights": config.weights_digest,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
+
+
+def check_digest(plan: FusionPlan, pinned: str | None) -> None:
+    """Check that a fusion is still the one that was asked for.
+
+    Raises:
+        FusionError: if it has changed on disk since.
+    """
+    if pinned is not None and pinned != plan.digest:
+        raise FusionError(
+            f"The fusion has the digest {plan.digest[:19]}..., and {pinned[:19]}... was asked for: it was changed on "
+            "disk since the command was made. Make the command again, or restore the fusion."
+        )

@@ -1,0 +1,203 @@
+"""Requests with fusion weights of their own, on vLLM's V1 model runner.
+
+A logits processor is told how the requests of a batch come, go and move; this one changes no logits, but notes each
+request's weights in a table by place in the batch. The model then finds each token's row of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from loraflow.errors import LoraflowError
+from loraflow.methods import make_method
+from loraflow.serving.vllm import LOAD_FORMAT
+from loraflow.serving.vllm.given import KEY, PROCESSOR_PREFIX, check_request, fusion_of, parse_weights
+from loraflow.storage import fetch_fusion, read_fusion
+from loraflow.swap import swap_class
+
+# Batches may be padded for the graphs of a GPU.
+_PADDING = 1024
+
+
+class RequestTable(nn.Module):
+    """The weights that requests bring, by place in the batch; the last place is nobody's.
+
+    Attributes:
+        weights: `[places, layers, adapters]`.
+        brings: whether the request of a place brings weights, `[places]`.
+        places: the place of each token's request, `[tokens]`.
+    """
+
+    weights: Tensor
+    brings: Tensor
+    places: Tensor
+    _counting: Tensor
+
+    def __init__(self, requests: int, tokens: int, layers: int, adapters: Sequence[str]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.adapters = tuple(adapters)
+        self.register_buffer("weights", torch.zeros(requests + 1, layers, len(adapters)), persistent=False)
+        self.register_buffer("brings", torch.zeros(requests + 1, dtype=torch.bool), persistent=False)
+        self.register_buffer("places", torch.full((tokens + _PADDING,), requests), persistent=False)
+        self.register_buffer("_counting", torch.arange(tokens + _PADDING), persistent=False)
+
+    def settle(
+        self, weights: Float[Tensor, "*tokens adapters"], layer: int, tokens: int
+    ) -> Float[Tensor, "tokens adapters"]:
+        """The weights of each token: its request's own where that has some, else those given."""
+        places = self.places[:tokens]
+        return torch.where(self.brings[places].unsqueeze(-1), self.weights[places, layer], weights)
+
+    def put(self, place: int, value: Any) -> None:
+        """Note what a request brings, or that it brings nothing."""
+        self.brings[place] = value is not None
+        if value is not None:
+            self.weights[place] = torch.tensor(parse_weights(value, self.adapters, self.layers))
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two places."""
+        for tensor in (self.weights, self.brings):
+            tensor[[one, other]] = tensor[[other, one]]
+
+    def move(self, source: int, target: int) -> None:
+        """Move a request to another place."""
+        self.weights[target], self.brings[target] = self.weights[source], self.brings[source]
+        self.brings[source] = False
+
+    def locate(self, starts: Int[Tensor, " requests_and_one"], tokens: int) -> None:
+        """Note where each token's request is, given where the tokens of each request start."""
+        ends = starts[1:].contiguous().to(self._counting.dtype)
+        found = torch.searchsorted(ends, self._counting[:tokens], right=True)
+        self.places[:tokens] = found.clamp_(max=self.brings.shape[0] - 1)
+
+
+# By the identity of the engine's configuration, which is kept alive here: a logits processor is made before the model.
+_TABLES: dict[int, tuple[Any, RequestTable]] = {}
+
+
+class RequestWeights(LogitsProcessor):
+    """Follows the requests of a batch. Its subclasses, one for each fusion, are what `processor_name` names.
+
+    Attributes:
+        fusion: the fusion.
+        adapters: names of its adapters, in order.
+        layers: number of decoder layers.
+        required: whether every request must bring weights.
+
+    Raises:
+        LoraflowError: if the base is loaded without a fusion.
+    """
+
+    fusion: ClassVar[str]
+    adapters: ClassVar[tuple[str, ...]]
+    layers: ClassVar[int]
+    required: ClassVar[bool]
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        if vllm_config.load_config.load_format != LOAD_FORMAT:
+            raise LoraflowError(
+                "Requests bring fusion weights, and the base is loaded without a fusion. Add --load-format "
+                f"{LOAD_FORMAT}."
+            )
+        self._config = vllm_config
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Refuse a request whose weights are missing or wrong, before it is queued."""
+        check_request(sampling_params.extra_args, cls.adapters, cls.layers, required=cls.required)
+
+    def is_argmax_invariant(self) -> bool:
+        """It changes no logits."""
+        return True
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Give the logits as they are."""
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow requests that leave, come and move; vLLM calls this before each forward."""
+        if batch_update is None:
+            return
+        _, table = _TABLES[id(self._config)]
+        for place in batch_update.removed:
+            table.put(place, None)
+        for place, params, _, _ in batch_update.added:
+            table.put(place, (params.extra_args or {}).get(KEY))
+        for source, target, direction in batch_update.moved:
+            if direction == MoveDirectionality.SWAP:
+                table.swap(source, target)
+            else:
+                table.move(source, target)
+
+
+class RequestingModel(nn.Module):
+    """Mixed into the class of a model of vLLM: notes which tokens are whose before its forward."""
+
+    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward.
+
+        Raises:
+            LoraflowError: if the attention does not tell where requests start.
+        """
+        metadata = get_forward_context().attn_metadata
+        if metadata:
+            first = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
+            starts = getattr(first, "query_start_loc", None)
+            if starts is None:
+                raise LoraflowError(
+                    f"Attention of the kind {type(first).__name__} does not tell where requests start. Serve without "
+                    "weights of requests."
+                )
+            table: Any = self.loraflow_requests
+            table.locate(starts, positions.shape[-1])
+        return super().forward(input_ids, positions, *args, **kwargs)
+
+
+def install_table(model: nn.Module, table: RequestTable, vllm_config: Any) -> None:
+    """Let a model find the weights of its requests in a table, and the logits processor fill it."""
+    model.loraflow_requests = table
+    swap_class(model, RequestingModel)
+    _TABLES[id(vllm_config)] = (vllm_config, table)
+
+
+def requested_fusion(processors: Sequence[Any] | None) -> str | None:
+    """The fusion whose requests bring weights, by the logits processors that vLLM was given; None where none does."""
+    for processor in processors or ():
+        if isinstance(processor, str):
+            found = fusion_of(processor)
+        else:
+            found = getattr(processor, "fusion", None) if issubclass(processor, RequestWeights) else None
+        if found is not None:
+            return found
+    return None
+
+
+@functools.lru_cache
+def _processor(fusion: str) -> type[RequestWeights]:
+    config, _ = read_fusion(fetch_fusion(fusion, None))
+    method = make_method(config.method.name, config.method.parameters)
+    members = {
+        "fusion": fusion,
+        "adapters": tuple(adapter.name for adapter in config.adapters),
+        "layers": config.base.num_hidden_layers,
+        "required": method.level == "query",
+        "__module__": __name__,
+        "__doc__": RequestWeights.__doc__,
+    }
+    return type(f"{PROCESSOR_PREFIX}{fusion.encode().hex()}", (RequestWeights,), members)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that `processor_name` names."""
+    if name.startswith(PROCESSOR_PREFIX):
+        return _processor(bytes.fromhex(name.removeprefix(PROCESSOR_PREFIX)).decode())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,204 @@
+"""Fusions in vLLM's engine, token for token against `FusedModel.generate`, in float32.
+
+Prompts are longer than a step (chunked prefill), more than fit in a batch, and asked twice (cached prefixes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from loraflow import FusedModel
+from loraflow.methods import Arrow, LearnedStatic, Logo, LoraFlow, LoraHub, Phatgoose, Static
+from loraflow.serving.vllm.given import KEY, processor_name
+from tests.serving.vllm.world import SHAPE, answers_of, call, engine, prompts, run_engines, save_base, save_fusion
+from tests.tiny import save_adapter, tiny_model
+
+pytestmark = pytest.mark.vllm
+
+BY_LAYER = [{"zh": 1.0}, {"math": 0.7, "code": -0.4}, {"zh": 0.2, "math": 0.2, "code": 0.2}]
+CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "layer": ("llama", {}, LoraFlow(temperature=1.1)),
+    "step": ("llama", {}, LoraFlow(granularity="step")),
+    "module": ("llama", {}, LoraFlow(granularity="module")),
+    "low-rank": ("llama", {}, LoraFlow(granularity="step", scorer="low-rank", width=4, reads="normalized")),
+    "two-layer": ("llama", {}, LoraFlow(scorer="two-layer", activation="sigmoid", top_k=2)),
+    "attention": ("llama", {}, LoraFlow(scorer="attention")),
+    "static": ("llama", {}, Static(BY_LAYER)),
+    "learned-task": ("llama", {}, LearnedStatic()),
+    "learned-module": ("llama", {}, LearnedStatic(granularity="module")),
+    "lorahub": ("llama", {}, LoraHub(mixes="outputs")),
+    "arrow": ("llama", {}, Arrow(top_k=2)),
+    "phatgoose": ("llama", {}, Phatgoose()),
+    "mistral": ("mistral", {"sliding_window": 24}, LoraFlow()),
+    "qwen2": ("qwen2", {}, LoraFlow()),
+    "qwen3": ("qwen3", {}, LoraFlow()),
+    "qwen3-module": ("qwen3", {}, LoraFlow(granularity="module")),
+}
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """What every case's engine answered, and what `generate` does."""
+    directory = tmp_path_factory.mktemp("engines")
+    jobs, expected = [], []
+    for name, (architecture, changes, method) in CASES.items():
+        base = save_base(directory / f"base-{architecture}", architecture, **changes)
+        fusion = save_fusion(directory / name, base, method)
+        jobs.append({"engine": engine(fusion, base), "calls": [call(prompts()), call(prompts())]})
+        expected.append(answers_of(FusedModel.from_pretrained(fusion), prompts()))
+    found = run_engines(jobs, directory / "run")
+    return dict(zip(CASES, zip(found, expected, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_of_generate(answered, case):
+    found, expected = answered[case]
+    assert "error" not in found, found["error"]
+    first, second = found["answers"]
+    assert [answer["ids"] for answer in first] == expected
+    assert [answer["ids"] for answer in second] == expected
+
+
+def test_prefixes_came_from_the_cache(answered):
+    first, second = answered["layer"][0]["answers"]
+    assert sum(answer["cached"] for answer in first) == 0
+    assert [answer["cached"] for answer in second] == [0, 0, 0, 32, 64]
+
+
+def test_cases_differ(answered):
+    of_llama = [answered[name][1] for name, (architecture, _, _) in CASES.items() if architecture == "llama"]
+    assert all(one != other for index, one in enumerate(of_llama) for other in of_llama[:index])
+
+
+MIXES: list[Any] = [
+    None,
+    {"zh": 1.0},
+    {"math": 0.8, "code": 0.3},
+    BY_LAYER,
+    '{"zh": 0.5, "math": 0.5}',
+    {},
+    None,
+    [{"code": 1.5}, {}, {"zh": -0.5}],
+    {"zh": 0.3, "math": 0.3, "code": 0.4},
+]
+
+
+def _row_method(mix: Any) -> Any:
+    if mix is None:
+        return None
+    if mix == {}:
+        return "base"
+    if isinstance(mix, str):
+        return {"zh": 0.5, "math": 0.5}
+    return Static(mix) if isinstance(mix, list) else mix
+
+
+@pytest.fixture(scope="module")
+def requested(tmp_path_factory):
+    """Engines whose requests bring weights of their own."""
+    directory = tmp_path_factory.mktemp("requests")
+    base = save_base(directory / "llama")
+    asked = prompts((5, 40, 1, 33, 17, 60, 40, 9, 40))
+    # All prompts of one length begin alike: a cache of prefixes would be found out.
+    asked[3] = asked[1][:33]
+    asked[6] = asked[8] = asked[1]
+    extra = [None if mix is None else {KEY: mix} for mix in MIXES]
+    jobs, expected = [], []
+    for name, method in (("layer", LoraFlow()), ("step", LoraFlow(granularity="step")), ("arrow", Arrow())):
+        fusion = save_fusion(directory / name, base, method)
+        options = {"logits_processors": [processor_name(str(fusion))], "enable_prefix_caching": False}
+        calls = [call(asked, extra_args=extra), call(asked[:1], extra_args=[{KEY: {"de": 1.0}}])]
+        jobs.append({"engine": engine(fusion, base, **options), "calls": [*calls, call(asked, extra_args=extra)]})
+        model = FusedModel.from_pretrained(fusion)
+        expected.append(answers_of(model, asked, methods=[_row_method(mix) for mix in MIXES]))
+    logo = save_fusion(directory / "logo", base, Logo())
+    model = FusedModel.from_pretrained(logo)
+    weights = [_by_name(model, prompt) for prompt in asked]
+    options = {"logits_processors": [processor_name(str(logo))], "enable_prefix_caching": False}
+    calls = [call(asked, extra_args=[{KEY: weight} for weight in weights]), call(asked[:1])]
+    jobs.append({"engine": engine(logo, base, **options), "calls": calls})
+    expected.append(answers_of(model, asked))
+    found = run_engines(jobs, directory / "run")
+    return dict(zip(("layer", "step", "arrow", "logo"), zip(found, expected, strict=True), strict=True))
+
+
+def _by_name(model: FusedModel, prompt: list[int]) -> list[dict[str, float]]:
+    rows = model.weigh(torch.tensor([prompt]))[0].tolist()
+    return [dict(zip(model.adapter_names, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("case", ["layer", "step", "arrow"])
+def test_requests_bring_weights(requested, case):
+    found, expected = requested[case]
+    assert "error" not in found, found["error"]
+    first, refused, again = found["answers"]
+    assert [answer["ids"] for answer in first] == expected
+    assert "names the unknown adapter 'de'" in refused[0]["refused"]
+    assert [answer["ids"] for answer in again] == expected
+
+
+def test_a_method_of_whole_prompts(requested):
+    found, expected = requested["logo"]
+    assert "error" not in found, found["error"]
+    first, refused = found["answers"]
+    assert [answer["ids"] for answer in first] == expected
+    assert "brings no `adapter_weights`" in refused[0]["refused"]
+
+
+REFUSED = {
+    "no-fusion": ({"model_loader_extra_config": {}}, "needs a fusion"),
+    "changed": ({"digest": "sha256:00"}, "it was changed on disk since the command was made"),
+    "key": ({"additional_config": {"loraflow": {"digest": "old"}}}, "--additional-config says {'digest': 'old'}"),
+    "lora": ({"enable_lora": True}, "cannot be served with --enable-lora"),
+    "whole-prompts": ({"method": "logo"}, "'logo' weighs whole prompts"),
+    "parameters": ({"method": "lorahub"}, "'lorahub' mixes parameters"),
+    "prefixes": ({"requests": True}, "Add --no-enable-prefix-caching"),
+    "no-loader": (
+        {"requests": True, "load_format": "auto", "model_loader_extra_config": {}},
+        "loaded without a fusion",
+    ),
+    "phi3": ({"architecture": "phi3", "unverified": True}, "and so does the base"),
+    "other-base": ({"architecture": "gemma2"}, "vLLM's Gemma2ForCausalLM has not been compared"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """What kept each engine from starting."""
+    directory = tmp_path_factory.mktemp("refused")
+    jobs = []
+    for name, (changes, _) in REFUSED.items():
+        changes = dict(changes)
+        base = save_base(directory / "llama")
+        fusion = save_fusion(directory / name, base, changes.pop("method", "average"))
+        options: dict[str, Any] = {}
+        if changes.pop("requests", False):
+            options["logits_processors"] = [processor_name(str(fusion))]
+        architecture = changes.pop("architecture", None)
+        if architecture == "phi3":
+            base, fusion = _natively_fused(directory)
+        elif architecture is not None:
+            base = save_base(directory / architecture, architecture, query_pre_attn_scalar=32)
+            fusion = save_fusion(directory / f"{architecture}-fusion", base, "average")
+        loader = {key: changes.pop(key) for key in ("digest", "unverified") if key in changes}
+        jobs.append({"engine": {**engine(fusion, base, loader, **options), **changes}, "calls": []})
+    found = run_engines(jobs, directory / "run")
+    return dict(zip(REFUSED, found, strict=True))
+
+
+def _natively_fused(directory: Any) -> tuple[Any, Any]:
+    model = tiny_model("phi3", **SHAPE)
+    model.save_pretrained(directory / "phi3")
+    adapter = save_adapter(model, directory / "phi3-adapter", ["qkv_proj"])
+    FusedModel.from_adapters(directory / "phi3", {"one": adapter}, "average").save_pretrained(directory / "phi3-fusion")
+    return directory / "phi3", directory / "phi3-fusion"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_at_the_start(refused, case):
+    assert REFUSED[case][1] in refused[case].get("error", "it was served")

@@ -77,9 +77,23 @@ class Attachment:
             mine = {name.removeprefix(prefix).lstrip("."): gate for name, gate in gates.items() if _owns(prefix, name)}
             fusion.install(place, mine, method.mixing)
 
-    def lane(self, requests: Sequence[int], method: Method, gates: Gates) -> Lane:
-        """Requests of a batch, weighed by a method."""
-        return Lane(tuple(requests), _gate_place(method), gates, method.mixing)
+    def positions(self, names: Sequence[str]) -> list[int]:
+        """The positions of adapters among the fused ones.
+
+        Raises:
+            LoraflowError: if one is not among them.
+        """
+        fused = [adapter.name for adapter in self.adapters]
+        missing = [name for name in names if name not in fused]
+        if missing:
+            raise LoraflowError(f"The adapter {missing[0]!r} is not in the model (any more). It has {fused}.")
+        return [fused.index(name) for name in names]
+
+    def lane(self, requests: Sequence[int], method: Method, gates: Gates, among: Sequence[int] | None = None) -> Lane:
+        """Requests of a batch, weighed by a method whose gates are for the adapters at these positions (or all)."""
+        if among is not None and list(among) == list(range(len(self.adapters))):
+            among = None
+        return Lane(tuple(requests), _gate_place(method), gates, method.mixing, None if among is None else tuple(among))
 
     def given_lane(self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"]) -> Lane:
         """Requests of a batch, each with weights of its own for every layer."""
@@ -97,6 +111,19 @@ class Attachment:
         """
         if self._detached:
             raise LoraflowError("The adapters were taken out of this model with `unload()`. Fuse them again.")
+
+    def again(self, adapters: Sequence[Adapter]) -> Attachment:
+        """Put adapters into the model once more after `detach`; callers that wait for their turn then see these.
+
+        Args:
+            adapters: the adapters, in the order of their fusion weights.
+
+        Returns:
+            Their attachment.
+        """
+        attached = attach(self.model, self.layers, adapters)
+        attached.stream.turn = self.stream.turn
+        return attached
 
     def detach(self) -> None:
         """Give the base model back as it was before, bit for bit; also one that was attached to only in part."""

@@ -47,17 +47,27 @@ class Lane:
         place: where the gates stand.
         gates: by site; none for the base alone.
         mixing: what is mixed.
+        among: positions of the adapters that the gates weigh; None for all of them.
     """
 
     requests: tuple[int, ...]
     place: Place
     gates: Gates
     mixing: Mixing = "outputs"
+    among: tuple[int, ...] | None = None
 
     def gate(self, layer: int, module: str | None = None) -> nn.Module | None:
         """The gate of a layer, or of one of its linears; None for the base alone."""
         site = "model" if self.place == "model" else f"layers.{layer}"
         return self.gates.get(site if module is None else f"{site}.{module}")
+
+    def spread(self, weights: Float[Tensor, "*weights own"], adapters: int) -> Float[Tensor, "*weights adapters"]:
+        """The weights that a gate gave, each at its adapter's place among all; the others get zero."""
+        if self.among is None:
+            return weights
+        everywhere = weights.new_zeros(*weights.shape[:-1], adapters)
+        everywhere[..., list(self.among)] = weights
+        return everywhere
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,9 @@ class LayerFusion(nn.Module):
         device = next((t.device for t in itertools.chain(gate.parameters(), gate.buffers())), embeddings.device)
         return gate(embeddings.to(device)).to(hidden_states.device)
 
+    def _spread(self, lane: Lane, weights: Tensor) -> Tensor:
+        return lane.spread(weights, self.stream.adapters)
+
     def _weights_of_each(self, names: Sequence[str], x: Float[Tensor, "*batch features"]) -> Tensor | None:
         """The weights of linears with gates of their own, side by side."""
         if not self.gates:
@@ -290,7 +303,9 @@ class LayerFusion(nn.Module):
         only = lanes.only
         if only is not None and only.place != "module":
             gate = only.gate(self.index)
-            return None if gate is None else _by_row(self._call(gate, hidden_states, embeddings), len(hidden_states))
+            if gate is None:
+                return None
+            return _by_row(self._spread(only, self._call(gate, hidden_states, embeddings)), len(hidden_states))
         dtype = torch.promote_types(torch.float32, hidden_states.dtype)
         weights = hidden_states.new_zeros(*hidden_states.shape[:-1], self.stream.adapters, dtype=dtype)
         for lane in lanes.lanes:
@@ -302,7 +317,8 @@ class LayerFusion(nn.Module):
             if lane.place == "model":
                 assert embeddings is not None
                 source = embeddings[rows.to(embeddings.device)]
-            weights[rows] = _by_row(self._call(gate, hidden_states[rows], source), len(rows)).to(weights)
+            given = self._spread(lane, self._call(gate, hidden_states[rows], source))
+            weights[rows] = _by_row(given, len(rows)).to(weights)
         return weights
 
     def _weights_of_module_lanes(
@@ -326,7 +342,7 @@ class LayerFusion(nn.Module):
                     # A fusion of some of the model's adapters, none of which targets this linear.
                     continue
                 of_module = slice(position * self.stream.adapters, (position + 1) * self.stream.adapters)
-                weights[rows, :, of_module] = _by_row(gate(x[rows]), len(rows)).to(weights)
+                weights[rows, :, of_module] = _by_row(self._spread(lane, gate(x[rows])), len(rows)).to(weights)
         if self.recorded is not None:
             for name, found in zip(names, weights.split(self.stream.adapters, dim=-1), strict=True):
                 self._record(name, found)

@@ -141,7 +141,7 @@ class FusedModel(nn.Module):
             LoraflowError: if the adapters' names cannot be used.
             MethodError: if the method is unknown, or a parameter of it is wrong.
         """
-        _check_names(list(adapters))
+        check_adapter_names(list(adapters))
         resolved = get_method(method, list(adapters))
         loaded = [_load(name, source) for name, source in adapters.items()]
         model, record, tokenizer = _open_base(base, tokenizer, options)
@@ -674,6 +674,23 @@ class FusedModel(nn.Module):
         for copy in old_copies - recorded_copies(directory):
             shutil.rmtree(copy, ignore_errors=True)
 
+    def _exchange_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Take all adapters out and put others in, under the base's method; calls that wait for their turn go on.
+
+        Where that fails the model is as it was, but for its method.
+        """
+        with self._turn():
+            before = self._attachment
+            before.detach()
+            try:
+                self._attachment = before.again(adapters)
+            except BaseException:
+                self._attachment = before.again(before.adapters)
+                raise
+            finally:
+                self._made.clear()
+                self.set_method("base")
+
     def unload(self) -> PreTrainedModel:
         """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""
         self._attachment.detach()
@@ -722,7 +739,12 @@ def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _check_names(names: Sequence[str]) -> None:
+def check_adapter_names(names: Sequence[str]) -> None:
+    """Check that adapters can be called so.
+
+    Raises:
+        LoraflowError: if there is none, or a name is a path, or means something else.
+    """
     if not names:
         raise LoraflowError("No adapters were given. Give at least one, by name.")
     reserved = ("best", *method_names())

@@ -237,7 +237,7 @@ def test_gates_that_do_not_fit_are_told(catalog):
         catalog.add_fusion("new", "", ["zh"], LoraFlow("layer"), catalog.model.prompt, {})
     good = {
         f"{site}.{key}": value
-        for site, gate in catalog.find("layers").own.items()
+        for site, gate in catalog.find("layers").gates.items()
         for key, value in gate.state_dict().items()
     }
     with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing or unknown"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -16,12 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from loraflow import __version__
+from loraflow.serving.admin import Admin, check_admin_key, is_key
 from loraflow.serving.page import make_page
-from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
 from loraflow.serving.service import Asked, Piece, Service
 
 _OPEN = ("/health", "/metrics")
+_LOAD, _UNLOAD = _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": text,
@@ -30,6 +31,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "The request is wrong"),
         (401, "The key is missing or wrong"),
+        (403, "It is not allowed"),
         (404, "There is no such model"),
         (413, "The request is too large"),
         (429, "The queue is full"),
@@ -55,6 +57,7 @@ def make_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_information(app, service)
     _add_generation(app, service)
+    _add_admin(app, service)
     _add_page(app)
     return app
 
@@ -63,21 +66,24 @@ def _add_guards(app: FastAPI, service: Service) -> None:
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         try:
-            _check_key(request, service.config.api_keys)
+            _check_key(request, service)
             _check_size(request, service.config.max_body_bytes)
         except ApiError as error:
             return _error_response(error)
         return await call_next(request)
 
 
-def _check_key(request: Request, keys: tuple[str, ...]) -> None:
+def _check_key(request: Request, service: Service) -> None:
     # Not `request.url`, which older versions of Starlette build from the client's Host.
     path = request.scope["path"]
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+    if path in _ADMIN:
+        check_admin_key(given, service)
+        return
+    keys = service.config.api_keys
     if not keys or path in _OPEN or not path.startswith("/v1"):
         return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-    # The bytes as they came; each is compared in constant time: how long it takes tells nothing of a key.
-    if not any(hmac.compare_digest(given, key.encode()) for key in keys):
+    if not is_key(given, keys):
         message = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
         raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
 
@@ -201,6 +207,23 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         if body.stream:
             return _stream(service, reply, completion_chunk)
         return JSONResponse(completion_reply(reply, await _gather(service, request, asked)))
+
+
+def _add_admin(app: FastAPI, service: Service) -> None:
+    admin = Admin(service)
+    errors: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (400, 401, 403, 404, 413)}
+
+    @app.post(_LOAD, responses=errors)
+    async def load(body: LoadRequest) -> dict[str, Any]:
+        """Offer another adapter, or another saved fusion."""
+        served = await admin.load(body.lora_name, body.lora_path)
+        return _card(service, served.id)
+
+    @app.post(_UNLOAD, responses=errors)
+    async def unload(body: UnloadRequest) -> dict[str, Any]:
+        """Offer one no longer."""
+        await admin.unload(body.lora_name)
+        return {"id": body.lora_name, "object": "model", "deleted": True}
 
 
 def _add_page(app: FastAPI) -> None:

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.layers import Gates
 from loraflow.loading import BaseOptions
 from loraflow.methods import Method, QueryMethod, Static, get_method, make_method
-from loraflow.model import FusedModel
+from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
 from loraflow.rows import weigh_prompts
 from loraflow.serving.engine import Weigher
-from loraflow.storage import check_base, fetch_fusion, read_fusion, resolve_source, tensors_digest
+from loraflow.storage import (
+    CONFIG_FILE,
+    FusionConfig,
+    check_base,
+    fetch_fusion,
+    read_fusion,
+    resolve_source,
+    tensors_digest,
+)
 
 Kind = Literal["base", "adapter", "fusion"]
 
+Permit = Callable[[Path], None]
+"""Raises where a directory may not be read."""
+
 # Methods whose gates are kept for further requests; parameters are the clients' to choose.
 _KEPT = 16
-
-
-class SpreadGate(nn.Module):
-    """A gate for some of the adapters in the model, which gives the others zero."""
-
-    def __init__(self, gate: nn.Module, positions: Sequence[int], adapters: int) -> None:
-        super().__init__()
-        self.gate = gate
-        self.positions = list(positions)
-        self.adapters = adapters
-
-    def forward(self, x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "*weights adapters"]:
-        """The gate's weights, each at its adapter's place."""
-        own = self.gate(x)
-        weights = own.new_zeros(*own.shape[:-1], self.adapters)
-        weights[..., self.positions] = own
-        return weights
 
 
 @dataclass(frozen=True)
@@ -61,8 +55,7 @@ class Served:
         adapters: names of its adapters, in the order of its weights.
         method: who weighs them.
         prompt: how messages become prompts.
-        gates: the method's gates, for all adapters in the model.
-        own: the same for its own adapters alone, for methods that read prompts.
+        gates: the method's gates, for its own adapters.
         created: when it was loaded, in seconds since 1970.
     """
 
@@ -75,16 +68,15 @@ class Served:
     method: Method
     prompt: PromptFormat
     gates: Gates = field(repr=False)
-    own: Gates = field(repr=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Catalog:
-    """The models of one server, over one base.
+    """The models of one server, over one base; adapters and fusions may come and go while it answers.
 
     Attributes:
         model: the base with every adapter that any of them needs.
-        served: all of them by name, the base first.
+        served: all of them by name, the base first; replaced where it changes, so that readers need no lock.
     """
 
     model: FusedModel
@@ -95,11 +87,10 @@ class Catalog:
         self.base_id = base_id
         self.served = {}
         # Gates of methods that requests ask for, such as Arrow's directions, which take a while to find.
-        self._made: dict[str, tuple[Gates, Gates]] = {}
+        self._made: dict[str, Gates] = {}
         self._add(base_id, "base", base_root, (), make_method("base", {}), model.prompt)
         for adapter in model.adapters:
-            alone = Static({adapter.name: 1.0})
-            self._add(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, model.prompt)
+            self._add_adapter(adapter)
 
     @classmethod
     def open(
@@ -127,25 +118,103 @@ class Catalog:
             FusionError: if a fusion was made with another base.
             LoraflowError: if there is no base, nothing to serve, or a name comes twice.
         """
-        read = {name: (fetch_fusion(path, None), path) for name, path in (fusions or {}).items()}
-        configs = {name: read_fusion(directory) for name, (directory, _) in read.items()}
+        saved = {name: _Saved.read(name, path) for name, path in (fusions or {}).items()}
         if base is None:
-            if not configs:
+            if not saved:
                 raise LoraflowError("There is nothing to serve. Give a fusion, or a base and adapters.")
-            name = next(iter(configs))
-            base = resolve_source(configs[name][0].base.path, read[name][0])
+            first = next(iter(saved.values()))
+            base = resolve_source(first.config.base.path, first.directory)
             if not base:
-                raise FusionError(f"The fusion {name!r} does not know where its base model is. Give --base.")
-        union, names_of = _union(adapters or {}, {n: (configs[n][0], read[n][0]) for n in configs})
+                raise FusionError(f"The fusion {first.name!r} does not know where its base model is. Give --base.")
+        union = {name: load_adapter(name, path) for name, path in (adapters or {}).items()}
+        names_of = {name: fusion.adapters_in(union) for name, fusion in saved.items()}
         if not union:
             raise LoraflowError("There are no adapters to serve. Give --lora-modules, or a fusion.")
         model = FusedModel.from_adapters(base, union, "base", options=options)
         catalog = cls(model, base_id or _short(str(base)), str(base))
-        for name, (config, tensors) in configs.items():
-            check_base(config.base, model._base)
-            method = make_method(config.method.name, config.method.parameters)
-            catalog.add_fusion(name, read[name][1], names_of[name], method, config.prompt, tensors)
+        for name, fusion in saved.items():
+            catalog._add_saved(fusion, names_of[name])
         return catalog
+
+    def load(self, name: str, path: str | Path, permit: Permit = lambda path: None) -> Served:
+        """Offer another adapter, or another saved fusion, while requests are answered.
+
+        Where a new adapter comes into the model, requests wait as long as it takes to stack all of them anew.
+
+        Args:
+            name: what requests will call it.
+            path: its directory; one with a `fusion_config.json` is a fusion's.
+            permit: called with the directory of every adapter that is read, before; raises where it may not be.
+
+        Returns:
+            What is offered now.
+
+        Raises:
+            LoraflowError: if the name is taken, or cannot be used; nothing has changed then.
+        """
+        self._check_new(name)
+        check_adapter_names([name])
+        known = {adapter.name: adapter for adapter in self.model.adapters}
+        fusion = _Saved.read(name, str(path)) if (Path(path) / CONFIG_FILE).is_file() else None
+        if fusion is not None:
+            check_base(fusion.config.base, self.model._base)
+            own = fusion.adapters_in(known, permit)
+        else:
+            if name in known:
+                raise LoraflowError(f"The adapter {name!r} was unloaded, and requests still use it. Try again later.")
+            permit(Path(path))
+            known[name], own = load_adapter(name, str(path)), []
+        new = list(known.values())[len(self.model.adapters) :]
+        before = self.served
+        try:
+            if new:
+                self.model._exchange_adapters(list(known.values()))
+            for adapter in new:
+                self._add_adapter(adapter)
+            return self.served[name] if fusion is None else self._add_saved(fusion, own)
+        except BaseException:
+            self.served = before
+            self.free()
+            raise
+
+    def withdraw(self, name: str) -> list[str]:
+        """Offer a model no longer; `free` then takes what only it needed out of memory.
+
+        Returns:
+            Names of the adapters that nothing offered needs any more; requests that run may.
+
+        Raises:
+            LoraflowError: if there is no such model, it is the base, or an adapter that a fusion needs.
+        """
+        served = self.find(name)
+        if served.kind == "base":
+            raise LoraflowError(f"{name!r} is the base, which stays. Unload an adapter or a fusion.")
+        users = [one.id for one in self.served.values() if one.kind == "fusion" and name in one.adapters]
+        if served.kind == "adapter" and users:
+            raise LoraflowError(f"The adapter {name!r} is needed by {', '.join(map(repr, users))}. Unload that first.")
+        self.served = {key: one for key, one in self.served.items() if key != name}
+        self._made.clear()
+        return [adapter for adapter in self.model.adapter_names if adapter not in self.served]
+
+    def free(self) -> None:
+        """Take the adapters out of the model that nothing offered needs. No request may use them any more."""
+        kept = [adapter for adapter in self.model.adapters if adapter.name in self.served]
+        if len(kept) < len(self.model.adapters):
+            self.model._exchange_adapters(kept)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are offered, in order."""
+        return tuple(name for name in self.model.adapter_names if name in self.served)
+
+    def _add_adapter(self, adapter: Adapter) -> Served:
+        alone = Static({adapter.name: 1.0})
+        return self._add(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, self.model.prompt)
+
+    def _add_saved(self, fusion: _Saved, adapters: Sequence[str]) -> Served:
+        check_base(fusion.config.base, self.model._base)
+        method = make_method(fusion.config.method.name, fusion.config.method.parameters)
+        return self.add_fusion(fusion.name, fusion.path, adapters, method, fusion.config.prompt, fusion.tensors)
 
     def add_fusion(
         self,
@@ -181,12 +250,9 @@ class Catalog:
         prompt: PromptFormat,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Served:
-        if name in self.served:
-            raise LoraflowError(f"Two models are called {name!r}. Give each a name of its own.")
-        positions = [self.model.adapter_names.index(adapter) for adapter in adapters]
-        own = self.model._attachment.make_gates(method, positions)
-        _load_gates(name, own, tensors or {})
-        gates = own if isinstance(method, QueryMethod) else self._spread(own, positions)
+        self._check_new(name)
+        gates = self.model._attachment.make_gates(method, self.model._attachment.positions(adapters))
+        _load_gates(name, gates, tensors or {})
         served = Served(
             id=name,
             kind=kind,
@@ -197,17 +263,13 @@ class Catalog:
             method=method,
             prompt=prompt,
             gates=gates,
-            own=own,
         )
-        self.served[name] = served
+        self.served = {**self.served, name: served}
         return served
 
-    def _spread(self, gates: Gates, positions: Sequence[int]) -> Gates:
-        """Gates of some adapters as gates of all in the model."""
-        count = len(self.model.adapters)
-        if list(positions) == list(range(count)):
-            return gates
-        return {site: SpreadGate(gate, positions, count) for site, gate in gates.items()}
+    def _check_new(self, name: str) -> None:
+        if name in self.served:
+            raise LoraflowError(f"Two models are called {name!r}. Give each a name of its own.")
 
     def _digest(self, adapters: Sequence[str], method: Method, tensors: Mapping[str, Tensor]) -> str:
         by_name = {adapter.name: adapter.digest for adapter in self.model.adapters}
@@ -235,7 +297,7 @@ class Catalog:
         Raises:
             MethodError: if an adapter is unknown, or a weight is no finite number.
         """
-        names = served.adapters if served.kind == "fusion" else tuple(self.model.adapter_names)
+        names = served.adapters if served.kind == "fusion" else self.adapters
         return self._with(served, names, get_method(dict(weights), list(names)))
 
     def with_method(self, served: Served, method: str, options: Mapping[str, Any]) -> Served:
@@ -244,7 +306,7 @@ class Catalog:
         Raises:
             MethodError: if the method is unknown, a parameter is, or it would have to learn first.
         """
-        names = served.adapters if served.kind == "fusion" else tuple(self.model.adapter_names)
+        names = served.adapters if served.kind == "fusion" else self.adapters
         chosen = get_method(method, list(names), options)
         if chosen.learns:
             fitted = [s.id for s in self.served.values() if s.method.name == chosen.name]
@@ -253,31 +315,17 @@ class Catalog:
         return self._with(served, names, chosen)
 
     def _with(self, served: Served, names: tuple[str, ...], method: Method) -> Served:
-        positions = [self.model.adapter_names.index(name) for name in names]
         key = json.dumps([names, method.name, method.parameters()], sort_keys=True)
-        made = self._made.get(key)
-        if made is None:
-            own = self._try_gates(method, positions)
-            made = own, own if isinstance(method, QueryMethod) else self._spread(own, positions)
+        gates = self._made.get(key)
+        if gates is None:
+            gates = self._try_gates(method, self.model._attachment.positions(names))
             if method.level != "task":
                 # Constant weights are cheap to make, and as many as there are requests.
-                self._made[key] = made
+                self._made[key] = gates
                 if len(self._made) > _KEPT:
                     del self._made[next(iter(self._made))]
-        own, gates = made
-        return Served(
-            id=served.id,
-            kind=served.kind,
-            root=served.root,
-            parent=served.parent,
-            digest=self._digest(names, method, {}),
-            adapters=names,
-            method=method,
-            prompt=served.prompt,
-            gates=gates,
-            own=own,
-            created=served.created,
-        )
+        digest = self._digest(names, method, {})
+        return dataclasses.replace(served, digest=digest, adapters=names, method=method, gates=gates)
 
     def _try_gates(self, method: Method, positions: Sequence[int]) -> Gates:
         """Make gates, and let each weigh one token: what fails in a step fails all who are in it.
@@ -302,22 +350,14 @@ class Catalog:
     def weigher(self, served: Served, prompt: Sequence[int]) -> Weigher:
         """Who weighs a request; methods that read prompts read this one now, which takes some passes."""
         if not isinstance(served.method, QueryMethod):
-            return Weigher(served.method, served.gates)
-        positions = [self.model.adapter_names.index(adapter) for adapter in served.adapters]
+            return Weigher(served.method, served.gates, adapters=served.adapters)
         ids = torch.tensor([list(prompt)], device=self.model.device)
         with self.model._turn(), torch.no_grad():
-            own = weigh_prompts(
-                self.model._attachment,
-                served.method,
-                served.own.get("model"),
-                ids,
-                None,
-                self.model.tokenizer,
-                positions,
-            )[0]
-        weights = own.new_zeros(own.shape[0], len(self.model.adapters))
-        weights[:, positions] = own
-        return Weigher(weights=weights)
+            attachment = self.model._attachment
+            positions = attachment.positions(served.adapters)
+            gate = served.gates.get("model")
+            weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
+        return Weigher(weights=weights, adapters=served.adapters)
 
 
 def _load_gates(name: str, gates: Gates, tensors: Mapping[str, Tensor]) -> None:
@@ -332,32 +372,44 @@ def _load_gates(name: str, gates: Gates, tensors: Mapping[str, Tensor]) -> None:
         gate.requires_grad_(False)
 
 
-def _union(
-    given: Mapping[str, str], fusions: Mapping[str, tuple[Any, Path]]
-) -> tuple[dict[str, Adapter], dict[str, list[str]]]:
-    """All adapters once, by name, and each fusion's names for its own; equal ones under several names are one.
+@dataclass(frozen=True)
+class _Saved:
+    """A fusion as it lies on disk."""
 
-    Raises:
-        FusionError: if an adapter is not the one that its fusion was made with.
-    """
-    union: dict[str, Adapter] = {name: load_adapter(name, path) for name, path in given.items()}
-    names_of: dict[str, list[str]] = {}
-    for fusion, (config, directory) in fusions.items():
-        names_of[fusion] = []
-        for record in config.adapters:
-            known = next((name for name, adapter in union.items() if adapter.digest == record.digest), None)
-            if known is None:
-                known = record.name if record.name not in union else f"{fusion}.{record.name}"
-                source = AdapterSource(resolve_source(record.path, directory), record.revision)
-                adapter = load_adapter(known, source)
-                if adapter.digest != record.digest:
+    name: str
+    path: str
+    directory: Path
+    config: FusionConfig
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, name: str, path: str) -> _Saved:
+        directory = fetch_fusion(path, None)
+        return cls(name, path, directory, *read_fusion(directory))
+
+    def adapters_in(self, known: dict[str, Adapter], permit: Permit = lambda path: None) -> list[str]:
+        """The names of its adapters among all, to which those that are missing are added.
+
+        Equal ones under several names are one; another one of the same name gets the fusion's name before its own.
+
+        Raises:
+            FusionError: if an adapter is not the one that the fusion was made with.
+        """
+        names = []
+        for record in self.config.adapters:
+            name = next((name for name, adapter in known.items() if adapter.digest == record.digest), None)
+            if name is None:
+                name = record.name if record.name not in known else f"{self.name}.{record.name}"
+                source = AdapterSource(resolve_source(record.path, self.directory), record.revision)
+                permit(Path(source.path))
+                known[name] = load_adapter(name, source)
+                if known[name].digest != record.digest:
                     raise FusionError(
-                        f"Adapter {record.name!r} ({source.path}) is not the one that the fusion {fusion!r} was made "
-                        "with. Restore it, or fit again."
+                        f"Adapter {record.name!r} ({source.path}) is not the one that the fusion {self.name!r} was "
+                        "made with. Restore it, or fit again."
                     )
-                union[known] = adapter
-            names_of[fusion].append(known)
-    return union, names_of
+            names.append(name)
+        return names
 
 
 def _short(base: str) -> str:

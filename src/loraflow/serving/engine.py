@@ -13,7 +13,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -93,11 +93,14 @@ class Weigher:
         method: the method; None where weights are given.
         gates: its gates, by site.
         weights: the weights of every layer.
+        adapters: names of the adapters that these are for, in order; None for all in the model. Others may come into
+            the model and leave it while a request runs.
     """
 
     method: Method | None = None
     gates: Gates = field(default_factory=dict)
     weights: Float[Tensor, "layers adapters"] | None = None
+    adapters: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ class Token:
         id: the token.
         logprob: its log-probability under the model, before temperature; None where it was not asked for.
         top: the likeliest tokens with theirs.
-        weights: the fusion weights that produced it, those of the position before, by layer; None where they were not
-            asked for.
+        weights: the fusion weights that produced it, those of the position before, by layer, for the adapters of its
+            `Weigher`; None where they were not asked for.
         finish: why it is the last; None where it is not.
     """
 
@@ -237,6 +240,11 @@ class Engine:
     def running(self) -> int:
         """How many requests are in the engine."""
         return len(self._jobs)
+
+    def uses(self, adapters: Collection[str]) -> bool:
+        """Whether a request that is not answered yet needs one of these adapters."""
+        jobs = list(self._jobs.values())
+        return any(job.weigher.adapters is None or not set(adapters).isdisjoint(job.weigher.adapters) for job in jobs)
 
     @property
     def failure(self) -> str | None:
@@ -376,7 +384,8 @@ class _Manager(ContinuousBatchingManager):
                 if noted:
                     weights[layer] = torch.stack(noted).mean(dim=0)
             last = job.facts[-1]
-            job.facts[-1] = Token(last.id, last.logprob, last.top, weights)
+            among = _among(self._fused, job.weigher)
+            job.facts[-1] = Token(last.id, last.logprob, last.top, weights if among is None else weights[:, among])
 
 
 def _batch_of(inputs_and_outputs: Any) -> Sequence[Any]:
@@ -395,7 +404,7 @@ def _lanes(model: FusedModel, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
     for job, future in batch:
         mine, start = range(start, start + future.query_length), start + future.query_length
         if job is not None and job.weigher.weights is not None:
-            given.append((mine, job.weigher.weights))
+            given.append((mine, _weights_of_all(model, job.weigher)))
         elif job is not None and job.weigher.gates:
             key = id(job.weigher.gates)
             weighers[key] = job.weigher
@@ -405,12 +414,27 @@ def _lanes(model: FusedModel, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
     lanes: list[Lane] = [Lane(tuple(unweighed), "layer", {})] if unweighed else []
     for key, weigher in weighers.items():
         assert weigher.method is not None
-        lanes.append(attachment.lane(positions[key], weigher.method, weigher.gates))
+        lanes.append(attachment.lane(positions[key], weigher.method, weigher.gates, _among(model, weigher)))
     if given:
         rows = [position for mine, _ in given for position in mine]
         weights = torch.cat([weights.expand(len(mine), -1, -1) for mine, weights in given])
         lanes.append(attachment.given_lane(rows, weights))
     return Lanes(start, tuple(lanes), flat=True)
+
+
+def _among(model: FusedModel, weigher: Weigher) -> list[int] | None:
+    """Where a weigher's adapters are in the model now; None where it weighs all."""
+    return None if weigher.adapters is None else model._attachment.positions(weigher.adapters)
+
+
+def _weights_of_all(model: FusedModel, weigher: Weigher) -> Float[Tensor, "layers adapters"]:
+    weights, among = weigher.weights, _among(model, weigher)
+    assert weights is not None
+    if among is None:
+        return weights
+    everywhere = weights.new_zeros(weights.shape[0], len(model.adapters))
+    everywhere[:, among] = weights
+    return everywhere
 
 
 def _with_finite_states(update: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,9 +30,8 @@ class Metrics:
     seconds: Histogram
     first_token: Histogram
 
-    def __init__(self, adapters: Sequence[str]) -> None:
+    def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self._adapters = list(adapters)
         self.requests = Counter("loraflow_requests", "Requests", ["model", "outcome"], registry=registry)
         self.refused = Counter("loraflow_refused_requests", "Requests refused with 429", registry=registry)
         self.prompt_tokens = Counter("loraflow_prompt_tokens", "Tokens read", registry=registry)
@@ -54,10 +53,10 @@ class Metrics:
         """Read how many answers are in the engine whenever the metrics are read."""
         self._running.set_function(running)
 
-    def add_weights(self, weights: Float[Tensor, "layers adapters"]) -> None:
+    def add_weights(self, adapters: Sequence[str], weights: Float[Tensor, "layers adapters"]) -> None:
         """Count a token's weights; negative ones take nothing away."""
         self._weighed.inc()
-        for name, weight in zip(self._adapters, weights.mean(dim=0).tolist(), strict=True):
+        for name, weight in zip(adapters, weights.mean(dim=0).tolist(), strict=True):
             self._weights.labels(name).inc(max(0.0, weight))
 
     def text(self) -> bytes:

@@ -173,6 +173,28 @@ class CompletionRequest(Generation):
     suffix: None = None
 
 
+class LoadRequest(_Body):
+    """A request for `/v1/load_lora_adapter`, with vLLM's names for its fields.
+
+    Attributes:
+        lora_name: what requests will call it.
+        lora_path: directory of an adapter, or of a saved fusion.
+    """
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)]
+
+
+class UnloadRequest(_Body):
+    """A request for `/v1/unload_lora_adapter`.
+
+    Attributes:
+        lora_name: the adapter, or the fusion.
+    """
+
+    lora_name: str
+
+
 class ApiError(Exception):
     """An answer of OpenAI's error form.
 

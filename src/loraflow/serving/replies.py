@@ -118,7 +118,7 @@ def _weights(reply: Reply, number: int, pieces: Sequence[Piece]) -> dict[str, An
         "fusion_weights": {
             "adapters": list(served.adapters),
             "tokens": [_text(reply, token.id) for token in tokens],
-            "weights": [reply.service.shown_weights(served, token, wanted) for token in tokens],
+            "weights": [reply.service.shown_weights(token, wanted) for token in tokens],
         }
     }
 

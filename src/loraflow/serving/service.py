@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,8 @@ class ServerConfig:
         timeout_s: the longest that a request may take.
         drain_s: how long running requests may go on when the server stops.
         log_prompts: whether logs have prompts and answers in them.
+        admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
+        load_from: folders that they may be loaded from.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -48,8 +51,15 @@ class ServerConfig:
     timeout_s: float = 600.0
     drain_s: float = 60.0
     log_prompts: bool = False
+    admin_keys: tuple[str, ...] = ()
+    load_from: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        if bool(self.admin_keys) != bool(self.load_from):
+            raise LoraflowError(
+                "Loading while the server runs needs both: an admin key, and folders to load from (--admin-key, "
+                "--load-from). Give both, or neither."
+            )
         for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")
@@ -119,7 +129,7 @@ class Service:
     def __init__(self, catalog: Catalog, config: ServerConfig | None = None) -> None:
         self.catalog = catalog
         self.config = config or ServerConfig()
-        self.metrics = Metrics(catalog.model.adapter_names)
+        self.metrics = Metrics()
         self.closing = False
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
 
@@ -191,7 +201,7 @@ class Service:
         vocabulary = self.catalog.model.config.get_text_config(decoder=True).vocab_size
         if any(not 0 <= token < vocabulary for token in prompt):
             raise ApiError(400, f"A token of the prompt is none of 0 to {vocabulary - 1}.", param="prompt")
-        if not served.own and body.return_fusion_weights:
+        if not served.gates and body.return_fusion_weights:
             raise ApiError(400, "The base has no fusion weights. Ask for a fusion.", param="return_fusion_weights")
         try:
             weigher = await asyncio.to_thread(self.catalog.weigher, served, prompt)
@@ -213,8 +223,9 @@ class Service:
             jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, self._ends(), wants, listen))
         streams = [TextStream(self.tokenizer, body.stops) for _ in jobs]
         asked = Asked(name, served, list(prompt), jobs, streams, events, time.monotonic())
-        # Others may have come while the prompt was weighed.
+        # Others may have come while the prompt was weighed, or adapters gone.
         self._admit(body.n)
+        self._check_offered(served)
         try:
             for job in jobs:
                 self.engine.submit(job)
@@ -268,6 +279,12 @@ class Service:
                 headers={"Retry-After": "1"},
             )
 
+    def _check_offered(self, served: Served) -> None:
+        gone = [name for name in (served.id, *served.adapters) if name not in self.catalog.served]
+        if gone:
+            message = f"{gone[0]!r} was unloaded. Ask for another model."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
     def _ends(self) -> list[int]:
         end = self.catalog.model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [end]
@@ -313,7 +330,7 @@ class Service:
             asked.first_token_s = time.monotonic() - asked.started
             self.metrics.first_token.observe(asked.first_token_s)
         if token.weights is not None:
-            self.metrics.add_weights(token.weights)
+            self.metrics.add_weights(asked.served.adapters, token.weights)
         stream = asked.streams[index]
         text = "" if token.id in asked.jobs[index].ends else stream.push(token.id)
         if stream.stopped:
@@ -354,12 +371,11 @@ class Service:
             "digest": served.digest,
         }
 
-    def shown_weights(self, served: Served, token: Token, wanted: bool | str) -> Any:
-        """A token's weights as a request wants them: `[adapters]`, or `[layers, adapters]` for "all"."""
+    def shown_weights(self, token: Token, wanted: bool | str) -> Any:
+        """A token's weights as a request wants them, of its own adapters: `[adapters]`, or for "all" those by layer."""
         if token.weights is None:
             return None
-        positions = [self.catalog.model.adapter_names.index(name) for name in served.adapters]
-        weights: Tensor = token.weights[:, positions].float()
+        weights: Tensor = token.weights.float()
         if wanted == "all":
             return [[round(w, 5) for w in layer] for layer in weights.tolist()]
         return [round(w, 5) for w in weights.mean(dim=0).tolist()]

@@ -12,7 +12,7 @@ from loraflow.serving.vllm.plan import FusionPlan
 
 # Their decoder layers are handed `hidden_states` and `residual`, whose sum is what transformers' layer is handed; of
 # others the sum may be something else. Each of these has been compared with `FusedModel.generate`.
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _UNVERIFIED = 'To serve it all the same, compare answers and give `"unverified": true` in --model-loader-extra-config.'
 
 

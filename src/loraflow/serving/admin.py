@@ -1,0 +1,118 @@
+"""Adapters and fusions that come and go while a server runs: by an admin's key, from allowed folders only."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraflow.errors import LoraflowError
+from loraflow.serving.catalog import Served
+from loraflow.serving.protocol import ApiError
+from loraflow.serving.service import Service
+
+log = logging.getLogger("loraflow.serving")
+
+
+def is_key(given: bytes, keys: Sequence[str]) -> bool:
+    """Whether a key is one of those; how long it takes tells nothing of them."""
+    return sum(hmac.compare_digest(given, key.encode()) for key in keys) > 0
+
+
+def check_admin_key(given: bytes, service: Service) -> None:
+    """Check the key of a request that changes what is offered.
+
+    Raises:
+        ApiError: if there is no such key, or it is another.
+    """
+    keys = service.config.admin_keys
+    if not keys:
+        message = "Nothing can be loaded or unloaded: the server was started without --admin-key."
+        raise ApiError(403, message, kind="permission_error")
+    if not is_key(given, keys):
+        message = "Loading and unloading need the admin key. Send it as `Authorization: Bearer KEY`."
+        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
+
+
+def permitted(path: Path, folders: Sequence[Path]) -> Path:
+    """The directory that is meant, if it is in an allowed folder with all of its files; links are followed.
+
+    What is elsewhere and what is nowhere have one answer: it tells nothing of the rest of the disk.
+
+    Args:
+        path: absolute, or relative to one of the folders.
+        folders: the allowed folders.
+
+    Returns:
+        The directory, without links.
+
+    Raises:
+        ApiError: if it is not allowed.
+    """
+    roots = [folder.resolve() for folder in folders]
+    for candidate in [path] if path.is_absolute() else [root / path for root in roots]:
+        try:
+            found = candidate.resolve()
+            real = [found, *(entry.resolve() for entry in found.iterdir())] if _inside(found, roots) else []
+        except (OSError, RuntimeError, ValueError):
+            continue
+        if real and all(_inside(one, roots) for one in real):
+            return found
+    message = f"`lora_path` (={str(path)!r}) is no directory inside the folders that the server may load from"
+    raise ApiError(403, f"{message} (--load-from).", kind="permission_error", param="lora_path")
+
+
+def _inside(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
+
+
+class Admin:
+    """Changes what a service offers, one change at a time; requests that run are answered as they were asked."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._changing = asyncio.Lock()
+
+    async def load(self, name: str, path: str) -> Served:
+        """Offer an adapter or a saved fusion.
+
+        Raises:
+            ApiError: if it may not be loaded, or cannot.
+        """
+        folders = self._service.config.load_from
+
+        def permit(directory: Path) -> None:
+            permitted(directory, folders)
+
+        async with self._changing:
+            directory = permitted(Path(path), folders)
+            try:
+                served = await asyncio.to_thread(self._service.catalog.load, name, directory, permit)
+            except LoraflowError as error:
+                raise ApiError(400, str(error)) from error
+        log.info(json.dumps({"loaded": served.id, "digest": served.digest}, ensure_ascii=False))
+        return served
+
+    async def unload(self, name: str) -> None:
+        """Offer a model no longer; its memory is free once the requests that use it are answered.
+
+        Raises:
+            ApiError: if there is no such model, or it is still needed.
+        """
+        service, catalog = self._service, self._service.catalog
+        async with self._changing:
+            if name not in catalog.served:
+                known = ", ".join(map(repr, catalog.served))
+                message = f"There is no model {name!r}. Known: {known}."
+                raise ApiError(404, message, param="lora_name", code="model_not_found")
+            try:
+                leaving = catalog.withdraw(name)
+            except LoraflowError as error:
+                raise ApiError(400, str(error), param="lora_name") from error
+            while leaving and service.engine.uses(leaving):
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(catalog.free)
+        log.info(json.dumps({"unloaded": name}, ensure_ascii=False))

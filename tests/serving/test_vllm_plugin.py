@@ -414,7 +414,6 @@ class TestChecks:
             ("parallel_config__prefill_context_parallel_size", 2, "context parallelism"),
             ("parallel_config__use_ubatching", True, "--enable-dbo"),
             ("speculative_config", object(), "--speculative-config"),
-            ("lora_config", object(), "--enable-lora"),
             ("kv_transfer_config", object(), "--kv-transfer-config"),
             ("compilation_config__cache_dir", "/cache", "a compilation `cache_dir`"),
         ],
@@ -431,6 +430,8 @@ class TestChecks:
         config = self.engine(cache_config__enable_prefix_caching=False, use_v2_model_runner=True)
         with pytest.raises(LoraflowError, match=r"Set VLLM_USE_V2_MODEL_RUNNER=0"):
             check_engine(config, requests=True)
+        check_engine(config, requests=True, unverified=True)
+        check_engine(config, requests=False)
 
     def test_other_bases(self):
         config = self.engine(model_config__architecture="CohereForCausalLM")

@@ -29,6 +29,7 @@ def answer(engine: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
     """The answers to one call's prompts."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
 
     extras = call.get("extra_args") or [None] * len(call["prompts"])
     params = [
@@ -36,8 +37,9 @@ def answer(engine: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
         for extra in extras
     ]
     prompts = [{"prompt_token_ids": prompt} for prompt in call["prompts"]]
+    lora = call.get("lora") and LoRARequest("native", 1, call["lora"])
     try:
-        outputs = engine.generate(prompts, params, use_tqdm=False)
+        outputs = engine.generate(prompts, params, use_tqdm=False, lora_request=lora)
     except VLLMValidationError as error:
         return [{"refused": str(error)}]
     return [{"ids": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs]

@@ -12,11 +12,24 @@ import torch
 
 pytest.importorskip("vllm")
 
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 from loraflow import FusedModel
 from loraflow.methods import Arrow, LearnedStatic, Logo, LoraFlow, LoraHub, Phatgoose, Static
 from loraflow.serving.vllm.given import KEY, processor_name
-from tests.serving.vllm.world import SHAPE, answers_of, call, engine, prompts, run_engines, save_base, save_fusion
-from tests.tiny import save_adapter, tiny_model
+from tests.serving.vllm.world import (
+    SHAPE,
+    adapters_of,
+    answers_of,
+    call,
+    engine,
+    prompts,
+    run_engines,
+    save_base,
+    save_fusion,
+)
+from tests.tiny import ALL_LLAMA, save_adapter, tiny_model
 
 pytestmark = pytest.mark.vllm
 
@@ -35,7 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "arrow": ("llama", {}, Arrow(top_k=2)),
     "phatgoose": ("llama", {}, Phatgoose()),
     "mistral": ("mistral", {"sliding_window": 24}, LoraFlow()),
-    "qwen2": ("qwen2", {}, LoraFlow()),
+    # vLLM has no heads of a size of their own there.
+    "qwen2": ("qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1}, LoraFlow()),
     "qwen3": ("qwen3", {}, LoraFlow()),
     "qwen3-module": ("qwen3", {}, LoraFlow(granularity="module")),
 }
@@ -46,9 +60,9 @@ def answered(tmp_path_factory):
     """What every case's engine answered, and what `generate` does."""
     directory = tmp_path_factory.mktemp("engines")
     jobs, expected = [], []
-    for name, (architecture, changes, method) in CASES.items():
+    for seed, (name, (architecture, changes, method)) in enumerate(CASES.items()):
         base = save_base(directory / f"base-{architecture}", architecture, **changes)
-        fusion = save_fusion(directory / name, base, method)
+        fusion = save_fusion(directory / name, base, method, seed)
         jobs.append({"engine": engine(fusion, base), "calls": [call(prompts()), call(prompts())]})
         expected.append(answers_of(FusedModel.from_pretrained(fusion), prompts()))
     found = run_engines(jobs, directory / "run")
@@ -150,11 +164,32 @@ def test_a_method_of_whole_prompts(requested):
     assert "brings no `adapter_weights`" in refused[0]["refused"]
 
 
+def test_adapters_of_vllm_itself_go_on_top(tmp_path):
+    base = save_base(tmp_path / "llama")
+    own = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "native", ALL_LLAMA, seed=9, r=8)
+    jobs, expected = [], []
+    for name, method in (("layer", LoraFlow()), ("arrow", Arrow(top_k=2))):
+        fusion = save_fusion(tmp_path / name, base, method)
+        options = {"enable_lora": True, "max_lora_rank": 8}
+        # The same prompts each time: a cache of prefixes must tell them apart.
+        calls = [call(prompts()), call(prompts(), lora=own), call(prompts())]
+        jobs.append({"engine": engine(fusion, base, **options), "calls": calls})
+        plain = FusedModel.from_pretrained(fusion)
+        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), own).merge_and_unload()
+        model = FusedModel.from_adapters(merged, adapters_of(base), method)
+        model.load_state_dict(plain.state_dict())
+        without, beside = answers_of(plain, prompts()), answers_of(model, prompts())
+        assert without != beside
+        expected.append([without, beside, without])
+    for found, wanted in zip(run_engines(jobs, tmp_path / "run"), expected, strict=True):
+        assert "error" not in found, found["error"]
+        assert [[answer["ids"] for answer in answers] for answers in found["answers"]] == wanted
+
+
 REFUSED = {
     "no-fusion": ({"model_loader_extra_config": {}}, "needs a fusion"),
     "changed": ({"digest": "sha256:00"}, "it was changed on disk since the command was made"),
     "key": ({"additional_config": {"loraflow": {"digest": "old"}}}, "--additional-config says {'digest': 'old'}"),
-    "lora": ({"enable_lora": True}, "cannot be served with --enable-lora"),
     "whole-prompts": ({"method": "logo"}, "'logo' weighs whole prompts"),
     "parameters": ({"method": "lorahub"}, "'lorahub' mixes parameters"),
     "prefixes": ({"requests": True}, "Add --no-enable-prefix-caching"),

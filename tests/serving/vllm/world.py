@@ -92,9 +92,12 @@ def engine(fusion: Path, base: Path, loader: Mapping[str, Any] | None = None, **
     }
 
 
-def call(asked: Sequence[Sequence[int]], tokens: int = TOKENS, extra_args: Any = None) -> dict[str, Any]:
-    """What an engine is asked."""
-    return {"prompts": [list(prompt) for prompt in asked], "tokens": tokens, "extra_args": extra_args}
+def call(
+    asked: Sequence[Sequence[int]], tokens: int = TOKENS, extra_args: Any = None, lora: Path | None = None
+) -> dict[str, Any]:
+    """What an engine is asked; `lora` is an adapter that vLLM itself adds."""
+    prompts = [list(prompt) for prompt in asked]
+    return {"prompts": prompts, "tokens": tokens, "extra_args": extra_args, "lora": None if lora is None else str(lora)}
 
 
 def run_engines(jobs: Sequence[Mapping[str, Any]], directory: Path, timeout_s: float = 900, **env: str) -> list[dict]:

@@ -90,6 +90,11 @@ def check_engine(config: Any, *, requests: bool, unverified: bool = False) -> No
             f"The base is quantised ({quantization!r}), and answers of a quantised base depend on the kernels that "
             f"compute them. {_UNVERIFIED}"
         )
+    if requests and config.use_v2_model_runner and not unverified:
+        raise LoraflowError(
+            "Weights of requests have not been compared on vLLM's V2 model runner, which runs on GPUs only. Set "
+            f"VLLM_USE_V2_MODEL_RUNNER=0, or compare. {_UNVERIFIED}"
+        )
 
 
 def _conflicts(config: Any, requests: bool) -> Iterator[tuple[str, str]]:
@@ -108,8 +113,6 @@ def _conflicts(config: Any, requests: bool) -> Iterator[tuple[str, str]]:
         yield "--enable-dbo", "two halves of a batch would overwrite each other's weights. Leave the option out."
     if config.speculative_config is not None:
         yield "--speculative-config", "it has not been tried. Leave the option out."
-    if config.lora_config is not None:
-        yield "--enable-lora", "adapters of requests beside fused ones have not been tried. Leave the option out."
     if config.kv_transfer_config is not None:
         yield "--kv-transfer-config", "caches outside the engine know a base by name, not its fusion. Leave it out."
     if config.compilation_config.cache_dir:
@@ -119,5 +122,3 @@ def _conflicts(config: Any, requests: bool) -> Iterator[tuple[str, str]]:
             "prefix caching while requests bring weights of their own",
             "one request's cache would be read with another's weights. Add --no-enable-prefix-caching.",
         )
-    if requests and config.use_v2_model_runner:
-        yield "weights of requests on vLLM's V2 model runner", "it has no such hook. Set VLLM_USE_V2_MODEL_RUNNER=0."

@@ -1,7 +1,8 @@
-"""Requests with fusion weights of their own, on vLLM's V1 model runner.
+"""Requests with fusion weights of their own: a table of them by place, and where each token's request is in it.
 
-A logits processor is told how the requests of a batch come, go and move; this one changes no logits, but notes each
-request's weights in a table by place in the batch. The model then finds each token's row of it.
+On vLLM's V1 model runner a logits processor is told how the requests of a batch come, go and move; this one changes no
+logits, but notes each request's weights by place in the batch. On V2 the model's own state is told of requests
+(`model_state`), by a slot that they keep; the processor only refuses wrong weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from loraflow.errors import LoraflowError
 from loraflow.methods import make_method
@@ -28,7 +30,9 @@ _PADDING = 1024
 
 
 class RequestTable(nn.Module):
-    """The weights that requests bring, by place in the batch; the last place is nobody's.
+    """The weights that requests bring, by their place; the last place is nobody's.
+
+    All writing is in place: graphs that a GPU has captured read the same memory.
 
     Attributes:
         weights: `[places, layers, adapters]`.
@@ -73,19 +77,35 @@ class RequestTable(nn.Module):
         self.weights[target], self.brings[target] = self.weights[source], self.brings[source]
         self.brings[source] = False
 
-    def locate(self, starts: Int[Tensor, " requests_and_one"], tokens: int) -> None:
-        """Note where each token's request is, given where the tokens of each request start."""
+    def locate(
+        self,
+        starts: Int[Tensor, " requests_and_one"],
+        tokens: int,
+        places: Int[Tensor, " requests"] | None = None,
+    ) -> None:
+        """Note where each token's request is; tokens behind the last request are padding, and nobody's.
+
+        Args:
+            starts: where the tokens of each request in the batch start, and where those of the last end.
+            tokens: how many tokens there are, padding included.
+            places: the place of each request in the batch; its position there by default.
+        """
+        nobody = self.brings.shape[0] - 1
         ends = starts[1:].contiguous().to(self._counting.dtype)
         found = torch.searchsorted(ends, self._counting[:tokens], right=True)
-        self.places[:tokens] = found.clamp_(max=self.brings.shape[0] - 1)
+        if places is not None:
+            found = torch.cat([places.to(found), found.new_tensor([nobody])])[found.clamp_(max=len(places))]
+        self.places[:tokens] = found.clamp_(max=nobody)
 
 
 # By the identity of the engine's configuration, which is kept alive here: a logits processor is made before the model.
 _TABLES: dict[int, tuple[Any, RequestTable]] = {}
 
 
-class RequestWeights(LogitsProcessor):
+class RequestWeights(LogitsProcessor, LogitsProcessorV2):
     """Follows the requests of a batch. Its subclasses, one for each fusion, are what `processor_name` names.
+
+    It is a processor of both model runners, since vLLM loads it by its name before it says which one runs.
 
     Attributes:
         fusion: the fusion.
@@ -102,7 +122,7 @@ class RequestWeights(LogitsProcessor):
     layers: ClassVar[int]
     required: ClassVar[bool]
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
         if vllm_config.load_config.load_format != LOAD_FORMAT:
             raise LoraflowError(
                 "Requests bring fusion weights, and the base is loaded without a fusion. Add --load-format "
@@ -119,12 +139,16 @@ class RequestWeights(LogitsProcessor):
         """It changes no logits."""
         return True
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, *_: Any) -> Tensor:
         """Give the logits as they are."""
         return logits
 
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Say that a request's logits stay (V2); the model's state notes its weights."""
+        return False
+
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow requests that leave, come and move; vLLM calls this before each forward."""
+        """Follow requests that leave, come and move (V1); vLLM calls this before each forward."""
         if batch_update is None:
             return
         _, table = _TABLES[id(self._config)]
@@ -140,7 +164,7 @@ class RequestWeights(LogitsProcessor):
 
 
 class RequestingModel(nn.Module):
-    """Mixed into the class of a model of vLLM: notes which tokens are whose before its forward."""
+    """Mixed into the class of a model of vLLM: notes which tokens are whose before its forward (V1)."""
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward.
@@ -163,8 +187,14 @@ class RequestingModel(nn.Module):
 
 
 def install_table(model: nn.Module, table: RequestTable, vllm_config: Any) -> None:
-    """Let a model find the weights of its requests in a table, and the logits processor fill it."""
+    """Let a model find the weights of its requests in a table, and whoever hears of the requests fill it."""
     model.loraflow_requests = table
+    if vllm_config.use_v2_model_runner:
+        # Late: V2 is for GPUs, and what it imports need not be there elsewhere.
+        from loraflow.serving.vllm.model_state import StatefulModel
+
+        swap_class(model, StatefulModel)
+        return
     swap_class(model, RequestingModel)
     _TABLES[id(vllm_config)] = (vllm_config, table)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.demo.world import adapter_paths, base_path
 
@@ -59,6 +63,9 @@ def test_a_missing_package_is_told(run, monkeypatch):
         (("serve", "a/one", "b/one"), "Two fusions are called 'one'. Name them as name=path."),
         (("serve", "one=a", "one=b"), "Two fusions are called 'one'. Name them as name=path."),
         ((*SERVE, "--max-requests", "0"), "`requests` (=0) must be at least 1."),
+        ((*SERVE, "--admin-key", "x"), "needs both: an admin key, and folders to load from"),
+        ((*SERVE, "--load-from", "."), "needs both: an admin key, and folders to load from"),
+        ((*SERVE, "--request-weights"), "`--request-weights` is for vLLM. Say --engine vllm too, or leave it out."),
         ((*SERVE, "--max-waiting", "0"), "`max_waiting` (=0) must be greater than 0."),
         ((*SERVE, "--served-model-name", "math"), "Two models are called 'math'. Give each a name of its own."),
     ],
@@ -68,6 +75,81 @@ def test_errors_are_one_clear_line(run, arguments, message):
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def fusion(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fusions") / "zh-math"
+    paths = {name: adapter_paths()[name] for name in ("zh-chat", "math")}
+    FusedModel.from_adapters(base_path(), paths, "average").save_pretrained(directory)
+    return directory
+
+
+def test_vllms_command_is_composed(run, fusion):
+    result = run("serve", f"mix={fusion}", "--engine", "vllm", "--port", "9000", "--print-command")
+    assert result.exit_code == 0, result.output
+    words = shlex.split(result.output)
+    program, verb, base = words[:3]
+    assert (Path(program).name, verb, Path(base).resolve()) == ("vllm", "serve", base_path().resolve())
+    for option, value in (
+        ("--load-format", "loraflow"),
+        ("--served-model-name", "mix"),
+        ("--host", "127.0.0.1"),
+        ("--port", "9000"),
+        ("--dtype", "float32"),
+    ):
+        assert words.count(option) == 1
+        assert words[words.index(option) + 1] == value
+    assert json.loads(words[words.index("--model-loader-extra-config") + 1])["fusion"] == str(fusion)
+    assert "--logits-processors" not in words
+
+
+def test_options_go_to_vllm(run, fusion):
+    arguments = ("--vllm-args", "--port 7 --tensor-parallel-size=2", "--request-weights", "--unverified")
+    modules = ("--lora-modules", f"math={adapter_paths()['math']}", "--dtype", "bfloat16")
+    result = run("serve", str(fusion), "--engine", "vllm", *arguments, *modules, "--print-command")
+    words = shlex.split(result.output)
+    assert [words.count(option) for option in ("--port", "--dtype", "--tensor-parallel-size=2")] == [1, 1, 1]
+    assert (words[words.index("--port") + 1], words[words.index("--dtype") + 1]) == ("7", "bfloat16")
+    assert "--no-enable-prefix-caching" in words
+    assert words[words.index("--logits-processors") + 1].startswith("loraflow.serving.vllm.requests:")
+    loader = json.loads(words[words.index("--model-loader-extra-config") + 1])
+    assert loader["unverified"] is True
+    assert loader["adapters"] == {"math": str(adapter_paths()["math"])}
+
+
+def test_vllm_takes_this_process(run, fusion, monkeypatch):
+    started = []
+    monkeypatch.setattr(shutil, "which", lambda program: f"/somewhere/{Path(program).name}")
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    run("serve", str(fusion), "--engine", "vllm", "--api-key", "secret")
+    ((program, command, environment),) = started
+    assert program == "/somewhere/vllm"
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert not any("secret" in word for word in command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-requests", "3"), "`--max-requests` is for loraflow's own engine."),
+        (("--admin-key", "x"), "`--admin-key` is for loraflow's own engine."),
+        (("--timeout", "3"), "`--timeout` is for loraflow's own engine."),
+        (("other",), "vLLM serves one fusion at a time; 2 were given. Give one."),
+        (("--vllm-args", "--load-format auto"), "`--load-format` is composed from the fusion. Leave it out."),
+    ],
+)
+def test_what_vllm_cannot_take_is_told(run, fusion, arguments, message):
+    result = run("serve", str(fusion), "--engine", "vllm", *arguments)
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+
+
+def test_a_missing_vllm_is_told(run, fusion, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    result = run("serve", str(fusion), "--engine", "vllm")
+    assert result.exit_code == 1
+    assert "vLLM is not installed in this environment: pip install 'loraflow[vllm]'" in result.output
 
 
 def free_port():

@@ -5,6 +5,7 @@ Subcommands import torch and transformers only when they run, so that `--help` i
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -73,3 +74,5 @@ def main(
     ),
 ) -> None:
     """Options of the program itself."""
+    # On the CPU it advises a kernel that has no backward, and that fused 4-bit bases are kept from.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

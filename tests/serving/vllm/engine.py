@@ -1,7 +1,8 @@
 """Engines of vLLM, one after the other in a process of their own: `python engine.py JOB RESULTS`.
 
 A job is a list of engines: how each is started, and what it is asked, call by call. What comes out is the token ids and
-the number of cached prompt tokens of each answer, or the error that kept the engine from starting.
+the number of cached prompt tokens of each answer, on request the likeliest tokens after the prompt, or the error that
+kept the engine from starting.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import json
 import sys
 import traceback
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,24 @@ def answer(engine: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm.lora.request import LoRARequest
 
     extras = call.get("extra_args") or [None] * len(call["prompts"])
-    params = [
-        SamplingParams(temperature=0, max_tokens=call["tokens"], ignore_eos=True, detokenize=False, extra_args=extra)
-        for extra in extras
-    ]
+    greedy = {"temperature": 0, "max_tokens": call["tokens"], "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**greedy, extra_args=e, logprobs=call.get("logprobs")) for e in extras]
     prompts = [{"prompt_token_ids": prompt} for prompt in call["prompts"]]
-    lora = call.get("lora") and LoRARequest("native", 1, call["lora"])
+    # vLLM keeps adapters by their number.
+    lora = call.get("lora") and LoRARequest(call["lora"], zlib.crc32(call["lora"].encode()), call["lora"])
     try:
         outputs = engine.generate(prompts, params, use_tqdm=False, lora_request=lora)
     except VLLMValidationError as error:
         return [{"refused": str(error)}]
-    return [{"ids": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs]
+    return [
+        {"ids": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens, "first": _first(o.outputs[0])}
+        for o in outputs
+    ]
+
+
+def _first(output: Any) -> dict[int, float]:
+    """The likeliest tokens after the prompt, with their log-probabilities."""
+    return {token: found.logprob for token, found in (output.logprobs or [{}])[0].items()}
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,13 @@ Prompts are longer than a step (chunked prefill), more than fit in a batch, and 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
@@ -184,6 +187,64 @@ def test_adapters_of_vllm_itself_go_on_top(tmp_path):
     for found, wanted in zip(run_engines(jobs, tmp_path / "run"), expected, strict=True):
         assert "error" not in found, found["error"]
         assert [[answer["ids"] for answer in answers] for answers in found["answers"]] == wanted
+
+
+def save_gptq(base: Path, directory: Path, group: int = 32) -> Path:
+    """The base with symmetric 4-bit weights, as GPTQ checkpoints have them."""
+    directory.mkdir()
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        rows, columns = weight.shape
+        groups = weight.view(rows, columns // group, group)
+        scales = (groups.abs().amax(-1, keepdim=True) / 7).half().float()
+        levels = ((groups / scales).round().clamp(-8, 7) + 8).view(rows, columns).t().long()
+        packed = sum(levels[index::8] << 4 * index for index in range(8))
+        part = name.removesuffix("weight")
+        tensors[f"{part}qweight"] = ((packed + 2**31) % 2**32 - 2**31).int().contiguous()
+        tensors[f"{part}scales"] = scales.squeeze(-1).t().contiguous().half()
+        # Zero points are 8, of which GPTQ's files hold one less.
+        tensors[f"{part}qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
+        tensors[f"{part}g_idx"] = (torch.arange(columns) // group).int()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+    }
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    return directory
+
+
+def test_quantised_bases_are_fused_as_vllm_adds_adapters_to_them(tmp_path):
+    base = save_base(tmp_path / "llama")
+    gptq = save_gptq(base, tmp_path / "gptq")
+    asked = {**call(prompts()), "logprobs": 20}
+    own = {name: Path(path) for name, path in adapters_of(base).items() if name != "code"}
+    lora = {"model": str(gptq), "enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}
+    jobs = [{"engine": lora, "calls": [asked, *({**asked, "lora": str(path)} for path in own.values())]}]
+    for weights in ({"zh": 0.0}, *({name: 1.0} for name in own)):
+        fusion = save_fusion(tmp_path / f"{weights}", base, Static(weights))
+        jobs.append({"engine": engine(fusion, gptq), "calls": [asked]})
+    jobs = [{**job, "engine": {**job["engine"], "dtype": "bfloat16"}} for job in jobs]
+    native, *fused = run_engines(jobs, tmp_path / "run")
+    assert not [found["error"] for found in (native, *fused) if "error" in found]
+    without, *beside = native["answers"]
+    nothing, *single = (found["answers"][0] for found in fused)
+    assert [answer["ids"] for answer in nothing] == [answer["ids"] for answer in without]
+    for found, expected in zip(single, beside, strict=True):
+        assert distance(found, expected) < 0.1 < distance(found, without) / 3
+
+
+def distance(one: list[dict], other: list[dict]) -> float:
+    """The largest difference between log-probabilities of the likeliest tokens after the prompts."""
+    both = [(a["first"], b["first"]) for a, b in zip(one, other, strict=True)]
+    return max(abs(a[token] - b[token]) for a, b in both for token in a.keys() & b.keys())
 
 
 REFUSED = {

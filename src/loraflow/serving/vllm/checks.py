@@ -79,16 +79,11 @@ def check_engine(config: Any, *, requests: bool, unverified: bool = False) -> No
     """
     for setting, reason in _conflicts(config, requests):
         raise LoraflowError(f"A fusion cannot be served with {setting}: {reason}")
-    architecture, quantization = config.model_config.architecture, config.model_config.quantization
+    architecture = config.model_config.architecture
     if architecture not in ARCHITECTURES and not unverified:
         raise ArchitectureError(
             f"vLLM's {architecture} has not been compared with transformers; {', '.join(ARCHITECTURES)} have. "
             f"{_UNVERIFIED}"
-        )
-    if quantization is not None and not unverified:
-        raise LoraflowError(
-            f"The base is quantised ({quantization!r}), and answers of a quantised base depend on the kernels that "
-            f"compute them. {_UNVERIFIED}"
         )
     if requests and config.use_v2_model_runner and not unverified:
         raise LoraflowError(

@@ -88,6 +88,10 @@ def _read(options: FusionOptions, requested: str | None, model_config: Any) -> F
         )
     if recorded.dtype != str(model_config.dtype).removeprefix("torch."):
         logger.info("The fusion was made in %s and is served in %s.", recorded.dtype, model_config.dtype)
+    if model_config.quantization is not None:
+        logger.info(
+            "The fusion was made on a base as it is, and is served on one quantised by %s.", model_config.quantization
+        )
     return plan
 
 

@@ -432,6 +432,7 @@ def test_a_full_queue_says_when_to_come_again(catalog):
             # Of several prompts the first would fit; none is left behind.
             assert post(address, "completions", PLAIN | {"prompt": ["a", "b"]}).status == 429
             assert service.engine.running == 2
+            wait_for(lambda: service.engine.batched == 2)
             assert post(address, "completions", PLAIN).status == 200
         wait_for(lambda: service.engine.running == 0)
         assert post(address, "completions", PLAIN | {"n": 2}).status == 200
@@ -551,7 +552,7 @@ def test_health_and_metrics(client, server, question):
     shares = answer.choices[0].fusion_weights["weights"]
     expected = sum(max(0.0, row[1]) for row in shares)
     assert grown('loraflow_fusion_weight_total{adapter="math"}') == pytest.approx(expected, abs=1e-3)
-    assert after["loraflow_running_answers"] == 0
+    assert after["loraflow_running_answers"] == after["loraflow_batched_answers"] == 0
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

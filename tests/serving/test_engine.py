@@ -16,7 +16,7 @@ from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
 from loraflow.methods import Arrow, Logo, QaFlora
 from loraflow.serving.engine import Engine, Failure, Limits, Sampling, Weigher, answer, running, sample
-from tests.serving.worlds import DEADLINE_S, alone, job, learned, send, tiny_fusion, weigher_of
+from tests.serving.worlds import DEADLINE_S, alone, job, learned, send, tiny_fusion, wait_for, weigher_of
 from tests.tiny import random_ids, tiny_model
 
 SMALL = Limits(requests=8, batch_tokens=24, cache_tokens=1024, page_tokens=16)
@@ -108,6 +108,17 @@ def test_a_small_cache_queues_and_resumes_requests():
         heard = [send(engine, job(p, weigher_of(model, method, p), new=30)) for p, method in cases]
         assert [listener.ids() for listener in heard] == expected
         assert engine.running == 0
+
+
+def test_what_waits_is_told_from_what_runs():
+    model = tiny_fusion()
+    with running(model, Limits(requests=1, batch_tokens=24, cache_tokens=1024, page_tokens=16)) as engine:
+        heard = [send(engine, job(prompt, new=200)) for prompt in prompts(3)]
+        wait_for(lambda: engine.batched == 1)
+        assert engine.running > 1
+        for listener in heard:
+            listener.tokens()
+        assert (engine.running, engine.batched) == (0, 0)
 
 
 @pytest.mark.parametrize("page_tokens", [16, 5])

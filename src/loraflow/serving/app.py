@@ -47,7 +47,7 @@ def make_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        service.metrics.watch(lambda: service.engine.running)
+        service.metrics.watch(lambda: service.engine.running, lambda: service.engine.batched)
         yield
         await service.stop()
 

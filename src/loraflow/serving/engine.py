@@ -241,6 +241,11 @@ class Engine:
         """How many requests are in the engine."""
         return len(self._jobs)
 
+    @property
+    def batched(self) -> int:
+        """How many of them were in its last step."""
+        return min(self._manager.batched, len(self._jobs))
+
     def uses(self, adapters: Collection[str]) -> bool:
         """Whether a request that is not answered yet needs one of these adapters."""
         jobs = list(self._jobs.values())
@@ -309,6 +314,7 @@ class _Manager(ContinuousBatchingManager):
     def __init__(self, model: FusedModel, limits: Limits, jobs: dict[str, Job]) -> None:
         self._fused = model
         self._jobs = jobs
+        self.batched = 0
         config = ContinuousBatchingConfig(
             page_size=limits.page_tokens,
             num_blocks=-(-limits.cache_tokens // limits.page_tokens),
@@ -355,6 +361,7 @@ class _Manager(ContinuousBatchingManager):
         # Once a step: requests may be cancelled in the middle of it.
         batch = [(self._jobs.get(f.state.request_id), f) for f in _batch_of(self.batch_processor.inputs_and_outputs)]
         cast(_Runner, self.batch_processor.model_runner).batch = batch
+        self.batched = len(batch)
         model = self._fused
         with contextlib.ExitStack() as stack:
             stack.enter_context(model._turn())

@@ -47,11 +47,20 @@ class Metrics:
             registry=registry,
         )
         self._weighed = Counter("loraflow_weighed_tokens", "Tokens that were sent with weights", registry=registry)
-        self._running = Gauge("loraflow_running_answers", "Answers in the engine", registry=registry)
+        self._gauges = {
+            name: Gauge(f"loraflow_{name}_answers", text, registry=registry)
+            for name, text in (
+                ("running", "Answers in the engine"),
+                ("batched", "Answers in its last step"),
+                ("waiting", "Answers that are in the engine and were not in its last step"),
+            )
+        }
 
-    def watch(self, running: Callable[[], float]) -> None:
-        """Read how many answers are in the engine whenever the metrics are read."""
-        self._running.set_function(running)
+    def watch(self, running: Callable[[], int], batched: Callable[[], int]) -> None:
+        """Read how many answers are in the engine, and in its last step, whenever the metrics are read."""
+        self._gauges["running"].set_function(running)
+        self._gauges["batched"].set_function(batched)
+        self._gauges["waiting"].set_function(lambda: max(0, running() - batched()))
 
     def add_weights(self, adapters: Sequence[str], weights: Float[Tensor, "layers adapters"]) -> None:
         """Count a token's weights; negative ones take nothing away."""

@@ -61,8 +61,10 @@ def lanes_of_methods(
     for method, gates, requests in by_gates.values():
         if isinstance(method, QueryMethod):
             given.update(zip(requests, weigh_prompts(method, gates, requests).cpu(), strict=True))
-        elif _is_constant(method, gates):
-            given.update(dict.fromkeys(requests, _constant_weights(attachment, gates)))
+        elif not gates:
+            given.update(dict.fromkeys(requests, torch.zeros(len(attachment.fusions), len(attachment.adapters))))
+        elif is_constant(method, gates):
+            given.update(dict.fromkeys(requests, constant_weights(gates, len(attachment.fusions))))
         else:
             lanes.append(attachment.lane(requests, method, gates))
     if given:
@@ -71,16 +73,19 @@ def lanes_of_methods(
     return Lanes(len(chosen), tuple(lanes))
 
 
-def _is_constant(method: Method, gates: Gates) -> bool:
+def is_constant(method: Method, gates: Gates) -> bool:
+    """Whether gates give the same weights always, one for each layer."""
     if method.mixing != "outputs" or method.place == "module":
         return False
     return all(isinstance(gate, ConstantGate) for gate in gates.values())
 
 
-def _constant_weights(attachment: Attachment, gates: Gates) -> Float[Tensor, "layers adapters"]:
-    none = torch.zeros(len(attachment.adapters))
-    found = [gates.get(f"layers.{index}", gates.get("model")) for index in range(len(attachment.fusions))]
-    return torch.stack([none if gate is None else cast(ConstantGate, gate).weights.cpu() for gate in found])
+def constant_weights(gates: Gates, layers: int) -> Float[Tensor, "layers adapters"]:
+    """The weights that such gates give each layer; zero where there is none."""
+    found = [gates.get(f"layers.{index}", gates.get("model")) for index in range(layers)]
+    given = [None if gate is None else cast(ConstantGate, gate).weights.detach().cpu() for gate in found]
+    none = torch.zeros_like(next(weights for weights in given if weights is not None))
+    return torch.stack([none if weights is None else weights for weights in given])
 
 
 def weigh_prompts(

@@ -193,6 +193,58 @@ def test_weights_are_those_of_the_requests_own_adapters(server, small_world):
     assert 'loraflow_fusion_weight_total{adapter="math"}' in metrics
 
 
+def test_loading_beside_requests_that_want_weights(server, small_world):
+    _, address = server
+    wanted = {"return_fusion_weights": "all"}
+    expected = ask(address, "layers", **wanted).json()["choices"]
+    seen, ended = [], threading.Event()
+
+    def go():
+        while not ended.is_set():
+            seen.append(ask(address, "layers", **wanted))
+
+    clients = [threading.Thread(target=go) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(12):
+            assert load(address, "code", "adapters/code").status == 200
+            assert unload(address, "code").status == 200
+    finally:
+        ended.set()
+        for client in clients:
+            client.join(600)
+    assert len(seen) > 3
+    for answer in seen:
+        assert answer.status == 200, answer.text
+        (choice,) = answer.json()["choices"]
+        assert choice["text"] == expected[0]["text"]
+        found, before = (torch.tensor(c["fusion_weights"]["weights"]) for c in (choice, expected[0]))
+        torch.testing.assert_close(found, before, rtol=0, atol=2e-5)
+
+
+def test_a_request_that_waits_is_not_answered_by_another_adapter(server, monkeypatch):
+    service, address = server
+    load(address, "code", "adapters/code")
+    weigher, reached, go_on, answers = service.catalog.weigher, threading.Event(), threading.Event(), []
+
+    def slow(served, prompt):
+        reached.set()
+        go_on.wait(600)
+        return weigher(served, prompt)
+
+    monkeypatch.setattr(service.catalog, "weigher", slow)
+    waiting = threading.Thread(target=lambda: answers.append(ask(address, "code")))
+    waiting.start()
+    reached.wait(600)
+    assert unload(address, "code").status == 200
+    assert load(address, "code", "adapters/es-chat").status == 200
+    go_on.set()
+    waiting.join(600)
+    assert answers[0].status == 404
+    assert "'code', or an adapter of its, was unloaded." in answers[0].json()["error"]["message"]
+
+
 # ---- Who may, and what ---------------------------------------------------------------------------------------------
 
 
@@ -257,7 +309,13 @@ def test_what_cannot_be_loaded_changes_nothing(server, folder):
     config = json.loads((changed / "fusion_config.json").read_text())
     config["adapters"][1]["path"] = "../ru"
     (changed / "fusion_config.json").write_text(json.dumps(config))
+    reads = shutil.copytree(folder / "steps", folder / "reads")
+    config = json.loads((reads / "fusion_config.json").read_text())
+    config["method"] = {"name": "centroid", "parameters": {"encoder": "/etc"}}
+    (reads / "fusion_config.json").write_text(json.dumps(config))
     cases = {
+        ("ru-chat", "steps"): "The fusion 'ru-chat' has an adapter of the same name. Give it another.",
+        ("x", "reads"): "The method 'centroid' reads another model (`encoder`='/etc')",
         ("x", "of-another-base"): "It was trained on another base",
         ("x", "broken"): "adapter_model.safetensors",
         ("x", "adapters"): "adapter_config.json",
@@ -274,7 +332,7 @@ def test_what_cannot_be_loaded_changes_nothing(server, folder):
     for name, status, message in (
         ("zh-chat", 400, "The adapter 'zh-chat' is needed by 'layers'. Unload that first."),
         ("small", 400, "'small' is the base, which stays."),
-        ("nobody", 404, "There is no model 'nobody'. Known: 'small', 'zh-chat', 'math', 'layers'."),
+        ("nobody", 404, "There is no model 'nobody'. Known: 'layers', 'math', 'small', 'zh-chat'."),
     ):
         answer = unload(address, name)
         assert (answer.status, message in answer.json()["error"]["message"]) == (status, True), answer.text

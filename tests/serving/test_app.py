@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import random
 import socket
@@ -78,7 +79,7 @@ def test_models_are_listed(client, catalog):
     assert (layers.adapters, layers.method, layers.kind) == (["zh-chat", "math"], "lora-flow", "fusion")
     assert layers.digest == catalog.find("layers").digest
     assert layers.max_model_len == 512
-    with pytest.raises(openai.NotFoundError, match=r"There is no model 'layer'\. Known: 'small', 'zh-chat', "):
+    with pytest.raises(openai.NotFoundError, match=r"There is no model 'layer'\. Known: 'arrows', 'code', "):
         client.models.retrieve("layer")
 
 
@@ -147,6 +148,66 @@ def test_a_stream_adds_up_to_the_whole(client, question, options):
         mine = [piece.choices[0].text for piece in pieces if piece.choices[0].index == choice.index]
         assert "".join(mine) == choice.text
     assert all(piece.usage is None for piece in pieces)
+
+
+def test_null_is_as_if_left_out(server):
+    fields = ["temperature", "top_p", "n", "stream", "stop", "seed", "presence_penalty", "adapter_weights", "fusion"]
+    body = {**PLAIN, **dict.fromkeys([*fields, "stream_options", "logprobs", "echo"], None), "seed": 3, "model": "math"}
+    first, second = (post(server[1], "completions", one).json() for one in (body, {**body, "temperature": 1, "n": 1}))
+    assert first["choices"] == second["choices"]
+    assert "model" in post(server[1], "completions", {**PLAIN, "model": None}).json()["error"]["message"]
+
+
+def test_chunks_put_together_are_the_message(server, client, question):
+    # The client takes no answer that was cut.
+    body = {"model": "math", "messages": asked(question), "n": 2, **GREEDY, "max_tokens": 120}
+    whole = client.chat.completions.create(**body)
+    with client.chat.completions.stream(**body) as stream:
+        for _ in stream:
+            pass
+        found = stream.get_final_completion()
+    for one, other in zip(found.choices, whole.choices, strict=True):
+        assert (one.message.role, one.message.content) == ("assistant", other.message.content)
+    refused = post(server[1], "completions", {**PLAIN, "stream_options": {"include_usage": True}})
+    assert refused.status == 400
+    assert "`stream_options` needs `stream`" in refused.json()["error"]["message"]
+
+
+def test_offsets_are_those_of_the_tokens(client):
+    body = {"model": "math", "prompt": ["1 + 1 =", "Anna has 3"], "logprobs": 0, **GREEDY}
+    whole = client.completions.create(**body)
+    pieces = [chunk.choices[0] for chunk in client.completions.create(**body, stream=True)]
+    for choice in whole.choices:
+        starts = itertools.accumulate(map(len, choice.logprobs.tokens[:-1]), initial=0)
+        assert choice.logprobs.text_offset == list(starts)
+        mine = [offset for piece in pieces if piece.index == choice.index for offset in piece.logprobs.text_offset]
+        assert mine == choice.logprobs.text_offset
+
+
+def test_several_prompts_are_streamed_beside_each_other(client, service):
+    prompts = ["Anna has 3 apples", "1 + 1 ="]
+    long = {"model": "math", "temperature": 1.9, "seed": 3, "max_tokens": 60}
+    free = client.completions.create(prompt=prompts[1:], **long).choices[0].text
+    # The second ends at once, though the first goes on.
+    stop = free[:1]
+    order = [chunk.choices[0] for chunk in client.completions.create(prompt=prompts, stop=stop, stream=True, **long)]
+    ended = next(place for place, choice in enumerate(order) if choice.index == 1 and choice.finish_reason)
+    assert order[ended].finish_reason == "stop"
+    assert sum(choice.index == 1 for choice in order) == 1
+    wait_for(lambda: service.engine.running == 0)
+
+
+def test_the_coldest_temperatures_are_greedy(server):
+    greedy = post(server[1], "completions", {**PLAIN, "temperature": 0}).json()["choices"]
+    for temperature in (5e-324, 1e-300, 1e-9):
+        assert post(server[1], "completions", {**PLAIN, "temperature": temperature}).json()["choices"] == greedy
+
+
+def test_what_nobody_expected_is_an_error_of_openais_form(server, service, monkeypatch):
+    monkeypatch.setattr(service, "served_for", lambda body: 1 / 0)
+    answer = post(server[1], "completions", PLAIN)
+    assert answer.status == 500
+    assert answer.json()["error"]["message"] == "The server failed: ZeroDivisionError."
 
 
 def test_stop_strings_end_an_answer(client, service, question):

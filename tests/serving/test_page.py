@@ -77,7 +77,7 @@ def server(tmp_path_factory):
     model.save_pretrained(directory / "flow")
     catalog = Catalog.open(None, fusions={"flow": str(directory / "flow")}, base_id="base")
     flow = catalog.served["flow"]
-    tensors = {f"{site}.{key}": value for site, gate in flow.own.items() for key, value in gate.state_dict().items()}
+    tensors = {f"{site}.{key}": value for site, gate in flow.gates.items() for key, value in gate.state_dict().items()}
     plain = PromptFormat(template="<|user|>{prompt}<|assistant|>")
     for name, prompt in (("plain", plain), (HOSTILE_NAME, flow.prompt)):
         catalog.add_fusion(name, "nowhere", NAMES, flow.method, prompt, tensors)

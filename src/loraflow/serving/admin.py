@@ -12,7 +12,7 @@ from pathlib import Path
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Served
 from loraflow.serving.protocol import ApiError
-from loraflow.serving.service import Service
+from loraflow.serving.service import Service, find_model
 
 log = logging.getLogger("loraflow.serving")
 
@@ -84,13 +84,12 @@ class Admin:
         """
         folders = self._service.config.load_from
 
-        def permit(directory: Path) -> None:
-            permitted(directory, folders)
+        def permit(directory: str) -> str:
+            return str(permitted(Path(directory), folders))
 
         async with self._changing:
-            directory = permitted(Path(path), folders)
             try:
-                served = await asyncio.to_thread(self._service.catalog.load, name, directory, permit)
+                served = await asyncio.to_thread(self._service.catalog.load, name, path, permit)
             except LoraflowError as error:
                 raise ApiError(400, str(error)) from error
         log.info(json.dumps({"loaded": served.id, "digest": served.digest}, ensure_ascii=False))
@@ -104,10 +103,7 @@ class Admin:
         """
         service, catalog = self._service, self._service.catalog
         async with self._changing:
-            if name not in catalog.served:
-                known = ", ".join(map(repr, catalog.served))
-                message = f"There is no model {name!r}. Known: {known}."
-                raise ApiError(404, message, param="lora_name", code="model_not_found")
+            find_model(catalog, name, "lora_name")
             try:
                 leaving = catalog.withdraw(name)
             except LoraflowError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,10 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from loraflow import __version__
 from loraflow.serving.admin import Admin, check_admin_key, is_key
+from loraflow.serving.catalog import Served
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
-from loraflow.serving.service import Asked, Piece, Service
+from loraflow.serving.service import Asked, Piece, Service, find_model
+
+log = logging.getLogger("loraflow.serving")
 
 _OPEN = ("/health", "/metrics")
 _LOAD, _UNLOAD = _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -102,6 +106,11 @@ def _add_errors(app: FastAPI) -> None:
     async def api_error(_: Request, error: ApiError) -> Response:
         return _error_response(error)
 
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        log.exception("%s %s failed", request.method, request.scope["path"], exc_info=error)
+        return _error_response(ApiError(500, f"The server failed: {type(error).__name__}.", kind="server_error"))
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -139,19 +148,15 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses={401: _ERRORS[401]})
     async def models() -> dict[str, Any]:
         """The base, each adapter, and each fusion."""
-        return {"object": "list", "data": [_card(service, name) for name in service.catalog.served]}
+        return {"object": "list", "data": [_card(service, served) for served in service.catalog.served.values()]}
 
     @app.get("/v1/models/{name:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
-        if name not in service.catalog.served:
-            known = ", ".join(map(repr, service.catalog.served))
-            raise ApiError(404, f"There is no model {name!r}. Known: {known}.", param="model", code="model_not_found")
-        return _card(service, name)
+        return _card(service, find_model(service.catalog, name))
 
 
-def _card(service: Service, name: str) -> dict[str, Any]:
-    served = service.catalog.served[name]
+def _card(service: Service, served: Served) -> dict[str, Any]:
     return {
         "id": served.id,
         "object": "model",
@@ -171,7 +176,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        served = service.served_for(body)
+        served = await service.read(service.served_for, body)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         if messages[-1]["role"] != "user":
             raise ApiError(400, "The conversation must end with the user's turn.", param="messages")
@@ -179,7 +184,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             raise ApiError(400, "`top_logprobs` needs `logprobs`. Set it to true.", param="top_logprobs")
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
-        asked = await service.ask(body, served, service.prompt_ids(served, messages), longest, wanted)
+        prompt = await service.read(service.prompt_ids, served, messages)
+        asked = await service.ask(body, served, prompt, longest, wanted)
         reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
         if body.stream:
             return _stream(service, reply, chat_chunk)
@@ -188,10 +194,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        served = service.served_for(body)
+        served = await service.read(service.served_for, body)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"`best_of` (={body.best_of}) is not supported. Leave it out.", param="best_of")
-        prompts = _prompts(service, body)
+        prompts = await service.read(_prompts, service, body)
         if len(prompts) * body.n > service.config.max_waiting:
             message = f"{len(prompts)} prompts times n={body.n} are more than the server takes."
             raise ApiError(400, message, param="prompt")
@@ -199,7 +205,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         try:
             for prompt in prompts:
                 asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs))
-        except ApiError:
+        except BaseException:
             for one in asked:
                 service.cancel(one)
             raise
@@ -216,8 +222,7 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     @app.post(_LOAD, responses=errors)
     async def load(body: LoadRequest) -> dict[str, Any]:
         """Offer another adapter, or another saved fusion."""
-        served = await admin.load(body.lora_name, body.lora_path)
-        return _card(service, served.id)
+        return _card(service, await admin.load(body.lora_name, body.lora_path))
 
     @app.post(_UNLOAD, responses=errors)
     async def unload(body: UnloadRequest) -> dict[str, Any]:
@@ -267,6 +272,43 @@ async def _gather(service: Service, request: Request, asked: Sequence[Asked]) ->
         await asyncio.gather(*work, return_exceptions=True)
 
 
+async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of all prompts' answers as they come, each with the number of its prompt.
+
+    Yields:
+        Number and piece.
+
+    Raises:
+        ApiError: if one of them fails, or takes too long.
+    """
+    arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def collect(number: int) -> None:
+        end: Exception | None = None
+        try:
+            async for piece in service.pieces(asked[number]):
+                arrived.put_nowait((number, piece))
+        except Exception as error:
+            end = error
+        arrived.put_nowait((number, end))
+
+    work = [asyncio.ensure_future(collect(number)) for number in range(len(asked))]
+    unfinished = len(asked)
+    try:
+        while unfinished:
+            number, found = await arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                unfinished -= 1
+            else:
+                yield number, found
+    finally:
+        for one in work:
+            one.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+
+
 Chunk = Callable[[Reply, int, Piece], Mapping[str, Any]]
 
 
@@ -292,8 +334,8 @@ def _stream(service: Service, reply: Reply, chunk: Chunk) -> Response:
 
     async def events() -> AsyncIterator[str]:
         try:
-            for number, asked in enumerate(reply.asked):
-                async for piece in service.pieces(asked):
+            async with contextlib.aclosing(_pieces(service, reply.asked)) as pieces:
+                async for number, piece in pieces:
                     yield _event(chunk(reply, number, piece))
             options = reply.body.stream_options
             if options is not None and options.include_usage:

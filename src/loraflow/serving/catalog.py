@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.attach import Attachment
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.layers import Gates
 from loraflow.loading import BaseOptions
 from loraflow.methods import Method, QueryMethod, Static, get_method, make_method
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
-from loraflow.rows import weigh_prompts
+from loraflow.rows import constant_weights, is_constant, weigh_prompts
 from loraflow.serving.engine import Weigher
 from loraflow.storage import (
     CONFIG_FILE,
@@ -35,8 +36,8 @@ from loraflow.storage import (
 
 Kind = Literal["base", "adapter", "fusion"]
 
-Permit = Callable[[Path], None]
-"""Raises where a directory may not be read."""
+Permit = Callable[[str], str]
+"""Gives the directory that is meant, and raises where it may not be read."""
 
 # Methods whose gates are kept for further requests; parameters are the clients' to choose.
 _KEPT = 16
@@ -53,6 +54,7 @@ class Served:
         parent: the base's name; None for the base itself.
         digest: of all that its answers depend on but the request: base, adapters, method and what that has learned.
         adapters: names of its adapters, in the order of its weights.
+        parts: the digest of each of them.
         method: who weighs them.
         prompt: how messages become prompts.
         gates: the method's gates, for its own adapters.
@@ -65,6 +67,7 @@ class Served:
     parent: str | None
     digest: str
     adapters: tuple[str, ...]
+    parts: tuple[str, ...]
     method: Method
     prompt: PromptFormat
     gates: Gates = field(repr=False)
@@ -88,9 +91,9 @@ class Catalog:
         self.served = {}
         # Gates of methods that requests ask for, such as Arrow's directions, which take a while to find.
         self._made: dict[str, Gates] = {}
-        self._add(base_id, "base", base_root, (), make_method("base", {}), model.prompt)
+        self._offer(self._make(base_id, "base", base_root, (), make_method("base", {}), model.prompt))
         for adapter in model.adapters:
-            self._add_adapter(adapter)
+            self._offer(self._make_adapter(adapter))
 
     @classmethod
     def open(
@@ -133,10 +136,10 @@ class Catalog:
         model = FusedModel.from_adapters(base, union, "base", options=options)
         catalog = cls(model, base_id or _short(str(base)), str(base))
         for name, fusion in saved.items():
-            catalog._add_saved(fusion, names_of[name])
+            catalog._offer(catalog._make_saved(fusion, names_of[name]))
         return catalog
 
-    def load(self, name: str, path: str | Path, permit: Permit = lambda path: None) -> Served:
+    def load(self, name: str, path: str, permit: Permit = lambda path: path) -> Served:
         """Offer another adapter, or another saved fusion, while requests are answered.
 
         Where a new adapter comes into the model, requests wait as long as it takes to stack all of them anew.
@@ -144,7 +147,7 @@ class Catalog:
         Args:
             name: what requests will call it.
             path: its directory; one with a `fusion_config.json` is a fusion's.
-            permit: called with the directory of every adapter that is read, before; raises where it may not be.
+            permit: called with every directory before it is read; gives the one that is meant, or raises.
 
         Returns:
             What is offered now.
@@ -152,30 +155,36 @@ class Catalog:
         Raises:
             LoraflowError: if the name is taken, or cannot be used; nothing has changed then.
         """
-        self._check_new(name)
         check_adapter_names([name])
-        known = {adapter.name: adapter for adapter in self.model.adapters}
-        fusion = _Saved.read(name, str(path)) if (Path(path) / CONFIG_FILE).is_file() else None
-        if fusion is not None:
+        self._check_new(name)
+        path = permit(path)
+        before = self.model.adapters
+        known = {adapter.name: adapter for adapter in before}
+        if name in known:
+            raise LoraflowError(f"The adapter {name!r} was unloaded, and requests still use it. Try again later.")
+        fusion = _Saved.read(name, path) if (Path(path) / CONFIG_FILE).is_file() else None
+        own: list[str] = []
+        if fusion is None:
+            known[name] = load_adapter(name, path)
+        else:
+            _check_reads_nothing_else(fusion.config)
             check_base(fusion.config.base, self.model._base)
             own = fusion.adapters_in(known, permit)
-        else:
             if name in known:
-                raise LoraflowError(f"The adapter {name!r} was unloaded, and requests still use it. Try again later.")
-            permit(Path(path))
-            known[name], own = load_adapter(name, str(path)), []
-        new = list(known.values())[len(self.model.adapters) :]
-        before = self.served
+                raise LoraflowError(f"The fusion {name!r} has an adapter of the same name. Give it another.")
+        new = list(known.values())[len(before) :]
+        if new:
+            self.model._exchange_adapters(list(known.values()))
         try:
-            if new:
-                self.model._exchange_adapters(list(known.values()))
-            for adapter in new:
-                self._add_adapter(adapter)
-            return self.served[name] if fusion is None else self._add_saved(fusion, own)
+            offered = [self._make_adapter(adapter) for adapter in new]
+            offered += [] if fusion is None else [self._make_saved(fusion, own)]
         except BaseException:
-            self.served = before
-            self.free()
+            # Nobody has heard of them yet.
+            if new:
+                self.model._exchange_adapters(before)
             raise
+        self._offer(*offered)
+        return offered[-1]
 
     def withdraw(self, name: str) -> list[str]:
         """Offer a model no longer; `free` then takes what only it needed out of memory.
@@ -193,7 +202,6 @@ class Catalog:
         if served.kind == "adapter" and users:
             raise LoraflowError(f"The adapter {name!r} is needed by {', '.join(map(repr, users))}. Unload that first.")
         self.served = {key: one for key, one in self.served.items() if key != name}
-        self._made.clear()
         return [adapter for adapter in self.model.adapter_names if adapter not in self.served]
 
     def free(self) -> None:
@@ -207,14 +215,28 @@ class Catalog:
         """Names of the adapters that are offered, in order."""
         return tuple(name for name in self.model.adapter_names if name in self.served)
 
-    def _add_adapter(self, adapter: Adapter) -> Served:
-        alone = Static({adapter.name: 1.0})
-        return self._add(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, self.model.prompt)
+    def is_current(self, served: Served) -> bool:
+        """Whether a model is still offered, and its names mean the same adapters."""
+        now = {adapter.name: adapter.digest for adapter in self.model.adapters}
+        mine = zip(served.adapters, served.parts, strict=True)
+        return served.id in self.served and all(
+            name in self.served and now.get(name) == digest for name, digest in mine
+        )
 
-    def _add_saved(self, fusion: _Saved, adapters: Sequence[str]) -> Served:
-        check_base(fusion.config.base, self.model._base)
-        method = make_method(fusion.config.method.name, fusion.config.method.parameters)
-        return self.add_fusion(fusion.name, fusion.path, adapters, method, fusion.config.prompt, fusion.tensors)
+    def _offer(self, *models: Served) -> None:
+        for served in models:
+            self._check_new(served.id)
+            self.served = {**self.served, served.id: served}
+
+    def _make_adapter(self, adapter: Adapter) -> Served:
+        alone = Static({adapter.name: 1.0})
+        return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, self.model.prompt)
+
+    def _make_saved(self, fusion: _Saved, adapters: Sequence[str]) -> Served:
+        config = fusion.config
+        check_base(config.base, self.model._base)
+        method = make_method(config.method.name, config.method.parameters)
+        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), method, config.prompt, fusion.tensors)
 
     def add_fusion(
         self,
@@ -238,9 +260,11 @@ class Catalog:
         Raises:
             FusionError: if the tensors are not the method's.
         """
-        return self._add(name, "fusion", root, tuple(adapters), method, prompt, tensors)
+        served = self._make(name, "fusion", root, tuple(adapters), method, prompt, tensors)
+        self._offer(served)
+        return served
 
-    def _add(
+    def _make(
         self,
         name: str,
         kind: Kind,
@@ -250,32 +274,33 @@ class Catalog:
         prompt: PromptFormat,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Served:
-        self._check_new(name)
-        gates = self.model._attachment.make_gates(method, self.model._attachment.positions(adapters))
+        attachment = self.model._attachment
+        gates = attachment.make_gates(method, attachment.positions(adapters))
         _load_gates(name, gates, tensors or {})
-        served = Served(
+        parts = _parts(attachment, adapters)
+        return Served(
             id=name,
             kind=kind,
             root=root,
             parent=None if kind == "base" else self.base_id,
-            digest=self._digest(adapters, method, tensors or {}),
+            digest=self._digest(adapters, parts, method, tensors or {}),
             adapters=adapters,
+            parts=parts,
             method=method,
             prompt=prompt,
             gates=gates,
         )
-        self.served = {**self.served, name: served}
-        return served
 
     def _check_new(self, name: str) -> None:
         if name in self.served:
             raise LoraflowError(f"Two models are called {name!r}. Give each a name of its own.")
 
-    def _digest(self, adapters: Sequence[str], method: Method, tensors: Mapping[str, Tensor]) -> str:
-        by_name = {adapter.name: adapter.digest for adapter in self.model.adapters}
+    def _digest(
+        self, adapters: Sequence[str], parts: Sequence[str], method: Method, tensors: Mapping[str, Tensor]
+    ) -> str:
         facts = {
             "base": self.model._base.model_dump(exclude={"path"}),
-            "adapters": [[name, by_name[name]] for name in adapters],
+            "adapters": [[name, digest] for name, digest in zip(adapters, parts, strict=True)],
             "method": [method.name, method.parameters()],
             "learned": tensors_digest(tensors),
         }
@@ -315,26 +340,28 @@ class Catalog:
         return self._with(served, names, chosen)
 
     def _with(self, served: Served, names: tuple[str, ...], method: Method) -> Served:
-        key = json.dumps([names, method.name, method.parameters()], sort_keys=True)
+        # One and the same all the way, whatever comes or leaves meanwhile.
+        attachment = self.model._attachment
+        parts = _parts(attachment, names)
+        key = json.dumps([names, parts, method.name, method.parameters()], sort_keys=True)
         gates = self._made.get(key)
         if gates is None:
-            gates = self._try_gates(method, self.model._attachment.positions(names))
+            gates = self._try_gates(method, attachment, attachment.positions(names))
             if method.level != "task":
                 # Constant weights are cheap to make, and as many as there are requests.
                 self._made[key] = gates
                 if len(self._made) > _KEPT:
                     del self._made[next(iter(self._made))]
-        digest = self._digest(names, method, {})
-        return dataclasses.replace(served, digest=digest, adapters=names, method=method, gates=gates)
+        digest = self._digest(names, parts, method, {})
+        return dataclasses.replace(served, digest=digest, adapters=names, parts=parts, method=method, gates=gates)
 
-    def _try_gates(self, method: Method, positions: Sequence[int]) -> Gates:
+    def _try_gates(self, method: Method, attachment: Attachment, positions: Sequence[int]) -> Gates:
         """Make gates, and let each weigh one token: what fails in a step fails all who are in it.
 
         Raises:
             LoraflowError: if the method refuses its parameters.
             MethodError: if it fails otherwise, as with parameters of a wrong type.
         """
-        attachment = self.model._attachment
         sites = {name: site for place in attachment.sites.values() for name, site in place.items()}
         try:
             gates = attachment.make_gates(method, positions)
@@ -348,7 +375,15 @@ class Catalog:
         return gates
 
     def weigher(self, served: Served, prompt: Sequence[int]) -> Weigher:
-        """Who weighs a request; methods that read prompts read this one now, which takes some passes."""
+        """Who weighs a request; methods that read prompts read this one now, which takes some passes.
+
+        Raises:
+            LoraflowError: if an adapter has left the model.
+        """
+        if served.gates and is_constant(served.method, served.gates):
+            # However many different ones there are, they are weighed together.
+            layers = len(self.model._attachment.fusions)
+            return Weigher(weights=constant_weights(served.gates, layers), adapters=served.adapters)
         if not isinstance(served.method, QueryMethod):
             return Weigher(served.method, served.gates, adapters=served.adapters)
         ids = torch.tensor([list(prompt)], device=self.model.device)
@@ -358,6 +393,24 @@ class Catalog:
             gate = served.gates.get("model")
             weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
         return Weigher(weights=weights, adapters=served.adapters)
+
+
+def _check_reads_nothing_else(config: FusionConfig) -> None:
+    """Refuse methods that would open another model, wherever that may be.
+
+    Raises:
+        LoraflowError: if the fusion's is such a one.
+    """
+    encoder = config.method.parameters.get("encoder", "base")
+    if encoder != "base":
+        raise LoraflowError(
+            f"The method {config.method.name!r} reads another model (`encoder`={encoder!r}), which is not loaded while "
+            "the server runs. Name the fusion when the server is started."
+        )
+
+
+def _parts(attachment: Attachment, adapters: Sequence[str]) -> tuple[str, ...]:
+    return tuple(attachment.adapters[position].digest for position in attachment.positions(adapters))
 
 
 def _load_gates(name: str, gates: Gates, tensors: Mapping[str, Tensor]) -> None:
@@ -387,7 +440,7 @@ class _Saved:
         directory = fetch_fusion(path, None)
         return cls(name, path, directory, *read_fusion(directory))
 
-    def adapters_in(self, known: dict[str, Adapter], permit: Permit = lambda path: None) -> list[str]:
+    def adapters_in(self, known: dict[str, Adapter], permit: Permit = lambda path: path) -> list[str]:
         """The names of its adapters among all, to which those that are missing are added.
 
         Equal ones under several names are one; another one of the same name gets the fusion's name before its own.
@@ -400,8 +453,7 @@ class _Saved:
             name = next((name for name, adapter in known.items() if adapter.digest == record.digest), None)
             if name is None:
                 name = record.name if record.name not in known else f"{self.name}.{record.name}"
-                source = AdapterSource(resolve_source(record.path, self.directory), record.revision)
-                permit(Path(source.path))
+                source = AdapterSource(permit(resolve_source(record.path, self.directory)), record.revision)
                 known[name] = load_adapter(name, source)
                 if known[name].digest != record.digest:
                     raise FusionError(

@@ -32,14 +32,15 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from loraflow.errors import LoraflowError
 from loraflow.layers import Gates, Lane, Lanes
 from loraflow.methods import Method
+from loraflow.serving.finite import finite
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel
 
 FinishReason = Literal["stop", "length"]
 
-# Larger keys are of no use, and could overflow where others' tokens are compared with them.
-_LARGEST = 1e15
+# Below, draws are as good as always the likeliest, and dividing by it may overflow.
+_COLDEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < _COLDEST
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class Engine:
                 f"The prompt ({len(job.prompt)} tokens) and its answer (up to {job.max_new_tokens}) do not fit the "
                 f"cache ({self.limits.cache_tokens} tokens). Give a shorter one, or a larger `cache_tokens`."
             )
-        if job.sampling.temperature > 0:
+        if not job.sampling.greedy:
             job.generator = torch.Generator(device=self.model.device)
             if job.sampling.seed is None:
                 job.generator.seed()
@@ -358,20 +364,23 @@ class _Manager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         assert self.batch_processor is not None
-        # Once a step: requests may be cancelled in the middle of it.
-        batch = [(self._jobs.get(f.state.request_id), f) for f in _batch_of(self.batch_processor.inputs_and_outputs)]
-        cast(_Runner, self.batch_processor.model_runner).batch = batch
-        self.batched = len(batch)
-        model = self._fused
+        shared, model = cast(Any, self.batch_processor.inputs_and_outputs), self._fused
         with contextlib.ExitStack() as stack:
+            # First of all: what the step does with the adapters must be done before others come in or leave.
             stack.enter_context(model._turn())
-            stack.enter_context(model._lanes(_lanes(model, batch)))
+            # Once a step: requests may be cancelled in the middle of it.
+            batch = [(self._jobs.get(future.state.request_id), future) for future in shared.requests_in_batch]
+            cast(_Runner, self.batch_processor.model_runner).batch = batch
+            self.batched = len(batch)
+            with torch.cuda.stream(shared.compute_stream):
+                lanes = _lanes(model, batch)
+            stack.enter_context(model._lanes(lanes))
             if not any(job is not None and job.wants_weights for job, _ in batch):
                 super()._generation_step()
                 return
             recorded = stack.enter_context(model._recording())
             super()._generation_step()
-        self._keep_weights(batch, recorded)
+            self._keep_weights(batch, recorded)
 
     def _keep_weights(self, batch: Sequence[tuple[Job | None, Any]], recorded: Sequence[dict[str, Tensor]]) -> None:
         """Put the weights at the last position of each request beside its new token."""
@@ -393,11 +402,6 @@ class _Manager(ContinuousBatchingManager):
             last = job.facts[-1]
             among = _among(self._fused, job.weigher)
             job.facts[-1] = Token(last.id, last.logprob, last.top, weights if among is None else weights[:, among])
-
-
-def _batch_of(inputs_and_outputs: Any) -> Sequence[Any]:
-    """The requests of a step, in the order of their tokens."""
-    return inputs_and_outputs.requests_in_batch
 
 
 def _lanes(model: FusedModel, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
@@ -445,18 +449,10 @@ def _weights_of_all(model: FusedModel, weigher: Weigher) -> Float[Tensor, "layer
 
 
 def _with_finite_states(update: Callable[..., Any]) -> Callable[..., Any]:
-    """A cache's `update` that stores finite numbers only.
-
-    The keys and values of all requests are read by one attention. Its mask hides what a request must not see, but not
-    NaN (0 * NaN is NaN), so absurd weights of one request would spoil the answers of all.
-    """
-
-    def tame(states: Tensor) -> Tensor:
-        largest = min(_LARGEST, torch.finfo(states.dtype).max)
-        return states.clamp(-largest, largest).nan_to_num(0.0)
+    """A cache's `update` that stores finite numbers only."""
 
     def finite_update(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return update(tame(key_states), tame(value_states), *args, **kwargs)
+        return update(finite(key_states), finite(value_states), *args, **kwargs)
 
     return finite_update
 
@@ -478,7 +474,7 @@ class _Runner(ModelRunner):
             if not usable[row]:
                 self.fail(job, "The model's logits are no finite numbers. Ask for smaller weights.")
                 continue
-            if job.sampling.temperature > 0:
+            if not job.sampling.greedy:
                 chosen[row] = sample(logits[row], job.sampling, job.generator)
             job.facts.append(_facts(logits[row], int(chosen[row]), job.sampling.logprobs))
         output_ids[0, : len(waiting)].copy_(chosen)

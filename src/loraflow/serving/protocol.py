@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -90,6 +90,18 @@ class Generation(_Body):
         except RecursionError as error:
             raise ValueError("it is nested too deeply") from error
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        # As with OpenAI, a field that is null is one that is left out.
+        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` needs `stream`. Set it to true, or leave them out.")
+        return self
 
     @field_validator("stop")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Reply:
         prefix: of the answer's name.
         object: OpenAI's.
         created: when it began, in seconds since 1970.
+        lengths: characters of each choice's tokens so far; a choice that has begun is there.
     """
 
     service: Service
@@ -31,6 +33,7 @@ class Reply:
     prefix: str
     object: str
     created: int = field(default_factory=lambda: int(time.time()))
+    lengths: dict[int, int] = field(default_factory=dict)
 
     def head(self, *, chunk: bool = False) -> dict[str, Any]:
         """What every answer and every chunk begins with."""
@@ -69,9 +72,12 @@ def chat_reply(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any]:
 
 def chat_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
     """A piece of it."""
+    # Clients put the chunks of a message together, its role too.
+    role = {} if piece.index in reply.lengths else {"role": "assistant"}
+    reply.lengths[piece.index] = 0
     choice: dict[str, Any] = {
         "index": piece.index,
-        "delta": {"role": "assistant", "content": piece.text},
+        "delta": {**role, "content": piece.text},
         "finish_reason": piece.finish,
         "logprobs": _chat_logprobs(reply, [piece]),
     }
@@ -95,11 +101,12 @@ def completion_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
 
 
 def _completion_choice(reply: Reply, number: int, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    index += number * len(reply.asked[number].jobs)
     choice: dict[str, Any] = {
-        "index": number * len(reply.asked[number].jobs) + index,
+        "index": index,
         "text": "".join(piece.text for piece in pieces),
         "finish_reason": pieces[-1].finish,
-        "logprobs": _completion_logprobs(reply, pieces),
+        "logprobs": _completion_logprobs(reply, index, pieces),
     }
     return choice | _weights(reply, number, pieces)
 
@@ -133,7 +140,8 @@ def _chat_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | No
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         text = _text(reply, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # A part of a character has no text of its own.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
     content = [
         {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
@@ -142,13 +150,16 @@ def _chat_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | No
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+def _completion_logprobs(reply: Reply, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
     if getattr(reply.body, "logprobs", None) is None:
         return None
     tokens = _tokens(pieces)
+    texts = [_text(reply, token.id) for token in tokens]
+    offsets = list(itertools.accumulate(map(len, texts), initial=reply.lengths.get(index, 0)))
+    reply.lengths[index] = offsets.pop()
     return {
-        "tokens": [_text(reply, token.id) for token in tokens],
+        "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [{_text(reply, one): logprob for one, logprob in token.top} for token in tokens],
-        "text_offset": [],
+        "text_offset": offsets,
     }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +25,20 @@ from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.text import TextStream
 
 log = logging.getLogger("loraflow.serving")
+
+Read = TypeVar("Read")
+
+
+def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
+    """A model by its name.
+
+    Raises:
+        ApiError: if there is none; the message lists those that there are.
+    """
+    try:
+        return catalog.find(name)
+    except LoraflowError as error:
+        raise ApiError(404, str(error), param=param, code="model_not_found") from error
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,9 @@ class Service:
         self.metrics = Metrics()
         self.closing = False
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
+        # Reading a request may take a while (long texts, directions of adapters), in which others go on; one at a time,
+        # for neither tokenizers nor the catalog's store of methods want to be shared.
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "loraflow-reader")
 
     def start(self) -> None:
         """Start the engine."""
@@ -144,6 +162,7 @@ class Service:
         while self.engine.running and time.monotonic() < until:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.engine.close, finish=False)
+        self._reader.shutdown(wait=False)
 
     @property
     def longest(self) -> int:
@@ -154,16 +173,17 @@ class Service:
 
     # What a request asks for.
 
+    async def read(self, work: Callable[..., Read], *args: Any) -> Read:
+        """Do some of the work of reading requests, behind that of others and beside everything else."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *args)
+
     def served_for(self, body: Generation) -> Served:
         """Who answers a request.
 
         Raises:
             ApiError: if there is no such model, or the weights or the method that it asks for cannot be had.
         """
-        try:
-            served = self.catalog.find(body.model)
-        except LoraflowError as error:
-            raise ApiError(404, str(error), param="model", code="model_not_found") from error
+        served = find_model(self.catalog, body.model)
         if body.adapter_weights is not None and body.fusion is not None:
             message = "`adapter_weights` and `fusion` exclude each other. Give one of them."
             raise ApiError(400, message, param="adapter_weights")
@@ -206,6 +226,7 @@ class Service:
         try:
             weigher = await asyncio.to_thread(self.catalog.weigher, served, prompt)
         except LoraflowError as error:
+            self._check_offered(served)
             raise ApiError(400, str(error), param="fusion") from error
         name = uuid.uuid4().hex
         events: asyncio.Queue[tuple[int, Token | Failure]] = asyncio.Queue()
@@ -280,9 +301,8 @@ class Service:
             )
 
     def _check_offered(self, served: Served) -> None:
-        gone = [name for name in (served.id, *served.adapters) if name not in self.catalog.served]
-        if gone:
-            message = f"{gone[0]!r} was unloaded. Ask for another model."
+        if not self.catalog.is_current(served):
+            message = f"{served.id!r}, or an adapter of its, was unloaded. Ask for another model."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _ends(self) -> list[int]:
@@ -306,12 +326,12 @@ class Service:
             async with asyncio.timeout(self.config.timeout_s):
                 while open_answers:
                     index, event = await asked.events.get()
+                    if index not in open_answers:
+                        continue
                     if isinstance(event, Failure) and event.asked_for:
                         raise ApiError(400, event.message)
                     if isinstance(event, Failure):
                         raise ApiError(500, f"The engine failed: {event.message}", kind="server_error")
-                    if index not in open_answers:
-                        continue
                     for piece in self._pieces_of(asked, index, event):
                         if piece.finish is not None:
                             open_answers.discard(index)

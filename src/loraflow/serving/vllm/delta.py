@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loraflow.errors import ArchitectureError
 from loraflow.linear import StackedLora
+from loraflow.serving.finite import finite
 from loraflow.serving.vllm.shards import Part
 
 Gather = Callable[[Tensor], Tensor]
@@ -57,6 +58,10 @@ class Stream:
     ) -> Float[Tensor, "*tokens adapters"]:
         """The fusion weights to use, given those of the method."""
         return given if self.requests is None else self.requests.settle(given, layer, tokens)
+
+    def guard(self, states: Tensor) -> Tensor:
+        """States that end in the cache; where requests bring weights, none can spoil it for the others."""
+        return states if self.requests is None else finite(states)
 
 
 class LayerWeights(nn.Module):
@@ -154,7 +159,7 @@ class FusedDelta(nn.Module):
         product = F.linear(x, self.lora_A)
         # In the gate's precision, then rounded once.
         product = product * weights[..., self.owner].to(product.dtype)
-        return self._add(flat, product.split(self.sizes, dim=-1)).view(base_output.shape)
+        return self.stream.guard(self._add(flat, product.split(self.sizes, dim=-1)).view(base_output.shape))
 
     def _weights(self, x: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "*tokens gates"]:
         stream = self.stream

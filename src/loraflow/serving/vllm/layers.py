@@ -61,24 +61,23 @@ class FusedDecoderLayer(nn.Module):
     """Mixed into the class of a decoder layer of vLLM: computes the fusion weights before anything else in it."""
 
     loraflow: LayerWeights
-    loraflow_inputs: tuple[int, int | None]
+    loraflow_inputs: dict[str, int]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, with its fusion weights in place."""
-        hidden_states, residual = self.loraflow_inputs
-        self.loraflow.open(
-            args[hidden_states] if hidden_states < len(args) else kwargs["hidden_states"],
-            _argument(args, kwargs, residual),
-        )
+        guard = self.loraflow.stream.guard
+        found: dict[str, Any] = {}
+        for name, position in self.loraflow_inputs.items():
+            value = args[position] if position < len(args) else kwargs.get(name)
+            found[name] = value if value is None else guard(value)
+            if position < len(args):
+                args = (*args[:position], found[name], *args[position + 1 :])
+            elif name in kwargs:
+                kwargs[name] = found[name]
+        self.loraflow.open(found["hidden_states"], found.get("residual"))
         output = super().forward(*args, **kwargs)
         self.loraflow.close()
         return output
-
-
-def _argument(args: tuple, kwargs: dict[str, Any], position: int | None) -> Tensor | None:
-    if position is None:
-        return None
-    return args[position] if position < len(args) else kwargs.get("residual")
 
 
 def reads_stream(layer: nn.Module) -> bool:
@@ -89,9 +88,8 @@ def reads_stream(layer: nn.Module) -> bool:
 def fuse_layer(layer: Any, weights: LayerWeights) -> None:
     """Let a decoder layer compute fusion weights."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
-    residual = names.index("residual") if "residual" in names else None
     layer.loraflow = weights
-    layer.loraflow_inputs = (names.index("hidden_states"), residual)
+    layer.loraflow_inputs = {name: names.index(name) for name in ("hidden_states", "residual") if name in names}
     swap_class(layer, FusedDecoderLayer)
 
 

@@ -81,7 +81,9 @@ class Prompt:
         def read(owners: Sequence[int | None], layer: int, states: Float[Tensor, "rows seq hidden"]) -> None:
             states = states[:, -1:] if tokens == "last" else states
             if owners[0] is None:
-                base[layer], states, owners = states[0], states[1:], owners[1:]
+                # As part of the pass's output it would keep all of that in memory.
+                base[layer] = states[0].clone() if waiting else states[0]
+                states, owners = states[1:], owners[1:]
             if owners:
                 columns = [column[owner] for owner in owners if owner is not None]
                 found[layer, columns] = measure(base[layer], states).double().cpu()

@@ -68,6 +68,7 @@ def test_every_command_explains_itself(run):
     assert run("--version").output.startswith("loraflow ")
 
 
+TASK_DATA = ("--data", "{world}/train.jsonl")
 OWN_DATA = ("--adapter-data", "zh={world}/train.jsonl", "math={world}/dev.jsonl")
 
 
@@ -165,6 +166,17 @@ def test_a_moved_fusion_says_how_to_find_its_adapters(run, world, fitted, tmp_pa
             ("--method", "lorahub", "--data", "{world}/train.jsonl", "--epochs", "2"),
             "'lorahub' has no use for --epochs",
         ),
+        (
+            (*TASK_DATA, "--dev", "{world}/dev.jsonl", "--search", "--learning-rate", "1e-3"),
+            "`--learning-rate` has no effect: --search tries rates of its own",
+        ),
+        (
+            (*TASK_DATA, "--dev", "{world}/dev.jsonl", "--search", "--batch-size", "2"),
+            "`--batch-size` has no effect: --search tries sizes of its own",
+        ),
+        ((*TASK_DATA, "--dev-prompt-field", "p"), "`--dev-prompt-field` has no effect: there is no --dev"),
+        ((*TASK_DATA, "--allow-code"), "`--allow-code` has no effect: --dev-metric is not code-tests"),
+        ((*TASK_DATA, "--max-new-tokens", "9"), "`--max-new-tokens` has no effect: --dev-metric is the loss"),
     ],
 )
 def test_fit_says_what_a_method_learns_from(run, arguments, message):

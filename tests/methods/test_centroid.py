@@ -85,6 +85,13 @@ def test_a_query_goes_to_the_adapter_whose_samples_it_is():
     assert torch.equal(turned, model.weigh(ids).flip(0))
 
 
+def test_without_samples_there_is_nothing_to_weigh_by():
+    base = tiny_model()
+    model = FusedModel.from_adapters(base, {n: random_adapter(base, n) for n in "ab"}, Centroid())
+    with pytest.raises(MethodError, match=r"The centroids are not made yet\. Fit the method on samples"):
+        model.weigh(random_ids())
+
+
 def test_centroids_are_saved_and_not_trained():
     base = tiny_model()
     model = FusedModel.from_adapters(base, {"a": random_adapter(base, "a")}, Centroid())

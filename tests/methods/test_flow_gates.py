@@ -116,6 +116,18 @@ def test_adapters_stand_for_the_main_axis_of_their_updates():
         assert (vectors[:, -1] @ embedding).abs() > 1 - 1e-4
 
 
+def test_what_stands_for_an_adapter_does_not_hang_on_signs_that_svd_chooses(monkeypatch):
+    before = LoraFlow(scorer="attention").gate(place := site()).embeddings
+    svd = torch.linalg.svd
+
+    def flipped(*args, **kwargs):
+        found = svd(*args, **kwargs)
+        return type("Svd", (), {"U": -found.U, "S": found.S, "Vh": -found.Vh})
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    assert torch.equal(LoraFlow(scorer="attention").gate(place).embeddings, before)
+
+
 @pytest.mark.parametrize("adapters", [2, 7])
 def test_attention_learns_as_much_for_any_number_of_adapters_but_for_the_bias(adapters):
     gate = LoraFlow(scorer="attention", width=5).gate(site(adapters))

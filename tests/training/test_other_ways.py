@@ -15,7 +15,7 @@ from loraflow.errors import DataError, LoraflowError, MethodError
 from loraflow.methods.learned_static import LearnedWeights
 from loraflow.methods.static import ConstantGate
 from loraflow.training import fit, mean_loss, search, search_grid
-from loraflow.training.run import prepare, run_trainer
+from loraflow.training.run import make_trainer, prepare, run_trainer
 from tests.tiny import tiny_model
 from tests.training.test_fit import QUICK, adapters, console, make_model, reversals
 
@@ -77,6 +77,43 @@ def test_the_objective_is_the_loss_and_the_mean_absolute_weight(make_model, cons
     for model in (free, tight):
         fit(model, reversals(12), console=console)
     assert tight.gates["model"].weights.abs().sum() < 1e-3 < free.gates["model"].weights.abs().sum()
+
+
+def test_what_the_search_is_told_and_where_it_may_look(make_model, console, monkeypatch):
+    import nevergrad
+
+    told, made = [], []
+
+    class Recorded:
+        def __init__(self, parametrization, budget):
+            made.append((parametrization, budget))
+            self._inner = nevergrad.optimizers.OnePlusOne(parametrization=parametrization, budget=budget)
+
+        def __getattr__(self, name):
+            return getattr(self._inner, name)
+
+        def tell(self, candidate, loss):
+            told.append((candidate.value.copy(), loss))
+            self._inner.tell(candidate, loss)
+
+    monkeypatch.setattr(nevergrad.optimizers, "NGOpt", Recorded)
+    model = make_model(LoraHub(mixes="outputs"))
+    fit(model, reversals(12), console=console)
+    # The published settings: init 0, bounds of 1.5, 40 evaluations, 0.05 times the mean absolute weight.
+    ((space, budget),) = made
+    assert (budget, space.value.tolist(), len(told)) == (40, [0.0, 0.0], 40)
+    assert [float(bound.flat[0]) for bound in space.bounds] == [-1.5, 1.5]
+    for weights, loss in told[:8]:
+        assert loss == pytest.approx(loss_with(model, weights.tolist()) + 0.05 * abs(weights).mean(), abs=1e-5)
+
+
+def test_the_published_recipe_reaches_the_optimiser(make_model, console, tmp_path):
+    model = make_model()
+    data = prepare(model, reversals(8), None, FitConfig())
+    made = make_trainer(model, data, FitConfig(), None, tmp_path, console, "fitting").args
+    assert (made.num_train_epochs, made.learning_rate, made.per_device_train_batch_size) == (5, 1e-3, 4)
+    assert (made.adam_beta1, made.adam_beta2, made.adam_epsilon, made.weight_decay) == (0.9, 0.95, 1e-5, 0.1)
+    assert (made.max_grad_norm, made.lr_scheduler_type, made.warmup_steps) == (1.0, "cosine", 0.2)
 
 
 def test_evaluated_losses_are_those_of_the_weights(make_model, console, tmp_path):

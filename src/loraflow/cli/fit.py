@@ -153,7 +153,9 @@ def fit(
     o.check_output(output, overwrite=overwrite or resume, makes="fusion")
     adapters = o.parse_adapters(lora_modules)
     resolved = o.resolve_method(method or "lora-flow", list(adapters), method_option)
-    _refuse_unused(context, resolved)
+    given = {name for name in context.params if _is_given(context, name)}
+    _refuse_unused(given, resolved)
+    _refuse_idle(given, search=search, dev=dev, dev_metric=dev_metric)
     fields = t.fields(prompt_field, completion_field)
     examples = _examples(resolved, data, adapter_data, list(adapters), fields)
     dev_fields = t.fields(dev_prompt_field or prompt_field, dev_completion_field or completion_field)
@@ -170,7 +172,12 @@ def fit(
     from loraflow import training
 
     # What is left open is as the method's own source has it.
-    open_settings = {"max_steps": max_steps, "learning_rate": learning_rate, "weight_decay": weight_decay}
+    asked = {"max_steps": max_steps, "learning_rate": learning_rate, "weight_decay": weight_decay}
+    # Epochs that are asked for are not to lose against steps of the method's own.
+    by_epochs = "epochs" in given and max_steps is None
+    settings = {
+        name: value for name, value in asked.items() if value is not None or (name == "max_steps" and by_epochs)
+    }
     config = training.FitConfig.for_method(
         resolved,
         epochs=epochs,
@@ -183,7 +190,7 @@ def fit(
         checkpoint_steps=checkpoint_steps,
         score_max_new_tokens=max_new_tokens,
         seed=seed,
-        **{name: value for name, value in open_settings.items() if value is not None},
+        **settings,
     )
     placement = o.Placement(revision, dtype, device, quantization)
     model = o.build_model(base, lora_modules, resolved, prompt, placement)
@@ -211,13 +218,32 @@ def fit(
     _report(console, model, result, output, count)
 
 
-def _refuse_unused(context: typer.Context, method: Any) -> None:
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_unused(given: set[str], method: Any) -> None:
     if method.learns is None:
         raise LoraflowError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
     for name in _UNUSED.get(method.learns, ()):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if name in given:
             raise LoraflowError(f"The method {method.name!r} has no use for --{name.replace('_', '-')}. Leave it out.")
+
+
+def _refuse_idle(given: set[str], *, search: bool, dev: Path | None, dev_metric: str) -> None:
+    """Refuse options that others make idle."""
+    reasons = {
+        "learning_rate": "--search tries rates of its own" if search else "",
+        "batch_size": "--search tries sizes of its own" if search else "",
+        "dev_prompt_field": "" if dev is not None else "there is no --dev",
+        "dev_completion_field": "" if dev is not None else "there is no --dev",
+        "allow_code": "" if dev_metric == "code-tests" else "--dev-metric is not code-tests",
+        "max_new_tokens": "" if dev_metric != "loss" else "--dev-metric is the loss, which generates nothing",
+    }
+    for name, reason in reasons.items():
+        if reason and name in given:
+            raise LoraflowError(f"`--{name.replace('_', '-')}` has no effect: {reason}. Leave it out.")
 
 
 def _examples(

@@ -94,7 +94,14 @@ class Centroid(QueryMethod):
             return gate.encoder.embed(query.text, gate.centroids.device)
         return query.layer_output(self.layer).float().mean(dim=0)
 
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
+    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:
+        """Weigh a prompt by its likeness to the centroids.
+
+        Raises:
+            MethodError: if there are none yet.
+        """
+        if not gate.centroids.any():
+            raise MethodError("The centroids are not made yet. Fit the method on samples of each adapter's own data.")
         embedding = self.embed(query, gate).double()
         centroids = gate.centroids.to(embedding)
         if self.center:

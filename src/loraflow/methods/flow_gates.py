@@ -197,8 +197,9 @@ def _embeddings(site: Site) -> Float[Tensor, "adapters features"]:
                 "Take another `scorer` or `granularity`."
             )
         # Singular vectors have no sign: the mean is the main axis of all of them.
-        axes = torch.stack(directions)
-        rows.append(torch.linalg.svd(axes, full_matrices=False).Vh[0])
+        axis = torch.linalg.svd(torch.stack(directions), full_matrices=False).Vh[0]
+        # Nor has that one, and scores are linear in it: it must be the same wherever the gate is made again.
+        rows.append(axis * axis[axis.abs().argmax()].sign())
     return torch.stack(rows)
 
 

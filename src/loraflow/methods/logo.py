@@ -7,7 +7,8 @@ $\operatorname{softmax}(o_i)$. The `top_k` best scores, divided by their sum, ar
 Paper: "LoRA on the Go: Instance-level Dynamic LoRA Selection and Merging", ACL 2026,
 [arXiv 2511.07129](https://arxiv.org/abs/2511.07129). Two things are otherwise than in its code: x is what the linear
 really reads (after the layer's norm), not the residual stream; and the pass is the base's own, not one with the
-adapters of the request before. Cost: one prompt pass, up to that linear; then one low-rank pass. Nothing learned, no
+adapters of the request before. DoRA's magnitudes and LoRA biases are left out of $o_i$, which is the low-rank part
+alone. Cost: one prompt pass, up to that linear; then one low-rank pass. Nothing learned, no
 data.
 """
 

@@ -152,6 +152,18 @@ def test_a_missing_vllm_is_told(run, fusion, monkeypatch):
     assert "vLLM is not installed in this environment: pip install 'loraflow[vllm]'" in result.output
 
 
+def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(run):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        result = run(*SERVE, "--port", str(port))
+    assert result.exit_code == 1
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use). Give another --host" in result.output
+    assert run(*SERVE, "--port", "99999").exit_code == 2
+    assert "cannot be listened on" in run(*SERVE, "--host", "no.such.host.invalid").output
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -197,7 +209,8 @@ def test_it_serves_and_ends_when_told_to():
         process.wait()
     assert process.returncode == 0, output
     assert "fusion" not in output.splitlines()[0]
-    assert "adapter  math  (static on math)" in output
+    assert "adapter  math\n" in output
+    assert f"ready at http://127.0.0.1:{port}: OpenAI's API under /v1" in output
     assert '"model": "math", "method": "static"' in output
     assert "2 + 3" not in output
     assert "Traceback" not in output

@@ -320,8 +320,8 @@ def test_what_cannot_be_loaded_changes_nothing(server, folder):
         ("x", "broken"): "adapter_model.safetensors",
         ("x", "adapters"): "adapter_config.json",
         ("x", "changed"): "is not the one that the fusion 'x' was made with",
-        ("layers", "adapters/code"): "Two models are called 'layers'",
-        ("small", "adapters/code"): "Two models are called 'small'",
+        ("layers", "adapters/code"): "There is a model 'layers' already. Unload it first",
+        ("small", "adapters/code"): "There is a model 'small' already.",
         ("a/b", "adapters/code"): "The adapter name 'a/b' cannot be used",
         ("average", "adapters/code"): "The adapter name 'average' cannot be used",
     }

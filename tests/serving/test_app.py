@@ -374,7 +374,7 @@ PLAIN = {"model": "layers", "prompt": "1 + 1 =", "temperature": 0, "max_tokens":
         ({"max_tokens": 401}, 400, "`max_tokens` (=401) must be at most 400: the prompt has", "max_tokens"),
         ({"stop": ""}, 400, "a stop string must not be empty", "stop"),
         ({"temperature": 3}, 400, "`temperature`: Input should be less than or equal to 2", "temperature"),
-        ({"unknown": 1}, 400, "`unknown`: Extra inputs are not permitted", "unknown"),
+        ({"unknown": 1}, 400, "`unknown` is unknown or not supported. Leave it out.", "unknown"),
         (
             {"adapter_weights": {"math": 1e38, "zh-chat": -1e38}},
             400,
@@ -420,8 +420,8 @@ def post(address, path, body, **headers):
         ("completions", PLAIN | {"prompt": []}, 400, "`prompt` is empty. Give text, or token ids."),
         ("completions", PLAIN | {"prompt": ""}, 400, "The prompt has no tokens. Give some text."),
         ("completions", PLAIN | {"prompt": [[5], []]}, 400, "The prompt has no tokens. Give some text."),
-        ("completions", PLAIN | {"prompt": [5, 1536]}, 400, "A token of the prompt is none of 0 to 1535."),
-        ("completions", PLAIN | {"prompt": [-1]}, 400, "A token of the prompt is none of 0 to 1535."),
+        ("completions", PLAIN | {"prompt": [5, 1536]}, 400, "; tokens are from 0 to 1535."),
+        ("completions", PLAIN | {"prompt": [-1]}, 400, "; tokens are from 0 to 1535."),
         ("completions", PLAIN | {"prompt": ["a"] * 257}, 400, "257 prompts times n=1 are more than the server takes."),
         (
             "completions",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import shlex
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +48,7 @@ def serve(
     device: o.Device = None,
     quantization: o.Quantization = None,
     host: Annotated[str, typer.Option("--host", rich_help_panel=_NETWORK)] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", rich_help_panel=_NETWORK)] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, rich_help_panel=_NETWORK)] = 8000,
     api_key: Annotated[
         list[str],
         typer.Option(
@@ -180,23 +181,51 @@ def serve(
         admin_keys=tuple(admin_key),
         load_from=tuple(load_from),
     )
+    listener = _listen(host, port)
     catalog = Catalog.open(
         base, o.parse_adapters(lora_modules), named, base_id=served_model_name, options=placement.options()
     )
     logging.basicConfig(format="%(message)s")
     logging.getLogger("loraflow.serving").setLevel(logging.INFO)
     for served in catalog.served.values():
-        typer.echo(f"{served.kind:8} {served.id}  ({served.method.name} on {', '.join(served.adapters) or 'nothing'})")
+        what = f"  ({served.method.name} on {', '.join(served.adapters)})" if served.kind == "fusion" else ""
+        typer.echo(f"{served.kind:8} {served.id}{what}")
     # uvicorn raises the signal that ended it once more when all is done; an end that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(
-        make_app(Service(catalog, config)),
-        host=host,
-        port=port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=int(config.drain_s),
-    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            address, number, *_ = listener.getsockname()
+            shown = f"[{address}]" if ":" in address else address
+            typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
+
+    Server(
+        uvicorn.Config(
+            make_app(Service(catalog, config)),
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=int(config.drain_s),
+        )
+    ).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address, before anything is loaded.
+
+    Raises:
+        LoraflowError: if it cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise LoraflowError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}). Give another --host or --port."
+        ) from error
+    return listener
 
 
 def _named(fusions: list[str]) -> dict[str, str]:

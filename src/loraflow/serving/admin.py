@@ -61,7 +61,7 @@ def permitted(path: Path, folders: Sequence[Path]) -> Path:
             continue
         if real and all(_inside(one, roots) for one in real):
             return found
-    message = f"`lora_path` (={str(path)!r}) is no directory inside the folders that the server may load from"
+    message = f"The directory {str(path)!r} is not there, or not inside the folders that the server may load from"
     raise ApiError(403, f"{message} (--load-from).", kind="permission_error", param="lora_path")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import reprlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -114,9 +115,15 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            message = f"The body is no valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}."
+            return _error_response(ApiError(400, message))
         place = [str(part) for part in first["loc"] if part != "body"]
         param = ".".join(place) or None
-        return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}", param=param))
+        if first["type"] == "extra_forbidden":
+            return _error_response(ApiError(400, f"`{param}` is unknown or not supported. Leave it out.", param=param))
+        found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
+        return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}{found}.", param=param))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

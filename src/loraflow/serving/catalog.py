@@ -19,7 +19,8 @@ from loraflow.attach import Attachment
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.layers import Gates
 from loraflow.loading import BaseOptions
-from loraflow.methods import Method, QueryMethod, Static, get_method, make_method
+from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
+from loraflow.methods.base import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
 from loraflow.rows import constant_weights, is_constant, weigh_prompts
@@ -156,7 +157,8 @@ class Catalog:
             LoraflowError: if the name is taken, or cannot be used; nothing has changed then.
         """
         check_adapter_names([name])
-        self._check_new(name)
+        if name in self.served:
+            raise LoraflowError(f"There is a model {name!r} already. Unload it first, or give another name.")
         path = permit(path)
         before = self.model.adapters
         known = {adapter.name: adapter for adapter in before}
@@ -317,13 +319,14 @@ class Catalog:
         return self.served[name]
 
     def with_weights(self, served: Served, weights: Mapping[str, float]) -> Served:
-        """The same adapters under given weights, for one request.
+        """The same adapters under given weights, for one request; those that are not named get zero.
 
         Raises:
             MethodError: if an adapter is unknown, or a weight is no finite number.
         """
         names = served.adapters if served.kind == "fusion" else self.adapters
-        return self._with(served, names, get_method(dict(weights), list(names)))
+        check_weights(weights, names, "adapter_weights")
+        return self._with(served, names, Static({name: weights.get(name, 0.0) for name in names}))
 
     def with_method(self, served: Served, method: str, options: Mapping[str, Any]) -> Served:
         """The same adapters under another method, for one request.
@@ -336,7 +339,11 @@ class Catalog:
         if chosen.learns:
             fitted = [s.id for s in self.served.values() if s.method.name == chosen.name]
             hint = f" Ask for one of the models {', '.join(map(repr, fitted))}." if fitted else ""
-            raise MethodError(f"The method {chosen.name!r} learns, and a request cannot wait for that.{hint}")
+            usable = ", ".join(sorted(repr(name) for name, known in METHODS.items() if known.learns is None))
+            raise MethodError(
+                f"The method {chosen.name!r} learns, and a request cannot wait for that.{hint} Methods that learn "
+                f"nothing: {usable}."
+            )
         return self._with(served, names, chosen)
 
     def _with(self, served: Served, names: tuple[str, ...], method: Method) -> Served:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 Stop = Annotated[list[str], Field(max_length=4)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -75,7 +75,7 @@ class Generation(_Body):
     user: str | None = None
     adapter_weights: dict[str, Finite] | None = None
     fusion: FusionChoice | None = None
-    return_fusion_weights: bool | Literal["all"] = False
+    return_fusion_weights: StrictBool | Literal["all"] = False
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
 

@@ -219,8 +219,10 @@ class Service:
         limit = self._new_tokens(len(prompt), max_tokens)
         self._admit(body.n)
         vocabulary = self.catalog.model.config.get_text_config(decoder=True).vocab_size
-        if any(not 0 <= token < vocabulary for token in prompt):
-            raise ApiError(400, f"A token of the prompt is none of 0 to {vocabulary - 1}.", param="prompt")
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                message = f"The prompt has the token {token}; tokens are from 0 to {vocabulary - 1}."
+                raise ApiError(400, message, param="prompt")
         if not served.gates and body.return_fusion_weights:
             raise ApiError(400, "The base has no fusion weights. Ask for a fusion.", param="return_fusion_weights")
         try:

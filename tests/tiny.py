@@ -207,9 +207,13 @@ def edit_config(directory: str | Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
-def edit_tensors(directory: str | Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change a saved adapter's tensors in place."""
-    path = Path(directory) / "adapter_model.safetensors"
+def edit_tensors(
+    directory: str | Path,
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    file: str = "adapter_model.safetensors",
+) -> None:
+    """Change a saved adapter's tensors in place, or those of another file."""
+    path = Path(directory) / file
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})

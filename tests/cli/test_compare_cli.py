@@ -14,6 +14,7 @@ from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.evaluation import compare as compare_module
 from loraflow.evaluation.plan import study_names
+from loraflow.prompts import PromptFormat
 from tests.evaluation.small import write_setting
 
 
@@ -49,6 +50,7 @@ def run(world, monkeypatch):
     def invoke(*arguments):
         return CliRunner().invoke(app, ["compare", *(argument.format(world=world) for argument in arguments)])
 
+    invoke.world = world
     return invoke
 
 
@@ -104,15 +106,48 @@ def test_a_report_can_be_of_a_part(run, tmp_path):
 
 def test_methods_choose_rows_of_a_plan_or_are_the_rows(run, tmp_path):
     assert run(*PLAN, "--output", str(tmp_path / "a"), "--methods", "math", "base").exit_code == 0
-    assert rows(tmp_path / "a") == ["base", "math"]
+    assert rows(tmp_path / "a") == ["math", "base"]
     content = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert content["reference"] == "math"
+    # The plan's own is not among them: the last is.
+    assert content["reference"] == "base"
     own = ("--setting", "{world}/setting.yaml", "--tasks", "es,zh", "--limit", "1", "--device", "cpu")
     done = run(*own, "--methods", "math", "base", "--reference", "math", "--output", str(tmp_path / "b"))
     assert done.exit_code == 0, done.output
     assert rows(tmp_path / "b") == ["math", "base"]
     content = json.loads((tmp_path / "b" / "report.json").read_text())
     assert (content["tasks"], content["reference"]) == (["es", "zh"], "math")
+
+
+def test_reports_leave_out_what_was_measured_otherwise(run, tmp_path):
+    plan = yaml.safe_load((run.world / "plan.yaml").read_text())
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({**plan, "setting": str(run.world / "setting.yaml")}))
+    assert run(str(file), "--device", "cpu", "--output", str(tmp_path / "run")).exit_code == 0
+    file.write_text(yaml.safe_dump({**plan, "setting": str(run.world / "setting.yaml"), "limit": 2}))
+    done = run(str(file), "--report", "--output", str(tmp_path / "run"))
+    assert done.exit_code == 1
+    assert "has no finished cells of this plan" in done.output
+    changed = {**plan, "setting": str(run.world / "setting.yaml"), "methods": {"base": "base", "average": "math"}}
+    file.write_text(yaml.safe_dump(changed))
+    done = run(str(file), "--report", "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    assert rows(tmp_path / "run") == ["base"]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["missing"] == ["average, zh (measured otherwise)"]
+
+
+def test_all_rows_are_asked_in_the_fusions_own_format(run, tmp_path):
+    model = FusedModel.from_pretrained(run.world / "mean")
+    model.prompt = PromptFormat(template="Q: {prompt} A:")
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "1 + 1?", "completion": "2"}) + "\n")
+    task = ("--test", str(tmp_path / "sums.jsonl"), "--scorer", "last-number", "--max-new-tokens", "4")
+    done = run("--fusions", str(tmp_path / "other"), "--methods", "base", *task, "--output", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    answers = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "cells").rglob("*.jsonl"))]
+    assert len(answers) == 2
+    assert all("Q: 1 + 1? A:" in answer["prompt"] for answer in answers)
+    both = ("--fusions", str(tmp_path / "other"), "{world}/mean")
+    assert "were made with different prompt formats" in run(*both, *task, "--output", str(tmp_path / "b")).output
 
 
 def test_fusions_bring_base_and_adapters(run, tmp_path):

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,9 +34,12 @@ from loraflow.evaluation import contenders
 from loraflow.evaluation.cells import Cell, Record, Store, file_name
 from loraflow.evaluation.compare import Comparison, Options, compare, identities, open_comparison, rescore
 from loraflow.evaluation.plan import Plan, read_plan
+from loraflow.evaluation.settings import HarnessTask, Task
+from loraflow.methods import Static
 from loraflow.storage import read_fusion
 from loraflow.training import fit
 from tests.evaluation.small import FLOW, QUICK, small_plan, write_setting
+from tests.tiny import edit_tensors
 
 CHEAP = {"base": "base", "average": "average"}
 
@@ -281,12 +285,12 @@ def test_a_plan_may_grow(shorter: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"limit": 3}, "problems"),
+        ({"limit": 3}, "limit"),
         ({"methods": {"row": {"method": "average", "adapters": "all"}}}, "method"),
         ({"setting": {"dtype": "float64"}}, "base"),
         ({"setting": {"adapters": {"math": str(adapter_paths()["code"])}}}, "adapters"),
     ],
-    ids=["problems", "method", "base", "adapters"],
+    ids=["limit", "method", "base", "adapters"],
 )
 def test_cells_that_were_measured_otherwise_are_told(
     shorter: dict[str, Any], tmp_path: Path, change: dict[str, Any], key: str
@@ -306,6 +310,46 @@ def test_cells_that_were_measured_otherwise_are_told(
     record = next(iter(records(other, tmp_path).values()))
     assert len(record.scores) == other.limit
     assert run(other, tmp_path)[1].startswith("1 cells, 1 of them finished before")
+
+
+def test_bases_of_the_same_name_are_told_apart(shorter: dict[str, Any], tmp_path: Path) -> None:
+    places = [tmp_path / place / "base" for place in ("one", "two", "moved")]
+    for place in places:
+        shutil.copytree(base_path(), place)
+    edit_tensors(places[1], lambda tensors: next(iter(tensors.values())).mul_(1.5), "model.safetensors")
+    one, two, moved = (
+        open_comparison(small_plan({**shorter, "base": str(place)}, ["base"], tasks=["zh"])) for place in places
+    )
+    assert identities(one) == identities(moved)
+    assert identities(one) != identities(two)
+
+
+def test_a_fusion_saved_anew_is_measured_anew(shorter: dict[str, Any], tmp_path: Path) -> None:
+    adapters = {name: shorter["adapters"][name] for name in ("zh-chat", "math")}
+    plan = small_plan(shorter, {"row": {"fusion": str(tmp_path / "fusion")}}, tasks=["zh"])
+    seen = []
+    for weights in ({"math": 1.0}, {"math": 0.5}, {"math": 1.0}):
+        FusedModel.from_adapters(shorter["base"], adapters, Static(weights)).save_pretrained(tmp_path / "fusion")
+        seen.append(identities(open_comparison(plan)))
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_the_adapters_own_data_is_a_part_of_what_was_learned(shorter: dict[str, Any], tmp_path: Path) -> None:
+    def found(lines: int) -> Any:
+        path = tmp_path / "own.jsonl"
+        path.write_text("".join('{"prompt": "a", "completion": "b"}\n' for _ in range(lines)))
+        changed = {**shorter, "adapter_data": {**shorter["adapter_data"], "math": str(path)}}
+        return identities(open_comparison(small_plan(changed, ["phatgoose", "centroid"], tasks=["zh"])))
+
+    assert found(3) == found(3) != found(4)
+
+
+def test_task_files_are_a_part_of_the_problems(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    task = Task("t", (), (), {}, harness=HarnessTask("mine", include_path=str(tmp_path)))
+    before = task.test_digest(None)
+    (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 3\n")
+    assert task.test_digest(None) != before
 
 
 def test_what_was_learned_is_kept_for_new_problems_only(shorter: dict[str, Any], tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.evaluation.plan import SettingSpec, read_plan
+from loraflow.evaluation.compare import open_comparison
+from loraflow.evaluation.plan import SettingSpec, read_plan, study_names
 from loraflow.evaluation.settings import load_setting
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "llama-2-7b.yaml"
@@ -39,6 +40,15 @@ def test_the_recipe_reads_the_papers_data():
     assert (len(math.test), len(math.dev)) == (250, 100)
     assert math.prompt.system_prompt == system_prompts["ru_math"]
     assert setting.tasks["es-code"].harness.name == "loraflow_es_code"
+
+
+@needs_data
+@pytest.mark.parametrize("study", study_names())
+def test_every_study_opens_on_the_recipe(study):
+    comparison = open_comparison(read_plan(study, setting=str(RECIPE)), allow_code=True)
+    assert {cell.method for cell in comparison.cells} >= {comparison.reference}
+    if study == "methods":
+        assert len(comparison.left_out) == 2 * len(comparison.setting.tasks)
 
 
 @needs_data

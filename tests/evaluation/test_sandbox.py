@@ -442,3 +442,48 @@ def test_user_ids_are_strange_and_distinct() -> None:
 def test_failed_c_call_is_an_error() -> None:
     with pytest.raises(OSError, match="'mount /nowhere'"):
         jail.checked(-1, "mount /nowhere")
+
+
+def test_memory_outside_of_processes_is_forbidden():
+    code = """
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+
+def refused(call, *args):
+    return call(*args) == -1 and ctypes.get_errno() == errno.EPERM
+
+def memfd():
+    try:
+        os.close(os.memfd_create("x"))
+    except PermissionError:
+        return True
+"""
+    tests = [
+        "assert refused(libc.shmget, 0, 1 << 20, 0o1600)",
+        "assert refused(libc.semget, 0, 1, 0o1600)",
+        "assert refused(libc.msgget, 0, 0o1600)",
+        "assert memfd()",
+    ]
+    assert run_tests(code, tests) == ExecutionResult("passed")
+
+
+def test_an_error_that_cannot_be_described_is_a_verdict():
+    code = """
+class Meta(type):
+    @property
+    def __name__(cls):
+        raise OSError("no name")
+
+class Odd(Exception, metaclass=Meta):
+    def __str__(self):
+        class Text(str):
+            def __format__(self, spec):
+                raise OSError("no text")
+        return Text("odd")
+
+def f():
+    raise Odd
+"""
+    result = run_tests(code, ["f()"])
+    assert result.reason == "failed"
+    assert result.detail.startswith("Odd: odd in f()")

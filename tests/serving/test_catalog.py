@@ -193,7 +193,10 @@ def test_unknown_names_are_told(catalog):
         MethodError, match=r"'lora-flow' learns, and a request cannot wait for that\. " + re.escape(hint)
     ):
         catalog.with_method(layers, "lora-flow", {})
-    with pytest.raises(MethodError, match=r"'phatgoose' learns, and a request cannot wait for that\. Methods that learn nothing: 'arrow'"):
+    with pytest.raises(
+        MethodError,
+        match=r"'phatgoose' learns, and a request cannot wait for that\. Methods that learn nothing: 'arrow'",
+    ):
         catalog.with_method(layers, "phatgoose", {})
 
 

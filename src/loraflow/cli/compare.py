@@ -256,6 +256,9 @@ def _setting(
     chat: bool,
 ) -> dict[str, Any]:
     """The setting that single flags describe."""
+    if fusions:
+        # All rows are asked in the format that the fusions were made for: else prompts would be compared, not methods.
+        own = {**own, "prompt": _prompt_of(fusions)}
     if fusions and (own["base"] is None or not own["adapters"]):
         own = {**own, **{key: value for key, value in _of_fusion(fusions[0]).items() if not own[key]}}
     for key, flag in (("base", "--base"), ("adapters", "--lora-modules")):
@@ -279,8 +282,29 @@ def _of_fusion(fusion: str) -> dict[str, Any]:
         "base": resolve_source(config.base.path, directory),
         "revision": config.base.revision,
         "quantization": config.base.quantization,
-        "adapters": {record.name: resolve_source(record.path, directory) for record in config.adapters},
+        "adapters": {
+            record.name: resolve_source(record.path, directory) + (f"@{record.revision}" if record.revision else "")
+            for record in config.adapters
+        },
     }
+
+
+def _prompt_of(fusions: list[str]) -> dict[str, Any]:
+    """The prompt format of fusions.
+
+    Raises:
+        LoraflowError: if they have several.
+    """
+    from loraflow.storage import fetch_fusion, read_fusion
+
+    formats = [read_fusion(fetch_fusion(fusion, None))[0].prompt for fusion in fusions]
+    for fusion, other in zip(fusions, formats, strict=True):
+        if other != formats[0]:
+            raise LoraflowError(
+                f"The fusions {fusions[0]} and {fusion} were made with different prompt formats. Compare them in a "
+                "plan that says which one is used."
+            )
+    return formats[0].model_dump(exclude_none=True)
 
 
 def _plan(content: dict[str, Any]) -> Plan:
@@ -302,7 +326,8 @@ def _read(
     for name in methods:
         if name not in rows:
             raise LoraflowError(f"The plan {plan!r} has no row {name!r}. {did_you_mean(name, rows)}")
-    kept = {name: spec for name, spec in rows.items() if not methods or name in methods}
+    # In the order in which they were asked for: the last is the reference where nothing else is.
+    kept = {name: rows[name] for name in methods} if methods else rows
     if fusions:
         raise LoraflowError("`--fusions` are rows, and a plan names its own. Add them there.")
     if changes["reference"] is not None and read.reference not in kept:
@@ -324,7 +349,7 @@ def _run(
     from rich.console import Console
 
     from loraflow.evaluation.cells import Store
-    from loraflow.evaluation.compare import Options, open_comparison
+    from loraflow.evaluation.compare import Options, identities, open_comparison
     from loraflow.evaluation.compare import compare as measure
     from loraflow.evaluation.compare import rescore as score_anew
     from loraflow.evaluation.report import write_report
@@ -345,7 +370,7 @@ def _run(
     if failed and not any(store.read(cell) for cell in comparison.cells):
         console.print(f"[bold red]All {failed} cells failed.[/] There is nothing to report.")
         raise typer.Exit(1)
-    table = write_report(comparison, store)
+    table = write_report(comparison, store, identities(comparison))
     _print_table(table)
     console.print(f"report: {output}/report.html, .md, .csv, .json; answers: {output}/cells", soft_wrap=True)
     if failed:

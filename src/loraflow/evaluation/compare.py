@@ -210,6 +210,7 @@ def identities(comparison: Comparison) -> dict[Cell, dict[str, Any]]:
     setting, plan = comparison.setting, comparison.plan
     digests: dict[str, str] = {}
     tests = {name: task.test_digest(plan.limit) for name, task in setting.tasks.items()}
+    base = setting.base_identity()
     found = {}
     for cell in comparison.cells:
         contender, task = comparison.contenders[cell.method], setting.tasks[cell.task]
@@ -220,14 +221,25 @@ def identities(comparison: Comparison) -> dict[Cell, dict[str, Any]]:
         fusion = contender.spec.fusion
         found[cell] = {
             "method": contender.spec.short(),
-            "base": [Path(setting.base).name, setting.revision, setting.dtype, setting.quantization],
+            "base": base,
             "adapters": [[name, digests[name]] for name in adapters],
-            "fusion": None if fusion is None else read_fusion(fetch_fusion(fusion, None))[0].weights_digest,
+            "fusion": None if fusion is None else _fusion_identity(fusion),
             "learned": contender.fit_identity(task, cell.seed),
-            "problems": tests[cell.task],
+            # Before the problems, of which it decides how many there are: people know it.
             "limit": plan.limit,
+            "problems": tests[cell.task],
         }
     return found
+
+
+def _fusion_identity(fusion: str) -> dict[str, Any]:
+    config, _ = read_fusion(fetch_fusion(fusion, None))
+    return {
+        "adapters": [[adapter.name, adapter.digest] for adapter in config.adapters],
+        "method": config.method.model_dump(mode="json"),
+        "prompt": config.prompt.model_dump(mode="json"),
+        "learned": config.weights_digest,
+    }
 
 
 def _unfinished(wanted: Mapping[Cell, Mapping[str, Any]], store: Store, overwrite: bool) -> list[Cell]:

@@ -151,7 +151,9 @@ class Contender:
             "adapters": self.adapters(source),
             "config": dataclasses.asdict(config),
             "lora": None if lora is None else dataclasses.asdict(lora),
-            "data": "adapters' own" if own else source.train_digest(self.spec.examples),
+            "data": [self.setting.adapter_digest(name) for name in self.adapters(source)]
+            if own
+            else source.train_digest(self.spec.examples),
         }
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
@@ -293,8 +295,7 @@ class Bench:
         for name in adapters:
             if name not in self._digests:
                 self._digests[name] = load_adapter(name, setting.adapters[name]).digest
-        base = [setting.base, setting.revision, setting.dtype, setting.quantization]
-        return [base, *(self._digests[name] for name in adapters)]
+        return [setting.base_identity(), *(self._digests[name] for name in adapters)]
 
     def saved(self, path: str) -> FusedModel:
         """A saved fusion on the same base."""

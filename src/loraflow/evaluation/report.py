@@ -27,17 +27,18 @@ TEMPLATE = Path(__file__).with_name("report.html")
 SHOWN_PROBLEMS = 40
 
 
-def write_report(comparison: Comparison, store: Store) -> Table:
+def write_report(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
     """Write `report.md`, `.csv`, `.json` and `.html` beside a run's cells.
 
     Args:
         comparison: what was compared.
         store: where its cells are.
+        wanted: what each cell has to be the measurement of (`compare.identities`); others count as missing.
 
     Returns:
         The table that they show.
     """
-    table = make_table(comparison, store)
+    table = make_table(comparison, store, wanted)
     settings = run_settings(comparison)
     files = {
         "report.md": markdown(table, settings),
@@ -129,6 +130,12 @@ def _note(table: Table) -> str:
         note += (
             f" A star: differs from {table.reference} at {100 * SIGNIFICANT:.0f} % ({' or '.join(tests)} test, "
             f"two-sided, corrected by Holm's method for {count} comparisons)."
+        )
+    once = sorted({row.contender for row in table.rows if row.seeds == 1 and row.examples})
+    if once and count:
+        note += (
+            f" {', '.join(once)}: learned with one seed only; tests and intervals know nothing of what another seed "
+            "would give."
         )
     return " ".join([note, *dict.fromkeys(row.notice for row in table.rows if row.notice)])
 

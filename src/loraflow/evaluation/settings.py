@@ -7,18 +7,21 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loraflow.errors import DataError, did_you_mean
 from loraflow.evaluation.plan import FieldNames, MixSpec, SettingSpec, TaskSpec
 from loraflow.evaluation.scoring import Scorer, get_scorer
-from loraflow.examples import Example, Fields, read_examples
+from loraflow.examples import Example, Fields, parse_examples, read_examples
 from loraflow.prompts import PromptFormat
 
 BUILT_IN = {"small-world": "loraflow.demo.setting:small_world"}
@@ -103,14 +106,15 @@ class Task:
         pairs = list(zip(answers, self.test, strict=False))
         if not self.runs_code:
             return [one(pair) for pair in pairs]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+        # Programs have real time: no more of them at once than this process, of several perhaps, has threads for.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             return list(pool.map(one, pairs))
 
     def test_digest(self, limit: int | None) -> str:
         """What makes answers and scores comparable: problems, prompt, lengths and scorers, as a SHA-256."""
         what = [
             [[list(e.messages), e.completion, _plain(e.record)] for e in self.test[:limit]],
-            None if self.harness is None else dataclasses.asdict(self.harness),
+            None if self.harness is None else [dataclasses.asdict(self.harness), _harness_digest(self.harness)],
             list(self.scorers),
             self.prompt.model_dump(),
             self.max_new_tokens,
@@ -129,6 +133,14 @@ class Task:
         prompt = self.train_prompt or self.prompt
         examples = (*self.training(count), *self.dev)
         return _digest([[[list(e.messages), e.completion] for e in examples], prompt.model_dump()])
+
+
+def _harness_digest(task: HarnessTask) -> str:
+    """What a task's name stands for: the files beside it, or lm-evaluation-harness's version."""
+    if task.folder is None:
+        return version("lm_eval") if find_spec("lm_eval") else ""
+    files = sorted(path for path in task.folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
+    return _digest([[str(path.relative_to(task.folder)), path.read_text(encoding="utf-8")] for path in files])
 
 
 def _digest(value: Any) -> str:
@@ -162,6 +174,34 @@ class Setting:
     revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    _own_digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def adapter_digest(self, adapter: str) -> str:
+        """SHA-256 of an adapter's own examples."""
+        assert self.adapter_examples is not None
+        if adapter not in self._own_digests:
+            own = parse_examples(self.adapter_examples(adapter))
+            self._own_digests[adapter] = _digest([[list(e.messages), e.completion] for e in own])
+        return self._own_digests[adapter]
+
+    def base_identity(self) -> list[Any]:
+        """What tells the base from others: where it is on the Hub, or what its files look like."""
+        directory = Path(self.base).expanduser()
+        place = _files_digest(directory) if directory.is_dir() else self.base
+        return [place, self.revision, self.dtype, self.quantization]
+
+
+def _files_digest(directory: Path) -> str:
+    """The configuration, and a sample of each file of weights; whole ones may take minutes to read."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes() if (directory / "config.json").is_file() else b"")
+    for path in sorted((*directory.glob("*.safetensors"), *directory.glob("*.bin"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(16):
+                file.seek(size * place // 16)
+                digest.update(file.read(4096))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def load_setting(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loraflow.errors import LoraflowError
-from loraflow.evaluation.cells import Record, Store
+from loraflow.evaluation.cells import Cell, Record, Store
 from loraflow.evaluation.compare import Comparison
 from loraflow.evaluation.statistics import (
     bootstrap_means,
@@ -131,12 +131,13 @@ class _Entry:
         return float(self.outcomes.mean())
 
 
-def make_table(comparison: Comparison, store: Store) -> Table:
+def make_table(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
     """Work out the table of a run, finished or not.
 
     Args:
         comparison: what was compared.
         store: where the cells are.
+        wanted: what each cell has to be the measurement of (`compare.identities`); others count as missing.
 
     Returns:
         The table.
@@ -150,12 +151,16 @@ def make_table(comparison: Comparison, store: Store) -> Table:
         record = store.read(cell)
         if record is None:
             missing.append(str(cell))
+        elif wanted is not None and record.identity != wanted[cell]:
+            missing.append(f"{cell} (measured otherwise)")
         else:
             records.setdefault((cell.method, cell.task), []).append(record)
     if not records:
         raise LoraflowError(f"{store.root} has no finished cells of this plan. Run it first.")
     tasks = list(dict.fromkeys(cell.task for cell in comparison.cells))
-    entries = {key: _entry(comparison, *key, found) for key, found in records.items()}
+    # The smallest p-value that they can show, 2 of them, must stay below the level after the correction.
+    resamples = max(10_000, 100 * len(records))
+    entries = {key: _entry(comparison, *key, found, resamples) for key, found in records.items()}
     rows = [
         _row(contender, task, entries[contender, task], entries.get((comparison.reference, task)), comparison)
         for task in tasks
@@ -180,7 +185,7 @@ def make_table(comparison: Comparison, store: Store) -> Table:
     )
 
 
-def _entry(comparison: Comparison, method: str, task: str, records: Sequence[Record]) -> _Entry:
+def _entry(comparison: Comparison, method: str, task: str, records: Sequence[Record], resamples: int) -> _Entry:
     counts = {len(record.scores) for record in records}
     if len(counts) > 1:
         raise LoraflowError(
@@ -192,7 +197,9 @@ def _entry(comparison: Comparison, method: str, task: str, records: Sequence[Rec
     resampled = bootstrap_means(
         outcomes,
         problems_seed=_number(comparison.setting.tasks[task].problems or task),
-        runs_seed=_number(f"{task} {method}"),
+        # One fit that answers several tasks is drawn alike in all of them.
+        runs_seed=_number(f"{records[0].fitted_on or task} {method}"),
+        resamples=resamples,
     )
     return _Entry(outcomes, resampled, records)
 

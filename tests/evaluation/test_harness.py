@@ -18,6 +18,7 @@ import datasets
 import evaluate
 import huggingface_hub
 import lm_eval
+import lm_eval.tasks
 
 from loraflow.answers import generate_answers
 from loraflow.demo.run import load_task_model
@@ -350,6 +351,19 @@ def test_lm_evals_own_entry_point_takes_it(model, folder, chat):
     result = evaluate_task(model, "local_math", include_path=folder, limit=3, chat=chat)
     samples = found["samples"]["local_math"]
     assert [sample["resps"] for sample in samples] == [item.responses for item in result.items]
+    assert found["results"]["local_math"]["right,none"] == result.aggregate["right"]
+
+
+@pytest.mark.parametrize("method", ["average", "qa-flora"])
+def test_stock_hflm_generates_and_scores_the_same(model, folder, method):
+    from lm_eval.models.huggingface import HFLM
+
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    with model.using(method):
+        stock = HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=4)
+        found = lm_eval.simple_evaluate(stock, tasks=["local_math"], task_manager=manager, limit=6)
+        result = evaluate_task(model, "local_math", include_path=folder, limit=6)
+    assert [sample["resps"] for sample in found["samples"]["local_math"]] == [item.responses for item in result.items]
     assert found["results"]["local_math"]["right,none"] == result.aggregate["right"]
 
 

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loraflow import FusedModel
+from loraflow.export import export_peft
 from loraflow.methods import Arrow, LearnedStatic, Logo, LoraFlow, LoraHub, Phatgoose, Static
 from loraflow.serving.vllm.given import KEY, processor_name
 from tests.serving.vllm.world import (
@@ -190,6 +191,22 @@ def test_adapters_of_vllm_itself_go_on_top(tmp_path):
     for found, wanted in zip(run_engines(jobs, tmp_path / "run"), expected, strict=True):
         assert "error" not in found, found["error"]
         assert [[answer["ids"] for answer in answers] for answers in found["answers"]] == wanted
+
+
+def test_exported_fusions_are_loaded_by_vllm_itself(tmp_path):
+    base = save_base(tmp_path / "llama")
+    calls, expected = [], []
+    for name, method in (("static", Static(BY_LAYER)), ("hub", LoraHub())):
+        # Of unequal ranks and targets; the second with LoRA-Hub's cross terms.
+        model = FusedModel.from_pretrained(save_fusion(tmp_path / name, base, method))
+        report = export_peft(model, tmp_path / f"{name}-export")
+        assert "--max-lora-rank" in report.vllm
+        calls.append(call(prompts(), lora=tmp_path / f"{name}-export"))
+        expected.append(answers_of(model, prompts()))
+    started = {"model": str(base), "enforce_eager": True, "enable_lora": True, "max_lora_rank": 16}
+    (found,) = run_engines([{"engine": started, "calls": calls}], tmp_path / "run")
+    assert "error" not in found, found["error"]
+    assert [[answer["ids"] for answer in answers] for answers in found["answers"]] == expected
 
 
 def save_gptq(base: Path, directory: Path, group: int = 32) -> Path:

@@ -21,7 +21,7 @@ import torch
 import transformers
 from speed import build_base, print_setting, run_rounds, save_adapter, timed
 
-from loraflow import FusedModel, LearnedStatic, LoraFlow, LoraHub, Method, QaFlora, QueryMethod
+from loraflow import FusedModel, LearnedStatic, LoraFlow, LoraHub, Method, QaFlora
 from loraflow.methods import METHODS, get_method
 
 NEEDS = {
@@ -100,7 +100,7 @@ def report_methods(model: FusedModel, args: argparse.Namespace) -> None:
     prompt = torch.randint(3, args.vocab, (args.batch, length), device=args.device)
 
     def answer(method: Method) -> tuple[float, float]:
-        model.set_method(method)
+        use(model, method)
 
         def generate(new_tokens: int) -> float:
             options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
@@ -124,13 +124,12 @@ def report_methods(model: FusedModel, args: argparse.Namespace) -> None:
     print("| method | paper | needs | looks at | weights differ by | learned values | passes | prompt | token |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, method in methods.items():
-        model.set_method(method)
+        use(model, method)
         prompt_ratio, token_ratio = (
             statistics.median(mine[part] / base[part] for mine, base in zip(rounds[name], rounds["base"], strict=True))
             for part in (0, 1)
         )
         learned = sum(tensor.numel() for tensor in model.state_dict().values())
-        passes = passes_of(method, len(model.adapters))
         looks_at = "nothing" if method.level == "task" else method.level
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
         cells = (
@@ -140,18 +139,31 @@ def report_methods(model: FusedModel, args: argparse.Namespace) -> None:
             looks_at,
             method.place,
             f"{learned:,}",
-            passes,
+            f"{count_passes(model, prompt):g}",
             f"{prompt_ratio:.2f}",
             f"{token_ratio:.2f}",
         )
         print(f"| {' | '.join(cells)} |")
 
 
-def passes_of(method: Method, adapters: int) -> str:
-    """How often the prompt goes through the model."""
-    if not isinstance(method, QueryMethod):
-        return "1"
-    return f"{adapters + 1} + 1" if isinstance(method, QaFlora) else "1 + 1"
+def use(model: FusedModel, method: Method) -> None:
+    """Let a method weigh; what it would learn of samples is random."""
+    model.set_method(method)
+    if method.learns == "samples":
+        gate = model.gates["model"]
+        gate.set_samples(torch.randn(len(model.adapters), 1, gate.centroids.shape[1]).unbind())
+
+
+def count_passes(model: FusedModel, prompt: torch.Tensor) -> float:
+    """How often a prompt goes through the first layer, until its first token is answered."""
+    seen = []
+    layer = model.base_model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    try:
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False)
+    finally:
+        hook.remove()
+    return sum(seen) / prompt.numel()
 
 
 def report_query(base: torch.nn.Module, model: FusedModel, args: argparse.Namespace) -> None:

@@ -236,10 +236,20 @@ def never_read(server: Server) -> str:
     body = LONG | {"n": 16, "logprobs": 5, "return_fusion_weights": "all"}
     streams = [open_stream(server, body) for _ in range(2)]
     try:
+        until_running(server, 32)
         return f"2 x 16 answers unread, all free after {until_idle(server):.1f} s (limit {TIMEOUT_S} s)"
     finally:
         for stream in streams:
             stream.close()
+
+
+def until_running(server: Server, answers: int) -> None:
+    """Wait until so many answers are in the engine."""
+    until = time.monotonic() + TIMEOUT_S
+    while running(server) < answers:
+        if time.monotonic() > until:
+            raise RuntimeError(f"{running(server)} answers are in the engine, {answers} were to come")
+        time.sleep(0.01)
 
 
 def until_idle(server: Server) -> float:
@@ -274,8 +284,7 @@ def fill_queue(server: Server) -> str:
     """More answers than may wait."""
     streams = [open_stream(server, LONG | {"n": 16}) for _ in range(2)]
     try:
-        while running(server) < 32:
-            time.sleep(0.01)
+        until_running(server, 32)
         with connect(server) as connection:
             content = json.dumps(GOOD | {"n": 16}).encode()
             connection.request("POST", "/v1/completions", content, {"Content-Type": "application/json"})

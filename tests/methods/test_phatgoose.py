@@ -15,7 +15,7 @@ from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods import Phatgoose
 from loraflow.methods.base import Site
-from tests.tiny import random_adapter, random_ids, relative_error, set_random_gates, tiny_model
+from tests.tiny import ARCHITECTURES, random_adapter, random_ids, relative_error, set_random_gates, tiny_model
 
 FEATURES = 12
 
@@ -102,6 +102,46 @@ def test_in_a_model_an_expert_is_its_adapter_times_the_sigmoid():
 
         base.get_submodule(name).register_forward_hook(hook)
     assert relative_error(model(random_ids()).logits, base(random_ids()).logits) < 1e-9
+
+
+@torch.no_grad()
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    top_k=st.none() | st.integers(1, 4),
+    length=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_in_a_model_each_linear_routes_its_own_input(ranks, top_k, length, seed):
+    base, top_k = tiny_model(dtype=torch.float64), top_k and min(top_k, len(ranks))
+    # Every other adapter targets some of the linears only.
+    all_targets = ARCHITECTURES["llama"][1]
+    adapters = {
+        f"a{i}": random_adapter(base, f"a{i}", all_targets[i % 2 * 3 :], r=r, seed=seed + i)
+        for i, r in enumerate(ranks)
+    }
+    model = FusedModel.from_adapters(tiny_model(dtype=torch.float64), adapters, Phatgoose(top_k))
+    set_random_gates(model, seed)
+    for site, gate in model.gates.items():
+        updates = [adapter.modules.get(f"model.{site}") for adapter in adapters.values()]
+        vectors = gate.vectors.tolist()
+
+        def route(_, args, output, updates=updates, vectors=vectors):
+            x, kept = args[0], top_k or min(2, len(updates))
+            found = [
+                slow_weights(row, vectors, [u is not None for u in updates], kept) for row in x.flatten(0, 1).tolist()
+            ]
+            weights = torch.tensor(found, dtype=x.dtype).view(*x.shape[:-1], -1)
+            for i, u in enumerate(updates):
+                if u is not None:
+                    output = output + weights[..., i : i + 1] * u.scaling * (
+                        x @ u.lora_A.double().T @ u.lora_B.double().T
+                    )
+            return output
+
+        base.get_submodule(f"model.{site}").register_forward_hook(route)
+    ids = random_ids(2, length, seed=seed)
+    assert relative_error(model(ids).logits, base(ids).logits) < 1e-9
 
 
 def test_routing_keeps_its_precision_under_autocast():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loraflow import FusedModel
+from loraflow import FusedModel, LoraFlow
 from loraflow.cli import app
 from loraflow.cli.options import spread_values
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
@@ -45,6 +45,27 @@ def run(world, monkeypatch):
 
 
 ANSWERED = ("--answer", "7 6 5")
+
+
+def test_fitted_fusions_beside_each_other(run, world, tmp_path):
+    sources = {name: world / name for name in ("zh", "math")}
+    other = FusedModel.from_adapters(world / "base", sources, LoraFlow("module"))
+    set_random_gates(other, seed=9)
+    other.save_pretrained(tmp_path / "modules")
+    numbers = tmp_path / "trace.json"
+    result = run(*ANSWERED, "--compare", tmp_path / "modules", "average", "--json", numbers)
+    assert result.exit_code == 0, result.output
+    saved = json.loads(numbers.read_text())
+    assert list(saved["compared"]) == ["modules", "average"]
+    ids = byte_tokenizer()("5 6 7")["input_ids"]
+    found = torch.tensor(saved["compared"]["modules"]["weights"])
+    torch.testing.assert_close(found[: len(ids)], other.trace(torch.tensor([ids])).weights[0], rtol=1e-4, atol=1e-5)
+    turned = FusedModel.from_adapters(world / "base", dict(reversed(sources.items())), "average")
+    turned.save_pretrained(tmp_path / "turned")
+    refused = run(*ANSWERED, "--compare", tmp_path / "turned")
+    assert refused.exit_code == 1
+    assert "or the same in another order. Compare fusions of the same ones." in refused.output
+    assert "another one is called 'modules' already" in run(*ANSWERED, "--compare", *[tmp_path / "modules"] * 2).output
 
 
 def test_several_methods_of_one_text(run, world, tmp_path):

@@ -13,8 +13,12 @@ from loraflow.cli import options as o
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loraflow.methods import Method as FusionMethod
     from loraflow.model import FusedModel
+
+    _Other = tuple[FusionMethod, Mapping[str, Tensor]]
 
 
 def trace(
@@ -30,7 +34,7 @@ def trace(
             "--compare",
             metavar="METHOD",
             help="Trace the same text by these methods too, several after one flag: average, qa-flora, arrow, an "
-            "adapter's name (that one alone), ...",
+            "adapter's name (that one alone), ..., or the directory of another saved fusion of the same adapters.",
             show_default=False,
         ),
     ] = [],  # noqa: B006 (typer reads the default)
@@ -111,33 +115,63 @@ def trace_answer(model: Any, prompt: str, answer: str | None, max_new_tokens: in
     return model.trace(whole, prompt_length=len(ids))
 
 
-def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, FusionMethod]:
-    """The other methods by name.
+def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, _Other]:
+    """The other methods by name, each with what it learned.
 
     Raises:
         LoraflowError: if one has no weights, is named twice, or would have to be fitted.
     """
-    found: dict[str, FusionMethod] = {}
+    from loraflow.storage import CONFIG_FILE
+
+    found: dict[str, _Other] = {}
     for name in names:
+        directory = Path(name).expanduser()
+        if (directory / CONFIG_FILE).is_file():
+            if directory.name in (own, *found):
+                raise LoraflowError(f"`--compare`: another one is called {directory.name!r} already. Rename {name!r}.")
+            found[directory.name] = _saved(model, directory)
+            continue
         if name == "base":
             raise LoraflowError("`--compare` names 'base', which has no fusion weights. Leave it out.")
         if name == own or name in found:
             which = "the method that is traced anyway" if name == own else "a method twice"
             raise LoraflowError(f"`--compare` names {name!r}, {which}. Leave it out.")
-        found[name] = o.resolve_method(name, model.adapter_names, [])
-        if found[name].learns:
+        method = o.resolve_method(name, model.adapter_names, [])
+        if method.learns:
             raise LoraflowError(
                 f"`--compare` names {name!r}, which must be fitted first, and what is opened here is {own!r}. Compare "
-                "with methods that learn nothing, or trace a fusion that was fitted by it."
+                "with methods that learn nothing, or name the directory of a fusion that was fitted by it."
             )
+        found[name] = (method, {})
     return found
 
 
-def _trace_all(model: FusedModel, own: str, others: Mapping[str, FusionMethod], traced: Any) -> dict[str, Any]:
+def _saved(model: FusedModel, directory: Path) -> _Other:
+    """The method of another saved fusion of the same adapters, and what it learned.
+
+    Raises:
+        LoraflowError: if its adapters are others.
+    """
+    from loraflow.methods import make_method
+    from loraflow.storage import check_base, read_fusion
+
+    config, tensors = read_fusion(directory)
+    check_base(config.base, model._base)
+    if [adapter.digest for adapter in config.adapters] != [adapter.digest for adapter in model.adapters]:
+        raise LoraflowError(
+            f"The fusion {directory} has the adapters {[adapter.name for adapter in config.adapters]}, and those that "
+            f"are traced are {model.adapter_names}, or the same in another order. Compare fusions of the same ones."
+        )
+    return make_method(config.method.name, config.method.parameters), tensors
+
+
+def _trace_all(model: FusedModel, own: str, others: Mapping[str, _Other], traced: Any) -> dict[str, Any]:
     """The text of a trace by all methods."""
     traces = {own: traced}
-    for name, method in others.items():
+    for name, (method, learned) in others.items():
         with model.using(method):
+            if learned:
+                model.load_state_dict(learned)
             ids, mask = (tensor.to(model.device) for tensor in (traced.input_ids, traced.attention_mask))
             traces[name] = model.trace(ids, mask, prompt_length=traced.prompt_length)
     return traces

@@ -324,7 +324,7 @@ def _share(plan: Plan, jobs: Sequence[list[Cell]], store: Store, options: Option
         min(options.workers, len(jobs)),
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(plan, store.root, options, events, threads),
+        initargs=(plan, store.root, options, events, threads, os.getpid()),
     )
     try:
         for future in concurrent.futures.as_completed([pool.submit(_run_in_worker, job) for job in jobs]):
@@ -342,9 +342,10 @@ _worker: _Worker | None = None
 _numbers: Any = None
 
 
-def _start_worker(plan: Plan, root: Path, options: Options, events: Any, threads: int) -> None:
+def _start_worker(plan: Plan, root: Path, options: Options, events: Any, threads: int, parent: int) -> None:
     global _worker
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    # The parent says who it is: it may be gone by now, and somebody else this process's parent.
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -19,9 +19,10 @@ from loraflow import FusedModel
 from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
+from loraflow.serving.catalog import Catalog
 from loraflow.serving.engine import Limits
 from loraflow.serving.service import ServerConfig, Service
-from tests.serving.worlds import DEADLINE_S, alone, call, serving, wait_for
+from tests.serving.worlds import DEADLINE_S, alone, call, serving, tiny_fusion, wait_for
 
 CONFIG = ServerConfig(
     limits=Limits(requests=32, batch_tokens=128, cache_tokens=8192, page_tokens=16), max_new_tokens=400
@@ -518,8 +519,9 @@ def test_requests_end_in_time(catalog):
 # ---- Coming and going ----------------------------------------------------------------------------------------------
 
 
-def vanish(address, body, read):
-    """Send a request and break the connection off, after so many bytes of the answer."""
+@contextlib.contextmanager
+def vanishing(address, body, read):
+    """A client that sends a request, reads so many bytes of the answer, and breaks the connection off at the end."""
     host, port = address.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
@@ -527,13 +529,16 @@ def vanish(address, body, read):
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         while read > 0:
             read -= len(connection.recv(1000))
+        yield
 
 
 @pytest.mark.parametrize(("stream", "read"), [(True, 2000), (True, 0), (False, 0)])
 @pytest.mark.parametrize("prompt", ["1 + 1 =", ["1 + 1 =", "2 + 2 ="]], ids=["one", "two"])
 def test_a_client_that_goes_away_frees_its_place(server, service, stream, read, prompt):
-    slow = {"model": "layers", "prompt": prompt, "max_tokens": 400, "temperature": 1.8, "n": 4, "stream": stream}
-    vanish(server[1], slow, read)
+    slow = PLAIN | {"prompt": prompt, "max_tokens": 400, "stream": stream}
+    slow |= {"temperature": 1.8, "n": 4, "seed": 0}
+    with vanishing(server[1], slow, read):
+        wait_for(lambda: service.engine.running > 0)
     wait_for(lambda: service.engine.running == 0)
     assert post(server[1], "completions", PLAIN).status == 200
 
@@ -571,17 +576,20 @@ def test_a_closing_server_takes_nothing_new(catalog):
         assert (health.status, health.json()) == (503, {"status": "shutting down"})
 
 
-def test_an_engine_that_has_ended_is_told(catalog, monkeypatch):
+def test_an_engine_that_has_ended_is_told(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of paper")
 
-    with serving(catalog, CONFIG) as (service, address):
+    # A model of its own: a step of any engine over it fails.
+    model = tiny_fusion()
+    asked = {"model": "tiny", "prompt": [5, 6]}
+    with serving(Catalog(model, "tiny", "tiny")) as (service, address):
         with monkeypatch.context() as patched:
-            patched.setattr(catalog.model.base_model.lm_head, "forward", fail)
-            running = post(address, "completions", PLAIN)
+            patched.setattr(model.base_model.lm_head, "forward", fail)
+            running = post(address, "completions", asked)
         assert (running.status, running.json()["error"]["message"]) == (500, "The engine failed: out of paper")
         wait_for(lambda: service.engine.failure is not None)
-        later = post(address, "completions", PLAIN)
+        later = post(address, "completions", asked)
         message = "The engine has ended: RuntimeError: out of paper"
         assert (later.status, later.json()["error"]["message"]) == (503, message)
         assert call("GET", f"{address}/health").json() == {"status": "RuntimeError: out of paper"}

@@ -47,8 +47,16 @@ def test_both_problems_and_runs_vary() -> None:
         )
     ]
     assert variances[0] == pytest.approx(problems.var() / 200, rel=0.05)
-    assert variances[1] == pytest.approx(runs.var() / 50, rel=0.05)
+    assert variances[1] == pytest.approx(runs.var(ddof=1) / 50, rel=0.05)
     assert variances[2] == pytest.approx(variances[0] + variances[1], rel=0.05)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_few_runs_vary_as_much_as_they_do(runs: int) -> None:
+    means = np.random.default_rng(0).normal(0, 1, runs)
+    outcomes = np.broadcast_to(means[:, None], (runs, 200))
+    variance = bootstrap_means(outcomes, problems_seed=0, runs_seed=1).var()
+    assert variance == pytest.approx(means.var(ddof=1) / runs, rel=0.05)
 
 
 def test_the_same_problems_make_differences_paired() -> None:

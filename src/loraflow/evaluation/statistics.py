@@ -44,6 +44,9 @@ def bootstrap_means(
     by their seeds, and problems are hard or easy for all of them. Means of two methods with the same `problems_seed`
     are of the same resampled problems: their differences are paired.
 
+    Of n runs, n - 1 are drawn each time: with n, the variance of the few seeds that anybody runs would come out too small
+    by the factor (n - 1) / n (Rao and Wu 1988). Of hundreds of problems as many are drawn.
+
     Args:
         outcomes: a score for each run (a seed of a method) and problem.
         problems_seed: which problems are drawn.
@@ -59,8 +62,8 @@ def bootstrap_means(
     if outcomes.ndim != 2 or not outcomes.size:
         raise ValueError(f"`outcomes` (of shape {outcomes.shape}) must be [runs, problems], with at least one of each.")
     runs, problems = outcomes.shape
-    problem_shares = _shares(problems, problems_seed, resamples)
-    run_shares = _shares(runs, runs_seed, resamples)
+    problem_shares = _shares(problems, problems, problems_seed, resamples)
+    run_shares = _shares(runs, max(1, runs - 1), runs_seed, resamples)
     return ((run_shares @ outcomes) * problem_shares).sum(axis=1)
 
 
@@ -123,6 +126,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _shares(count: int, seed: int, resamples: int) -> Float[Values, "resamples count"]:
-    """How often each of `count` things is drawn, as shares that sum to one."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
+def _shares(count: int, draws: int, seed: int, resamples: int) -> Float[Values, "resamples count"]:
+    """How often each of `count` things is drawn in so many draws, as shares that sum to one."""
+    return np.random.default_rng(seed).multinomial(draws, np.full(count, 1 / count), size=resamples) / draws

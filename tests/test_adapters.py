@@ -108,7 +108,7 @@ def test_matching_leaves_the_adapter_as_it_was(base, tmp_path):
     assert adapter.config.target_modules == "all-linear"
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     targets=st.sets(st.sampled_from(ALL_LLAMA), min_size=1),
     r=st.integers(1, 9),

@@ -51,9 +51,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     assert read_examples(path)[0].completion == "b"
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, max_size=4),
     ascii_only=st.booleans(),

@@ -119,7 +119,7 @@ def padded(lengths, side):
 
 
 @torch.no_grad()
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     architecture=st.sampled_from(["llama", "gpt2", "opt", "gemma2", "falcon"]),
     own=st.sampled_from(OWN),
@@ -194,7 +194,7 @@ def test_all_rows_of_the_base_are_the_base():
 
 
 @torch.no_grad()
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     architecture=st.sampled_from(["llama", "gpt2", "opt"]),
     batch=st.integers(1, 4),

@@ -101,7 +101,7 @@ def tokens(dtype=torch.float64):
 # ---- Values and gradients ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(plan=plans, shape=weight_shapes, bias=st.booleans(), learning=st.booleans())
 def test_any_adapters_give_the_reference(plan, shape, bias, learning):
     base, modules, x = base_linear(bias), lora_modules(plan), tokens()
@@ -110,7 +110,7 @@ def test_any_adapters_give_the_reference(plan, shape, bias, learning):
     torch.testing.assert_close(linear(x), expected_output(base, modules, x, layer.weights))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(plan=plans, shape=weight_shapes, bias=st.booleans())
 def test_gradients_are_those_of_the_reference(plan, shape, bias):
     base, modules = base_linear(bias), lora_modules(plan)
@@ -149,7 +149,7 @@ def test_the_scaled_output_passes_gradcheck(leading):
     assert torch.autograd.gradcheck(product, (leaf(BATCH, SEQ, 4), leaf(*leading, 2)))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     first=plans,
     extra=st.lists(st.sampled_from([None, (1, "plain"), (3, "lora_bias"), (2, "dora")]), min_size=5, max_size=5),
@@ -167,7 +167,7 @@ def test_linears_that_share_an_input_give_the_reference(first, extra):
             torch.testing.assert_close(linear(x), expected_output(base, modules, x, layer.weights))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(first=plans, shape=weight_shapes, learning=st.booleans())
 def test_linears_that_share_an_input_may_each_have_weights_of_their_own(first, shape, learning):
     bases, module_lists = [base_linear(), base_linear()], [lora_modules(first), lora_modules(first[::-1])]
@@ -242,7 +242,7 @@ def test_conv1d_is_a_linear_with_its_weight_transposed():
     torch.testing.assert_close(linear(x), reference_linear(x, base.weight.T, base.bias, modules, layer.weights))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(plan=plans, dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), learning=st.booleans())
 def test_low_precision_is_near_the_float64_truth(plan, dtype, learning):
     base, modules, x = base_linear(dtype=dtype), lora_modules(plan, dtype=torch.float32), tokens(dtype)

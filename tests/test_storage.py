@@ -269,7 +269,7 @@ def test_a_base_that_was_handed_over_is_asked_for_again(prepared, world):
 names = st.text("abc-_.", min_size=1, max_size=4).filter(lambda name: name.strip("."))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(target=st.lists(names, min_size=1, max_size=3), fusion=st.lists(names, min_size=1, max_size=3))
 def test_recorded_paths_lead_back(tmp_path_factory, target, fusion):
     root = tmp_path_factory.mktemp("paths")

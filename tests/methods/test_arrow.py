@@ -36,7 +36,7 @@ def slow_weights(x, directions, top_k, temperature):
     return [value / sum(exponentials) for value in exponentials]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     ranks=st.lists(st.none() | st.integers(1, 20), min_size=1, max_size=5).filter(any),
     top_k=st.none() | st.integers(1, 5),
@@ -61,7 +61,7 @@ def test_the_gate_is_the_formula(ranks, top_k, temperature, shape):
     torch.testing.assert_close(gate(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(r=st.integers(1, 20), features=st.integers(1, 15), out_features=st.integers(1, 15))
 def test_the_main_direction_is_the_top_right_singular_vector(r, features, out_features):
     module = update(r, features, out_features)

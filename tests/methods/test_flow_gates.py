@@ -77,7 +77,7 @@ def slow_weights(method, gate, x):
 # ---- The formulas --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     reads=st.sampled_from(INPUTS),
     scorer=st.sampled_from(list(SCORERS)),

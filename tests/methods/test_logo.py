@@ -43,7 +43,7 @@ def fused(base, adapters, method="average"):
     return FusedModel.from_adapters(base, {adapter.name: adapter for adapter in adapters}, method)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     place=st.sampled_from(
         [

@@ -36,7 +36,7 @@ def site(adapters=("zh", "math"), features=FEATURES):
 # ---- The gate ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(adapters=st.integers(1, 6), temperature=st.floats(0.1, 10), shape=st.sampled_from([(), (5,), (2, 3), (2, 0)]))
 def test_the_gate_is_the_papers_formula(adapters, temperature, shape):
     gate, x = random_gate(adapters, temperature), torch.randn(*shape, FEATURES, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_start_weights(start, best, expected):
     assert LoraFlow(start=start).start_weights(["zh", "math", "code"], best) == pytest.approx(expected)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(weights=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=6), temperature=st.floats(0.1, 10))
 def test_an_untrained_gate_gives_exactly_the_start_weights(weights, temperature):
     names = [f"adapter{i}" for i in range(len(weights))]

@@ -73,7 +73,7 @@ plans = st.lists(
 
 
 @torch.no_grad()
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(architecture=st.sampled_from(["llama", "gpt2", "opt", "gpt_neox", "phi3"]), plan=plans)
 def test_parameters_are_mixed_with_their_cross_terms(architecture, plan):
     base, known = tiny_model(architecture, torch.float64), ARCHITECTURES[architecture][1]
@@ -91,7 +91,7 @@ def test_parameters_are_mixed_with_their_cross_terms(architecture, plan):
 
 
 @torch.no_grad()
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(plan=plans)
 def test_outputs_may_be_mixed_instead(plan):
     base = tiny_model(dtype=torch.float64)

@@ -50,7 +50,7 @@ def slow_weights(x, vectors, targets, top_k):
     return [value / sum(exponentials) for value in exponentials]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(
     targets=st.lists(st.booleans(), min_size=1, max_size=5).filter(any),
     top_k=st.none() | st.integers(1, 5),
@@ -105,7 +105,7 @@ def test_in_a_model_an_expert_is_its_adapter_times_the_sigmoid():
 
 
 @torch.no_grad()
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     top_k=st.none() | st.integers(1, 4),

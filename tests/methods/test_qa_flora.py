@@ -84,7 +84,7 @@ def fused(architecture, adapters, dtype=torch.float64, **changes):
 # ---- The formula ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     architecture=st.sampled_from(sorted(LENS)),
     plan=st.lists(

@@ -76,7 +76,7 @@ def test_a_character_of_several_tokens_comes_with_its_last():
     assert pieces == ["x", "", "", "世", "", "é", ""]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(kind=st.sampled_from(["bytes", "trained"]), data=st.data())
 def test_any_tokens_are_decoded_as_a_whole(kind, data):
     tokenizer = tokenizers()[kind]
@@ -85,7 +85,7 @@ def test_any_tokens_are_decoded_as_a_whole(kind, data):
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(parts=st.lists(st.sampled_from(["▁", "▁a", "a", "b", "▁b", "世", "é", "好", "👩", "\n"]), max_size=20))
 def test_first_spaces_and_characters_of_bytes(parts):
     tokenizer = tokenizers()["pieces"]
@@ -101,7 +101,7 @@ def test_special_tokens_are_left_out():
     assert "".join(stream(tokenizer, [1, ids[0], 2, ids[1], 2])[0]) == "ab"
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from(["bytes", "trained"]),
     text=st.text("ab世 é", max_size=24),

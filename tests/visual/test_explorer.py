@@ -50,7 +50,7 @@ def decoded(stored: dict, layers: int, adapters: int) -> torch.Tensor:
     return torch.from_numpy(integers * stored["scale"]).view(stored["tokens"], layers, adapters)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 6),
     layers=st.integers(1, 4),

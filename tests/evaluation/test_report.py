@@ -51,20 +51,30 @@ def test_markdown_has_scores_differences_costs_and_weights(run: tuple[Comparison
     text = files(run)["md"]
     assert text.startswith("# Titles & <i>marks</i>\n\nWhat for.\n")
     blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
-    scores, differences, costs, weights = ([cells_of(line) for line in block] for block in blocks)
-    for block in (scores, differences, costs, weights):
+    scores, costs, weights = ([cells_of(line) for line in block] for block in blocks)
+    for block in (scores, costs, weights):
         assert len({len(line) for line in block}) == 1
         assert set(block[1]) == {"---"}
     assert scores[0] == ["method", "seeds", "zh", "es", "average"]
     assert [line[0] for line in scores[2:]] == ["a/b <b>low</b>", "high", "middle"]
     assert scores[3][2].startswith("100.0 [")
-    assert [line[0] for line in differences[2:]] == ["a/b <b>low</b>", "high"]
-    assert differences[0][1] == "difference to middle, average"
-    assert costs[2][1:] == ["1,234", "200", "3", "50", "512"]
+    assert costs[0][:4] == ["method", "difference to middle, average", "p", "p, corrected"]
+    assert [bool(line[1]) for line in costs[2:]] == [True, True, False]
+    assert costs[2][4:] == ["1,234", "200", "3", "50", "512"]
     assert weights[2] == ["high", "zh", "0.250 ± 0.125", "0.750 ± 0.500"]
     assert "- problems: the first 4 of each task" in text
     assert "corrected by Holm's method for 6 comparisons" in text
     assert "not finished" not in text
+
+
+def test_one_task_is_one_table(tmp_path: Path) -> None:
+    text = files(synthetic_run(tmp_path, {key: scores for key, scores in SCORES.items() if key[1] == "zh"}))["md"]
+    (table,) = (block.split("\n") for block in text.split("\n\n") if block.startswith("|"))
+    head, _, *lines = (cells_of(line) for line in table)
+    assert head[:5] == ["method", "seeds", "zh", "difference to middle", "p"]
+    assert head[-1] == "memory, MiB"
+    assert {len(line) for line in lines} == {len(head)}
+    assert [line[0] for line in lines] == ["a/b <b>low</b>", "high", "middle"]
 
 
 def test_csv_is_read_back(run: tuple[Comparison, Store]) -> None:
@@ -99,7 +109,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path, offline_page) -> Non
 def test_rows_of_one_task_have_no_average(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path, {("a", "zh"): [[1.0, 0.0], [0.0, 0.0]], ("b", "zh"): [[1.0, 1.0], None]})
     lines = [cells_of(line) for line in files(run)["md"].split("\n") if line.startswith("|")]
-    assert lines[0] == ["method", "seeds", "zh"]
+    assert lines[0][:4] == ["method", "seeds", "zh", "difference to b"]
     assert [line[1] for line in lines[2:4]] == ["2", "1"]
 
 

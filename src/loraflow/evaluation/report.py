@@ -144,22 +144,17 @@ def _note(table: Table) -> str:
 
 
 def markdown(table: Table, settings: Mapping[str, str]) -> str:
-    """The scores, the comparisons with the reference, and the costs."""
+    """The scores, and what they cost with the comparison with the reference; for one task all in one table."""
     columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
     parts = [f"# {table.title}", table.description.strip(), _missing(table)]
-    parts.append(_markdown_table(["method", "seeds", *columns], [_scores(table, c, columns) for c in table.contenders]))
-    parts.append(_note(table))
-    last = columns[-1]
-    against = [row for name in table.contenders if (row := table.row(name, last)) and row.difference is not None]
-    if against:
-        heading = f"difference to {table.reference}, {last}"
-        lines = [[row.contender, difference(row), p_text(row.p), p_text(row.p_corrected)] for row in against]
-        parts.append(_markdown_table(["method", heading, "p", "p, corrected"], lines))
-    rows = [row for name in table.contenders if (row := table.row(name, last))]
-    parts.append(_markdown_table(["method", *COSTS], [[row.contender, *cost_texts(row)] for row in rows]))
-    weights = _weights(table)
-    if weights:
-        parts.append(weights)
+    scores = [["seeds", *columns], *(_scores(table, name, columns) for name in table.contenders)]
+    costs = [_cost_heads(table, columns[-1]), *(_costs(table.row(name, columns[-1])) for name in table.contenders)]
+    names = ["method", *table.contenders]
+    if len(columns) == 1:
+        parts += [_markdown_table(names, scores, costs), _note(table)]
+    else:
+        parts += [_markdown_table(names, scores), _note(table), _markdown_table(names, costs)]
+    parts.append(_weights(table))
     parts.append("\n".join(f"- {key}: {value}" for key, value in settings.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -174,7 +169,18 @@ def _scores(table: Table, contender: str, columns: Sequence[str]) -> list[str]:
     rows = [table.row(contender, task) for task in columns]
     seeds = sorted({row.seeds for row in rows if row is not None and row.task != AVERAGE})
     cells = ["" if row is None else score(row) + "*" * row.significant for row in rows]
-    return [contender, "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), *cells]
+    return ["-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), *cells]
+
+
+def _cost_heads(table: Table, column: str) -> list[str]:
+    of = f", {column}" if len(table.tasks) > 1 else ""
+    return [f"difference to {table.reference}{of}", "p", "p, corrected", *COSTS]
+
+
+def _costs(row: Row | None) -> list[str]:
+    if row is None:
+        return [""] * (3 + len(COSTS))
+    return [difference(row), p_text(row.p), p_text(row.p_corrected), *cost_texts(row)]
 
 
 def _weights(table: Table) -> str:
@@ -183,17 +189,19 @@ def _weights(table: Table) -> str:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row.weights))
     lines = [
-        [row.contender, row.task]
-        + [f"{row.weights[n][0]:.3f} ± {row.weights[n][1]:.3f}" if n in row.weights else "" for n in names]
+        [row.task, *(f"{row.weights[n][0]:.3f} ± {row.weights[n][1]:.3f}" if n in row.weights else "" for n in names)]
         for row in rows
     ]
     heading = "Mean fusion weight of the answers' tokens, with its standard deviation between answers:"
-    return f"{heading}\n\n{_markdown_table(['method', 'task', *names], lines)}"
+    contenders = ["method", *(row.contender for row in rows)]
+    return f"{heading}\n\n{_markdown_table(contenders, [['task', *names], *lines])}"
 
 
-def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in [head, *lines]]
-    escaped.insert(1, ["---"] * len(head))
+def _markdown_table(names: Sequence[str], *blocks: Sequence[Sequence[str]]) -> str:
+    """A line for each name, with what each block of columns has for it; the first of all is the heading."""
+    lines = [[name, *(cell for part in parts for cell in part)] for name, *parts in zip(names, *blocks, strict=True)]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    escaped.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,7 +75,16 @@ class _Answers:
     max_new_tokens: int
     batch_size: int
 
-    def read(self) -> list[Any]:
+    def weigh(self, output: Path, open_model: Callable[[], FusedModel]) -> WeightStatistics:
+        """The statistics of a model's weights on the answers; what else is wrong is told before it is loaded."""
+        from loraflow.visual.figures import check_figure_path, require_matplotlib
+
+        require_matplotlib()
+        check_figure_path(output)
+        examples = self._read()
+        return self._weigh(open_model(), examples)
+
+    def _read(self) -> list[Any]:
         """The examples; where answers are generated, only their prompts need to be there.
 
         Raises:
@@ -93,8 +103,7 @@ class _Answers:
             found.append(parse_example(record, origin, Fields(field, field) if named else None))
         return found[: self.examples]
 
-    def weigh(self, model: FusedModel, examples: list[Any]) -> WeightStatistics:
-        """The statistics of the weights on the examples' answers."""
+    def _weigh(self, model: FusedModel, examples: list[Any]) -> WeightStatistics:
         from rich.console import Console
         from rich.progress import Progress
 
@@ -153,15 +162,11 @@ def layers(
 
     Example: `loraflow plot layers zh-math --data test.jsonl --output layers.svg`
     """
-    from loraflow.visual.figures import check_figure_path, layers_figure, require_matplotlib, save_figure
+    from loraflow.visual.figures import layers_figure, save_figure
 
-    # Cheap checks come before the model is loaded.
-    require_matplotlib()
-    check_figure_path(output)
     answers = _Answers(data, examples, completions, prompt_field, completion_field, max_new_tokens, batch_size)
-    read = answers.read()
     placement = o.Placement(revision, dtype, device, quantization)
-    found = answers.weigh(o.open_model(fusion, base, lora_modules, method, method_option, placement), read)
+    found = answers.weigh(output, lambda: o.open_model(fusion, base, lora_modules, method, method_option, placement))
     _report(save_figure(layers_figure(found, title), output))
     _write_json(json_file, {**_heading("layers", found), "layers": found.layers, **found.answers.as_json()})
 
@@ -196,14 +201,11 @@ def decoding(
 
     Example: `loraflow plot decoding zh-math --data test.jsonl --examples 50 --output decoding`
     """
-    from loraflow.visual.figures import check_figure_path, decoding_figure, require_matplotlib, save_figure
+    from loraflow.visual.figures import decoding_figure, save_figure
 
-    require_matplotlib()
-    check_figure_path(output)
     answers = _Answers(data, examples, completions, prompt_field, completion_field, max_new_tokens, batch_size)
-    read = answers.read()
     placement = o.Placement(revision, dtype, device, quantization)
-    found = answers.weigh(o.open_model(fusion, base, lora_modules, method, method_option, placement), read)
+    found = answers.weigh(output, lambda: o.open_model(fusion, base, lora_modules, method, method_option, placement))
     _report(save_figure(decoding_figure(found, title), output))
     _write_json(json_file, {**_heading("decoding", found), **found.tenths.as_json()})
 

@@ -10,6 +10,7 @@ so different keys and values.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import threading
 import time
@@ -159,6 +160,8 @@ class Job:
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
         listener: who hears of its tokens.
+        told: how many tokens it has heard of.
+        sampled: its new token with all that is known of it, until the listener hears of it.
     """
 
     id: str
@@ -171,7 +174,7 @@ class Job:
     listener: Listener
     generator: torch.Generator | None = None
     told: int = 0
-    facts: list[Token] = field(default_factory=list)
+    sampled: Token | None = None
 
 
 class Engine:
@@ -294,12 +297,12 @@ class _Router(OutputRouter):
         ended = output.status == RequestStatus.FINISHED
         new = output.generated_tokens[job.told :]
         for position, token in enumerate(new, start=1):
-            facts = job.facts.pop(0) if job.facts else Token(token)
+            known, job.sampled = job.sampled or Token(token), None
             finish: FinishReason | None = None
             if ended and position == len(new):
                 finish = "stop" if token in job.ends else "length"
             job.told += 1
-            job.listener(Token(token, facts.logprob, facts.top, facts.weights, finish))
+            job.listener(dataclasses.replace(known, finish=finish))
         if output.status == RequestStatus.FAILED:
             job.listener(Failure(str(output.error)))
         if ended or output.status == RequestStatus.FAILED:
@@ -389,7 +392,7 @@ class _Manager(ContinuousBatchingManager):
         start = 0
         for job, future in batch:
             start += future.query_length
-            if job is None or not job.wants_weights or not job.facts or not future.has_new_token:
+            if job is None or not job.wants_weights or job.sampled is None or not future.has_new_token:
                 continue
             gates = job.weigher.gates
             weights = torch.zeros(len(seen), adapters)
@@ -399,9 +402,9 @@ class _Manager(ContinuousBatchingManager):
                 noted = [found[name][start - 1] for name in names if name in found]
                 if noted:
                     weights[layer] = torch.stack(noted).mean(dim=0)
-            last = job.facts[-1]
             among = _among(self._fused, job.weigher)
-            job.facts[-1] = Token(last.id, last.logprob, last.top, weights if among is None else weights[:, among])
+            weights = weights if among is None else weights[:, among]
+            job.sampled = dataclasses.replace(job.sampled, weights=weights)
 
 
 def _lanes(model: FusedModel, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
@@ -476,7 +479,7 @@ class _Runner(ModelRunner):
                 continue
             if not job.sampling.greedy:
                 chosen[row] = sample(logits[row], job.sampling, job.generator)
-            job.facts.append(_facts(logits[row], int(chosen[row]), job.sampling.logprobs))
+            job.sampled = _token(logits[row], int(chosen[row]), job.sampling.logprobs)
         output_ids[0, : len(waiting)].copy_(chosen)
 
 
@@ -494,7 +497,7 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator)[0]
 
 
-def _facts(logits: Float[Tensor, " vocabulary"], token: int, count: int | None) -> Token:
+def _token(logits: Float[Tensor, " vocabulary"], token: int, count: int | None) -> Token:
     if count is None:
         return Token(token)
     logs = logits.log_softmax(dim=-1)

@@ -17,6 +17,9 @@ from loraflow.cli import compare, demo, export, finetune, fit, generate, import_
 from loraflow.cli.options import spread_values
 from loraflow.errors import LoraflowError
 
+# On the CPU it advises a kernel that has no backward, and that fused 4-bit bases are kept from. Workers import this.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 class _Group(TyperGroup):
     """Takes several values after one option, as vLLM does, and shows this library's errors without a traceback."""
@@ -74,5 +77,3 @@ def main(
     ),
 ) -> None:
     """Options of the program itself."""
-    # On the CPU it advises a kernel that has no backward, and that fused 4-bit bases are kept from.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -50,7 +50,8 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def watch(self, events: Any) -> None:
         """Show what workers say, until None."""
@@ -64,7 +65,7 @@ class Board:
                 self._progress.update(self._task, description=f"{escape(str(cell))}: {escape(value)}")
                 # A log has a line for every cell at its start; how it goes on is for those who watch.
                 if not self._console.is_terminal and value.startswith("learning"):
-                    self._console.print(f"{escape(str(cell))}: {escape(value)}", highlight=False)
+                    self._print(f"{escape(str(cell))}: {escape(value)}")
             elif kind in ("start", "answering"):
                 verb = "preparing" if kind == "start" else "answering"
                 self._progress.update(self._task, description=f"{verb}: {escape(str(cell))}")
@@ -78,7 +79,10 @@ class Board:
         self._progress.update(self._task, cells=count)
         if kind == "failed":
             self.failed += 1
-            self._console.print(f"\\[{count}] {escape(str(cell))}: [bold red]FAILED[/]", highlight=False)
-            self._console.print(text, markup=False, highlight=False)
+            self._print(f"\\[{count}] {escape(str(cell))}: [bold red]FAILED[/]\n{escape(text)}")
         else:
-            self._console.print(f"\\[{count}] {escape(str(cell))}: {text}", highlight=False)
+            self._print(f"\\[{count}] {escape(str(cell))}: {escape(text)}")
+
+    def _print(self, line: str) -> None:
+        # Logs are for other programs too: a line is a line.
+        self._console.print(line, highlight=False, soft_wrap=True)

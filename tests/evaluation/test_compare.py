@@ -312,6 +312,24 @@ def test_cells_that_were_measured_otherwise_are_told(
     assert run(other, tmp_path)[1].startswith("1 cells, 1 of them finished before")
 
 
+def test_weights_of_finished_cells_are_recorded_when_they_are_asked_for(
+    shorter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_plan(shorter, ["average", "base"], tasks=["zh"], limit=1)
+    assert run(plan, tmp_path)[0] == 0
+    before = records(plan, tmp_path)
+    assert [record.weights for record in before.values()] == [None, None]
+    asking = plan.model_copy(update={"weights": True})
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_module, "answer_task", None)
+        assert "2 cells, 0 of them finished before" in run(asking, tmp_path)[1]
+    halves = {"zh-chat": (0.5, 0.0), "math": (0.5, 0.0)}
+    found = list(records(asking, tmp_path).values())
+    assert [record.weights for record in found] == [halves, {}]
+    assert [dataclasses.replace(record, weights=None) for record in found] == list(before.values())
+    assert "2 cells, 2 of them finished before" in run(asking, tmp_path)[1]
+
+
 def test_bases_of_the_same_name_are_told_apart(shorter: dict[str, Any], tmp_path: Path) -> None:
     places = [tmp_path / place / "base" for place in ("one", "two", "moved")]
     for place in places:
@@ -660,6 +678,8 @@ def test_a_killed_fit_goes_on(shorter: dict[str, Any], tmp_path: Path, kill_when
     kill_when(command, lambda: list(learned.glob("checkpoints/checkpoint-*/COMPLETE")), killed)
     assert not (learned / "fit.json").exists()
     begun = os.stat(learned / "identity.json").st_ino
+    assert 0 < float((learned / "seconds.txt").read_text()) < PATIENCE_S
+    (learned / "seconds.txt").write_text("1e6")
     assert run(plan, killed)[0] == run(plan, tmp_path / "whole")[0] == 0
     assert os.stat(learned / "identity.json").st_ino == begun, "the interrupted fit was forgotten"
     fusions = [
@@ -667,6 +687,9 @@ def test_a_killed_fit_goes_on(shorter: dict[str, Any], tmp_path: Path, kill_when
     ]
     assert all(torch.equal(fusions[0][name], value) for name, value in fusions[1].items())
     assert not (learned / "checkpoints").exists()
+    (record,) = records(plan, killed).values()
+    assert 1e6 < record.fit_s < 1e6 + PATIENCE_S
+    assert not (learned / "seconds.txt").exists()
 
 
 def test_a_wrong_base_is_found_before_anything_is_written(setting: dict[str, Any], tmp_path: Path) -> None:

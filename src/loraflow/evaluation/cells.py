@@ -87,7 +87,7 @@ class Record:
         memory_mib: the most memory in use while answering: of the GPU, or resident in the process on a CPU.
         fitted_on: the task that it learned on, where that is another one's choice.
         weights: mean fusion weight of each adapter over the answers' tokens and the layers, and the standard deviation
-            of the answers' means; empty where they were not recorded.
+            of the answers' means; empty where there are none, None where they were not recorded.
         details: more of the fit, for readers.
         higher_is_better: whether it is good to score much.
         notice: what a reader of the scores has to know.
@@ -104,7 +104,7 @@ class Record:
     tokens: int | None
     memory_mib: float
     fitted_on: str | None = None
-    weights: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, tuple[float, float]] | None = None
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     higher_is_better: bool = True
     notice: str | None = None
@@ -153,7 +153,9 @@ class Store:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            weights = {name: (mean, spread) for name, (mean, spread) in content["weights"].items()}
+            weights = content["weights"]
+            if weights is not None:
+                weights = {name: (mean, spread) for name, (mean, spread) in weights.items()}
             return Record(**{**content, "cell": Cell(**content["cell"]), "weights": weights})
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise LoraflowError(f"{path} is no readable cell ({error}). Remove it, to measure it again.") from error

@@ -161,7 +161,7 @@ def compare(
     store = Store(output)
     store.root.mkdir(parents=True, exist_ok=True)
     with _alone(store.root):
-        missing = _unfinished(wanted, store, overwrite)
+        missing = _unfinished(wanted, store, overwrite=overwrite, weights=plan.weights)
         text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), allow_unicode=True, sort_keys=False)
         write_atomically(store.root / PLAN_FILE, text.encode())
         finished = len(comparison.cells) - len(missing)
@@ -242,8 +242,10 @@ def _fusion_identity(fusion: str) -> dict[str, Any]:
     }
 
 
-def _unfinished(wanted: Mapping[Cell, Mapping[str, Any]], store: Store, overwrite: bool) -> list[Cell]:
-    """The cells that are to be measured.
+def _unfinished(
+    wanted: Mapping[Cell, Mapping[str, Any]], store: Store, *, overwrite: bool, weights: bool
+) -> list[Cell]:
+    """The cells that are to be measured, or whose weights are to be recorded.
 
     Raises:
         LoraflowError: if a finished one was measured otherwise, and may not be replaced.
@@ -261,7 +263,7 @@ def _unfinished(wanted: Mapping[Cell, Mapping[str, Any]], store: Store, overwrit
                 )
             store.remove(cell)
             record = None
-        if record is None:
+        if record is None or (weights and record.weights is None):
             missing.append(cell)
     return missing
 
@@ -401,6 +403,13 @@ class _Worker:
 
         prepared = prepare(self._bench, contender, task, cell.seed, directory, say)
         self._events.put(("answering", cell, 0))
+        finished = self._store.read(cell)
+        if finished is not None:
+            # All but its weights, which nobody asked for before.
+            items = self._store.read_items(cell)
+            record = dataclasses.replace(finished, weights=mean_answer_weights(prepared.model, task, items))
+            self._store.write(record, items)
+            return record
 
         def advance(count: int) -> None:
             self._events.put(("answered", cell, count))
@@ -413,7 +422,7 @@ class _Worker:
             allow_code=self._allow_code,
             advance=advance,
         )
-        weights = mean_answer_weights(prepared.model, task, measured.items) if plan.weights else {}
+        weights = mean_answer_weights(prepared.model, task, measured.items) if plan.weights else None
         record = _record(cell, self._identities[cell], prepared, measured, contender.spec.fitted_on, weights)
         self._store.write(record, measured.items)
         return record
@@ -425,7 +434,7 @@ def _record(
     prepared: Prepared,
     measured: Measured,
     fitted_on: str | None,
-    weights: Mapping[str, tuple[float, float]],
+    weights: Mapping[str, tuple[float, float]] | None,
 ) -> Record:
     return Record(
         cell=cell,

@@ -31,6 +31,7 @@ from loraflow.training.trainer import complete_checkpoints
 
 FIT_FILE = "fit.json"
 IDENTITY_FILE = "identity.json"
+SECONDS_FILE = "seconds.txt"
 TUNED = "tuned"
 
 
@@ -338,15 +339,21 @@ def prepare(
     source = contender.fit_task(task)
     _keep_only(directory, {**contender.fit_identity(task, seed), "fitted": bench.digests(contender.adapters(source))})
     if not (directory / FIT_FILE).is_file():
-        started = time.perf_counter()
+        stopwatch = _Stopwatch(directory / SECONDS_FILE)
+
+        def tell(text: str) -> None:
+            stopwatch.keep()
+            say(text)
+
         before = complete_checkpoints(directory / "checkpoints")
-        say("learning" if not before else f"learning goes on from {before[-1].name}")
+        tell("learning" if not before else f"learning goes on from {before[-1].name}")
         prompt = (source.train_prompt or source.prompt).resolve(bench.tokenizer)
         learn = _finetune if learns == "finetune" else _fit
-        facts = learn(bench, contender, source, seed, prompt, directory, _console(say))
+        facts = learn(bench, contender, source, seed, prompt, directory, _console(tell))
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        facts["fit_s"] = time.perf_counter() - started
+        facts["fit_s"] = stopwatch.seconds()
         write_atomically(directory / FIT_FILE, json.dumps(facts).encode())
+        stopwatch.forget()
     facts = json.loads((directory / FIT_FILE).read_text(encoding="utf-8"))
     if learns == "finetune":
         model = bench.fused({TUNED: directory / "adapter"}, TUNED)
@@ -355,6 +362,24 @@ def prepare(
         model.load_state_dict(read_fusion(directory / "fusion")[1])
     model.prompt = task.prompt.resolve(bench.tokenizer)
     return Prepared(model, facts["parameters"], facts["examples"], facts["fit_s"], facts["details"])
+
+
+class _Stopwatch:
+    """Seconds of a fit, those before it was interrupted included, as far as they were kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = float(path.read_text()) if path.is_file() else 0.0
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def keep(self) -> None:
+        write_atomically(self._path, repr(self.seconds()).encode())
+
+    def forget(self) -> None:
+        self._path.unlink()
 
 
 class _Lines(io.TextIOBase):

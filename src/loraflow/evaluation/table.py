@@ -210,12 +210,13 @@ def _number(text: str) -> int:
 
 def _row(contender: str, task: str, entry: _Entry, reference: _Entry | None, comparison: Comparison) -> Row:
     records = entry.records
+    recorded = [record.weights for record in records if record.weights]
     weights = {
         name: (
-            float(np.mean([record.weights[name][0] for record in records])),
-            float(np.mean([record.weights[name][1] for record in records])),
+            float(np.mean([of_run[name][0] for of_run in recorded])),
+            float(np.mean([of_run[name][1] for of_run in recorded])),
         )
-        for name in records[0].weights
+        for name in (recorded[0] if recorded else {})
     }
     row = Row(
         contender=contender,

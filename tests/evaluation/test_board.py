@@ -32,7 +32,7 @@ def test_a_log_has_a_line_for_each_start_and_end() -> None:
             ("start", FIRST, 0),
             ("learning", FIRST, "learning [1/2]"),
             ("learning", FIRST, "step 3"),
-            ("answered", FIRST, 4),
+            ("answered", FIRST, (4, 4)),
             ("done", FIRST, long),
             ("done", SECOND, "metric 0 %"),
         ]
@@ -45,3 +45,20 @@ def test_failures_are_counted_with_their_traceback() -> None:
     lines, failed = log([("failed", FIRST, "Traceback:\n  boom [/bold]"), ("failed", SECOND, "boom")])
     assert lines == [f"[1/2] {FIRST}: FAILED", "Traceback:", "  boom [/bold]", f"[2/2] {SECOND}: FAILED", "boom"]
     assert failed == 2
+
+
+def test_the_bar_learns_how_many_answers_there_are() -> None:
+    board = Board({FIRST: 100, SECOND: 4}, Console(file=io.StringIO()))
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def after(*events: Any) -> tuple[float, float | None]:
+        for event in (*events, None):
+            told.put(event)
+        board.watch(told)
+        (bar,) = board._progress.tasks
+        return bar.completed, bar.total
+
+    assert after() == (0, 104)
+    assert after(("answered", FIRST, (8, 250))) == (8, 254)
+    assert after(("answered", SECOND, (2, 4)), ("answered", FIRST, (16, 250))) == (18, 254)
+    assert after(("failed", FIRST, "boom"), ("done", SECOND, "fine")) == (254, 254)

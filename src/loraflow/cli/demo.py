@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,18 +96,15 @@ def _compare(model: Any, task: Any, output: Path, count: int, console: Console) 
     results = []
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("answering", total=count * len(names))
-        for name in names:
+        for position, name in enumerate(names):
             progress.update(bar, description=f"answering: {name}")
             file = output / "answers" / f"{name}.jsonl"
 
-            def answer(name: str = name, file: Path = file) -> Result:
-                return run.evaluate(model, task, name, count, file, lambda done: progress.advance(bar, done))
+            def advance(done: int, total: int, before: int = position * count) -> None:
+                progress.update(bar, completed=before + done)
 
-            if name == "lora-flow":
-                results.append(answer())
-            else:
-                with model.using(name):
-                    results.append(answer())
+            with contextlib.nullcontext() if name == "lora-flow" else model.using(name):
+                results.append(run.evaluate(model, task, name, count, file, advance))
     return results
 
 

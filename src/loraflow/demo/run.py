@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from loraflow.demo.setting import METRIC, RECIPES, small_world
 from loraflow.demo.tasks import Problem, Task
 from loraflow.demo.world import adapter_paths, base_path
-from loraflow.evaluation.measure import answer_task
+from loraflow.evaluation.measure import Progress, answer_task
 from loraflow.evaluation.settings import Task as SettingTask
 from loraflow.evaluation.statistics import wilson_interval
 from loraflow.methods import Method
@@ -78,7 +78,7 @@ def write_task(task: Task, directory: Path) -> None:
 
 
 def evaluate(
-    model: FusedModel, task: Task, method: str, count: int, answers_file: Path | None, on_batch: Callable[[int], None]
+    model: FusedModel, task: Task, method: str, count: int, answers_file: Path | None, progress: Progress
 ) -> Result:
     """Answer the first problems of a task greedily with the model as it is, keep the answers, and score them.
 
@@ -88,10 +88,10 @@ def evaluate(
         method: what the result is called.
         count: how many problems.
         answers_file: where the answers go, one JSON object a line.
-        on_batch: called after each batch with its size.
+        progress: called after each batch with how many are answered, and how many there are.
     """
     problems = _setting_task(task.name)
-    measured = answer_task(model, problems, limit=count, batch_size=64, advance=on_batch)
+    measured = answer_task(model, problems, limit=count, batch_size=64, progress=progress)
     right, spoken = ([bool(item.scores[name]) for item in measured.items] for name in ("right", METRIC))
     lines = [
         json.dumps({"prompt": p.prompt, "answer": i.answer, "right": r, "in_language": s}, ensure_ascii=False)

@@ -17,7 +17,7 @@ class Board:
 
     - `"start"`, `"answering"`: what a worker is at;
     - `"learning"`: a line of how that goes on;
-    - `"answered"`: so many more answers;
+    - `"answered"`: how many answers there are, and how many there will be;
     - `"done"`, `"failed"`: a line of text, or a traceback.
 
     Attributes:
@@ -28,7 +28,7 @@ class Board:
 
     def __init__(self, sizes: Mapping[Cell, int], console: Console) -> None:
         self._console = console
-        self._sizes = sizes
+        self._sizes = dict(sizes)
         self._answered = dict.fromkeys(sizes, 0)
         self._finished = 0
         columns = (
@@ -58,9 +58,8 @@ class Board:
         while (event := events.get()) is not None:
             kind, cell, value = event
             if kind == "answered":
-                value = min(value, self._sizes[cell] - self._answered[cell])
-                self._answered[cell] += value
-                self._progress.advance(self._task, value)
+                self._answered[cell], self._sizes[cell] = value
+                self._advance()
             elif kind == "learning":
                 self._progress.update(self._task, description=f"{escape(str(cell))}: {escape(value)}")
                 # A log has a line for every cell at its start; how it goes on is for those who watch.
@@ -74,7 +73,8 @@ class Board:
 
     def _finish(self, cell: Cell, kind: str, text: str) -> None:
         self._finished += 1
-        self._progress.advance(self._task, self._sizes[cell] - self._answered[cell])
+        self._answered[cell] = self._sizes[cell]
+        self._advance()
         count = f"{self._finished}/{len(self._sizes)}"
         self._progress.update(self._task, cells=count)
         if kind == "failed":
@@ -82,6 +82,10 @@ class Board:
             self._print(f"\\[{count}] {escape(str(cell))}: [bold red]FAILED[/]\n{escape(text)}")
         else:
             self._print(f"\\[{count}] {escape(str(cell))}: {escape(text)}")
+
+    def _advance(self) -> None:
+        total, completed = sum(self._sizes.values()), sum(self._answered.values())
+        self._progress.update(self._task, total=total, completed=completed)
 
     def _print(self, line: str) -> None:
         # Logs are for other programs too: a line is a line.

@@ -37,7 +37,7 @@ from loraflow.loading import BaseOptions, read_base_config
 from loraflow.storage import fetch_fusion, read_fusion, write_atomically
 
 PLAN_FILE = "plan.yaml"
-# Problems of a task of lm-evaluation-harness, as far as the progress bar knows before it is loaded.
+# Answers to a task of lm-evaluation-harness, as far as the progress bar knows before the task is loaded.
 _HARNESS_GUESS = 100
 
 
@@ -411,8 +411,8 @@ class _Worker:
             self._store.write(record, items)
             return record
 
-        def advance(count: int) -> None:
-            self._events.put(("answered", cell, count))
+        def progress(done: int, total: int) -> None:
+            self._events.put(("answered", cell, (done, total)))
 
         measured = answer_task(
             prepared.model,
@@ -420,7 +420,7 @@ class _Worker:
             limit=plan.limit,
             batch_size=plan.batch_size,
             allow_code=self._allow_code,
-            advance=advance,
+            progress=progress,
         )
         weights = mean_answer_weights(prepared.model, task, measured.items) if plan.weights else None
         record = _record(cell, self._identities[cell], prepared, measured, contender.spec.fitted_on, weights)

@@ -16,13 +16,12 @@ from loraflow.answers import generate_answers
 from loraflow.errors import DataError
 from loraflow.evaluation.cells import Item
 from loraflow.evaluation.harness import HarnessItem, HarnessResult, evaluate_task, rescore_task
+from loraflow.evaluation.harness_models import Progress
 from loraflow.evaluation.settings import HarnessTask, Task
 from loraflow.model import FusedModel
 
 # Answers of a cell whose mean fusion weights are recorded: each costs one more forward.
 WEIGHED_ANSWERS = 64
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def answer_task(
     limit: int | None = None,
     batch_size: int = 16,
     allow_code: bool = False,
-    advance: Advance = lambda n: None,
+    progress: Progress = lambda done, total: None,
 ) -> Measured:
     """Answer a task's problems greedily with a model as it is, and score the answers.
 
@@ -65,14 +64,20 @@ def answer_task(
         limit: only the first so many problems.
         batch_size: problems answered together.
         allow_code: whether a task of lm-evaluation-harness may run what the model wrote, in the sandbox.
-        advance: called after each batch with its size.
+        progress: called after each batch with how many are answered, and how many there are.
 
     Returns:
         Answers, scores, time and memory.
     """
     if task.harness is not None:
-        return _answer_harness(model, task.harness, limit, batch_size, allow_code, advance)
-    problems = task.test[:limit]
+        return _answer_harness(model, task.harness, limit, batch_size, allow_code, progress)
+    problems, answered = task.test[:limit], 0
+
+    def advance(count: int) -> None:
+        nonlocal answered
+        answered += count
+        progress(answered, len(problems))
+
     tokenizer = model.tokenizer
     assert tokenizer is not None
     with _peak_memory(model.device) as peak:
@@ -104,20 +109,13 @@ def answer_task(
 
 
 def _answer_harness(
-    model: FusedModel, task: HarnessTask, limit: int | None, batch_size: int, allow_code: bool, advance: Advance
+    model: FusedModel, task: HarnessTask, limit: int | None, batch_size: int, allow_code: bool, progress: Progress
 ) -> Measured:
     """Answer a task of lm-evaluation-harness.
 
     Raises:
         DataError: if the metric that decides has no score for single problems.
     """
-    answered = 0
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal answered
-        advance(done - answered)
-        answered = done
-
     with _peak_memory(model.device) as peak:
         started = time.perf_counter()
         result = evaluate_task(
@@ -130,7 +128,7 @@ def _answer_harness(
             num_fewshot=task.num_fewshot,
             chat=task.chat,
             metric=task.metric,
-            on_progress=on_progress,
+            on_progress=progress,
         )
         seconds = time.perf_counter() - started
     if any(result.metric not in item.scores for item in result.items):

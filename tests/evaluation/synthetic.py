@@ -17,7 +17,7 @@ Scores = Mapping[tuple[str, str], Sequence[Sequence[float] | None]]
 def synthetic_run(
     root: Path, scores: Scores, *, problems: Mapping[str, str] | None = None, record: Any = None, **plan: Any
 ) -> tuple[Comparison, Store]:
-    """A run of gates that were never fitted.
+    """A run of gates that were never fitted, unless the plan has other `methods` of these names.
 
     Args:
         root: where its files go.
@@ -44,9 +44,9 @@ def synthetic_run(
     content = {"setting": setting, "methods": rows, "seeds": list(range(seeds)), **plan}
     comparison, store = open_comparison(make_plan(content, root / "plan.yaml")), Store(root / "run")
     for (method, name), of_seeds in scores.items():
-        for seed, values in enumerate(of_seeds):
+        cells = [cell for cell in comparison.cells if (cell.method, cell.task) == (method, name)]
+        for cell, values in zip(cells, of_seeds, strict=False):
             if values is not None:
-                cell = Cell(name, method, seed)
                 store.write(_record(cell, values, (record or {}).get(method, {})), _items(cell, values))
     return comparison, store
 

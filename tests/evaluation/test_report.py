@@ -113,6 +113,15 @@ def test_rows_of_one_task_have_no_average(tmp_path: Path) -> None:
     assert [line[1] for line in lines[2:4]] == ["2", "1"]
 
 
+def test_rows_that_another_seed_could_change_are_told(tmp_path: Path) -> None:
+    scores = {("made", "zh"): [[1.0, 0.0]], ("learned", "zh"): [[1.0, 1.0]]}
+    methods = {"made": {"method": "average"}, "learned": {"method": "lora-flow"}}
+    (told,) = (
+        line for line in files(synthetic_run(tmp_path, scores, methods=methods))["md"].split("\n") if "one seed" in line
+    )
+    assert "comparisons). learned: learned with one seed only;" in told
+
+
 # ---- The page ------------------------------------------------------------------------------------------------------
 
 

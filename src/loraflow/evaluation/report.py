@@ -131,7 +131,7 @@ def _note(table: Table) -> str:
             f" A star: differs from {table.reference} at {100 * SIGNIFICANT:.0f} % ({' or '.join(tests)} test, "
             f"two-sided, corrected by Holm's method for {count} comparisons)."
         )
-    once = sorted({row.contender for row in table.rows if row.seeds == 1 and row.examples})
+    once = sorted({row.contender for row in table.rows if row.seeds == 1 and row.seeded})
     if once and count:
         note += (
             f" {', '.join(once)}: learned with one seed only; tests and intervals know nothing of what another seed "

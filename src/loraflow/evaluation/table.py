@@ -37,6 +37,7 @@ class Row:
         task: the task, or "average".
         metric: what is scored.
         seeds: how many runs.
+        seeded: whether another seed could give something else.
         problems: how many problems each run answered.
         mean: mean score over runs and problems.
         interval: its 95 % interval: Wilson's for one run of scores 0 or 1 and where all scores are 0 or all are 1, else
@@ -62,6 +63,7 @@ class Row:
     task: str
     metric: str
     seeds: int
+    seeded: bool
     problems: int
     mean: float
     interval: Interval
@@ -223,6 +225,7 @@ def _row(contender: str, task: str, entry: _Entry, reference: _Entry | None, com
         task=task,
         metric=records[0].metric,
         seeds=len(records),
+        seeded=records[0].cell.seed is not None,
         problems=entry.outcomes.shape[1],
         mean=entry.mean,
         interval=_interval(entry),
@@ -299,6 +302,7 @@ def _averages(comparison: Comparison, tasks: Sequence[str], entries: Mapping[tup
             task=AVERAGE,
             metric=mine[0].records[0].metric,
             seeds=min(len(entry.records) for entry in mine),
+            seeded=any(record.cell.seed is not None for entry in mine for record in entry.records),
             problems=sum(entry.outcomes.shape[1] for entry in mine),
             mean=float(np.mean([entry.mean for entry in mine])),
             interval=_bootstrap_interval(mine, resampled),

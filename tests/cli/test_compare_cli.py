@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from typer.testing import CliRunner
 
 from loraflow import FusedModel
 from loraflow.cli import app
+from loraflow.cli.compare import _print_table
 from loraflow.evaluation import compare as compare_module
 from loraflow.evaluation.plan import study_names
+from loraflow.evaluation.table import make_table
 from loraflow.prompts import PromptFormat
 from tests.evaluation.small import write_setting
+from tests.evaluation.synthetic import synthetic_run
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +264,20 @@ def test_a_plan_has_its_own_setting(run, flags):
     result = run(*PLAN, *flags, "--output", "x")
     assert result.exit_code == 1
     assert f"`{flags[0]}` describes a setting, and a plan or --setting names one. Leave it out." in result.output
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_is_never_squeezed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    scores = {(method, task): [[1.0, 0.0]] for method in ("a", "b") for task in ("zh", "es", "ru", "en")}
+    table = make_table(*synthetic_run(tmp_path, scores))
+    monkeypatch.setenv("COLUMNS", "60")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    _print_table(table)
+    _, head, *lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    columns = ["average"] if terminal else ["zh", "es", "ru", "en", "average"]
+    assert head.split() == ["method", *columns, "p,", "corrected"]
+    assert [line.split()[0] for line in lines[:2]] == ["a", "b"]
+    assert ("every task" in " ".join(lines)) == terminal

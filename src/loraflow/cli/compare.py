@@ -379,17 +379,32 @@ def _run(
 
 
 def _print_table(table: Any) -> None:
+    """Show the scores; on a terminal that is too narrow for all tasks, the last column of them."""
     from rich.console import Console
+
+    from loraflow.evaluation.table import AVERAGE
+
+    console = Console()
+    columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
+    caption = f"per cent, with 95 % intervals; * differs from {table.reference}"
+    shown = _score_table(table, columns, caption)
+    width = Console(width=10_000).measure(shown).maximum
+    if not console.is_terminal:
+        # A log wraps nothing.
+        console = Console(width=max(width, console.width))
+    elif width > console.width and len(columns) > 1:
+        shown = _score_table(table, columns[-1:], f"{caption}; the report has every task")
+    console.print(shown)
+
+
+def _score_table(table: Any, columns: list[str], caption: str) -> Any:
     from rich.table import Table
 
     from loraflow.evaluation.report import p_text, score
-    from loraflow.evaluation.table import AVERAGE
 
-    columns = [*table.tasks, *([AVERAGE] if len(table.tasks) > 1 else [])]
-    shown = Table("method", *columns, "p, corrected", title=table.title, box=None)
+    shown = Table("method", *columns, "p, corrected", title=table.title, box=None, caption=caption)
     for name in table.contenders:
         rows = [table.row(name, column) for column in columns]
         cells = ["" if row is None else score(row) + "*" * row.significant for row in rows]
         shown.add_row(name, *cells, "" if rows[-1] is None else p_text(rows[-1].p_corrected))
-    shown.caption = f"per cent, with 95 % intervals; * differs from {table.reference}"
-    Console().print(shown)
+    return shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from loraflow.evaluation.compare import open_comparison
 from loraflow.evaluation.plan import SettingSpec, read_plan, study_names
 from loraflow.evaluation.settings import load_setting
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "llama-2-7b.yaml"
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = REPOSITORY / "recipes" / "llama-2-7b.yaml"
+WORLD = REPOSITORY / "benchmarks" / "world.yaml"
 PAPER = Path(os.environ.get("LORAFLOW_PAPER_DATA", "no such place"))
 needs_data = pytest.mark.skipif(not PAPER.is_dir(), reason="LORAFLOW_PAPER_DATA does not name the paper's data")
 
@@ -59,3 +62,17 @@ def test_questions_in_two_languages_are_made_of_the_same_problem():
         "乔希决定试试房屋翻新。 Compra una casa de $80 000 y luego agrega $50 000 para las reparaciones. "
         "这样做使房子的价值增加了 150%。 ¿Cuánto obtuvo de ganancia?"
     )
+
+
+@pytest.mark.parametrize("study", ["methods", "granularity", "gates", "few-shot"])
+def test_the_small_worlds_table_has_every_row_of_the_studies(study: str) -> None:
+    rows = [spec.model_dump() for spec in read_plan(str(WORLD)).methods.values()]
+    for name, spec in read_plan(study, setting="small-world").methods.items():
+        asked = spec.model_copy(update={"if_possible": False}).model_dump()
+        assert asked in rows or _by_granularity(asked) in rows, name
+
+
+def _by_granularity(row: dict[str, Any]) -> dict[str, Any]:
+    """The same row, saying nothing of the default granularity."""
+    options = {key: value for key, value in row["options"].items() if (key, value) != ("granularity", "layer")}
+    return {**row, "options": options}

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The same examples everywhere, and none that fails because a machine is slow.
-settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+# The same examples everywhere, and none that fails because a machine is slow. Fixtures may be shared by examples: they
+# are folders and models that no example changes for another.
+_UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=_UNCHECKED)
 settings.load_profile("steady")
 
 

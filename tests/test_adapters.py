@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 
@@ -108,7 +108,7 @@ def test_matching_leaves_the_adapter_as_it_was(base, tmp_path):
     assert adapter.config.target_modules == "all-linear"
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8)
 @given(
     targets=st.sets(st.sampled_from(ALL_LLAMA), min_size=1),
     r=st.integers(1, 9),

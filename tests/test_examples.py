@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraflow.errors import DataError
@@ -51,7 +51,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     assert read_examples(path)[0].completion == "b"
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, max_size=4),
     ascii_only=st.booleans(),

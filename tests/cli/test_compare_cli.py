@@ -273,6 +273,8 @@ def test_a_table_is_never_squeezed(
     scores = {(method, task): [[1.0, 0.0]] for method in ("a", "b") for task in ("zh", "es", "ru", "en")}
     table = make_table(*synthetic_run(tmp_path, scores))
     monkeypatch.setenv("COLUMNS", "60")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
     _print_table(table)

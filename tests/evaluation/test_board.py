@@ -20,7 +20,7 @@ def log(events: Sequence[Any]) -> tuple[list[str], int]:
     out, told = io.StringIO(), queue.SimpleQueue[Any]()
     for event in (*events, None):
         told.put(event)
-    with Board({FIRST: 4, SECOND: 4}, Console(file=out, width=40)) as board:
+    with Board({FIRST: 4, SECOND: 4}, Console(file=out, width=40, force_terminal=False)) as board:
         board.watch(told)
     return out.getvalue().splitlines(), board.failed
 

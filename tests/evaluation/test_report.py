@@ -77,6 +77,12 @@ def test_one_task_is_one_table(tmp_path: Path) -> None:
     assert [line[0] for line in lines] == ["a/b <b>low</b>", "high", "middle"]
 
 
+def test_nothing_is_said_of_a_reference_where_nothing_is_compared(tmp_path: Path) -> None:
+    text = files(synthetic_run(tmp_path, {("a", "zh"): [[1.0, 0.0]]}))["md"]
+    head = next(cells_of(line) for line in text.split("\n") if line.startswith("|"))
+    assert head == ["method", "seeds", "zh", "values learned", "examples", "fit, s", "tokens/s", "memory, MiB"]
+
+
 def test_csv_is_read_back(run: tuple[Comparison, Store]) -> None:
     table = write_report(*run)
     rows = list(csv.DictReader(io.StringIO((run[1].root / "report.csv").read_text())))

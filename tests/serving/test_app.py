@@ -534,12 +534,16 @@ def vanishing(address, body, read):
 
 @pytest.mark.parametrize(("stream", "read"), [(True, 2000), (True, 0), (False, 0)])
 @pytest.mark.parametrize("prompt", ["1 + 1 =", ["1 + 1 =", "2 + 2 ="]], ids=["one", "two"])
-def test_a_client_that_goes_away_frees_its_place(server, service, stream, read, prompt):
+def test_a_client_that_goes_away_frees_its_place(server, service, monkeypatch, stream, read, prompt):
+    cancelled = []
+    real = service.engine._manager.cancel_request
+    monkeypatch.setattr(service.engine._manager, "cancel_request", lambda name: (cancelled.append(name), real(name)))
     slow = PLAIN | {"prompt": prompt, "max_tokens": 400, "stream": stream}
     slow |= {"temperature": 1.8, "n": 4, "seed": 0}
     with vanishing(server[1], slow, read):
         wait_for(lambda: service.engine.running > 0)
     wait_for(lambda: service.engine.running == 0)
+    assert cancelled, "its answers were finished for nobody"
     assert post(server[1], "completions", PLAIN).status == 200
 
 

@@ -379,7 +379,7 @@ def _run(
 
 
 def _print_table(table: Any) -> None:
-    """Show the scores; on a terminal that is too narrow for all tasks, the last column of them."""
+    """Show the scores; on a terminal that is too narrow for all tasks, their average or else the last."""
     from rich.console import Console
 
     from loraflow.evaluation.table import AVERAGE
@@ -390,7 +390,7 @@ def _print_table(table: Any) -> None:
     shown = _score_table(table, columns, caption)
     width = Console(width=10_000).measure(shown).maximum
     if not console.is_terminal:
-        # A log wraps nothing.
+        # In a log no column is wrapped.
         console = Console(width=max(width, console.width))
     elif width > console.width and len(columns) > 1:
         shown = _score_table(table, columns[-1:], f"{caption}; the report has every task")

@@ -369,7 +369,7 @@ class _Stopwatch:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._before = float(path.read_text()) if path.is_file() else 0.0
+        self._before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
         self._started = time.perf_counter()
 
     def seconds(self) -> float:
@@ -379,7 +379,7 @@ class _Stopwatch:
         write_atomically(self._path, repr(self.seconds()).encode())
 
     def forget(self) -> None:
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
 
 
 class _Lines(io.TextIOBase):

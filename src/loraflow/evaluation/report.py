@@ -148,12 +148,16 @@ def markdown(table: Table, settings: Mapping[str, str]) -> str:
     columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
     parts = [f"# {table.title}", table.description.strip(), _missing(table)]
     scores = [["seeds", *columns], *(_scores(table, name, columns) for name in table.contenders)]
-    costs = [_cost_heads(table, columns[-1]), *(_costs(table.row(name, columns[-1])) for name in table.contenders)]
     names = ["method", *table.contenders]
+    last = {name: row for name in table.contenders if (row := table.row(name, columns[-1]))}
+    of = f", {columns[-1]}" if len(columns) > 1 else ""
+    costs = [list(COSTS), *map(cost_texts, last.values())]
+    against = [[f"difference to {table.reference}{of}", "p", "p, corrected"], *map(_against, last.values())]
+    blocks = [against, costs] if any(row.difference is not None for row in last.values()) else [costs]
     if len(columns) == 1:
-        parts += [_markdown_table(names, scores, costs), _note(table)]
+        parts += [_markdown_table(names, scores, *blocks), _note(table)]
     else:
-        parts += [_markdown_table(names, scores), _note(table), _markdown_table(names, costs)]
+        parts += [_markdown_table(names, scores), _note(table), _markdown_table(["method", *last], *blocks)]
     parts.append(_weights(table))
     parts.append("\n".join(f"- {key}: {value}" for key, value in settings.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -172,15 +176,8 @@ def _scores(table: Table, contender: str, columns: Sequence[str]) -> list[str]:
     return ["-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), *cells]
 
 
-def _cost_heads(table: Table, column: str) -> list[str]:
-    of = f", {column}" if len(table.tasks) > 1 else ""
-    return [f"difference to {table.reference}{of}", "p", "p, corrected", *COSTS]
-
-
-def _costs(row: Row | None) -> list[str]:
-    if row is None:
-        return [""] * (3 + len(COSTS))
-    return [difference(row), p_text(row.p), p_text(row.p_corrected), *cost_texts(row)]
+def _against(row: Row) -> list[str]:
+    return [difference(row), p_text(row.p), p_text(row.p_corrected)]
 
 
 def _weights(table: Table) -> str:

@@ -44,7 +44,7 @@ def bootstrap_means(
     by their seeds, and problems are hard or easy for all of them. Means of two methods with the same `problems_seed`
     are of the same resampled problems: their differences are paired.
 
-    Of n runs, n - 1 are drawn each time: with n, the variance of the few seeds that anybody runs would come out too
+    Of n > 1 runs, n - 1 are drawn each time: with n, the variance of the few seeds that anybody runs would come out too
     small by the factor (n - 1) / n (Rao and Wu 1988). Of hundreds of problems as many are drawn.
 
     Args:

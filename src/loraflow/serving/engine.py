@@ -302,7 +302,7 @@ class _Router(OutputRouter):
             if ended and position == len(new):
                 finish = "stop" if token in job.ends else "length"
             job.told += 1
-            job.listener(dataclasses.replace(known, finish=finish))
+            job.listener(dataclasses.replace(known, id=token, finish=finish))
         if output.status == RequestStatus.FAILED:
             job.listener(Failure(str(output.error)))
         if ended or output.status == RequestStatus.FAILED:

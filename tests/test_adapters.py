@@ -17,7 +17,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from loraflow import FusedModel
 from loraflow.adapters import Adapter, AdapterSource, load_adapter, match_adapter
-from loraflow.architecture import check_inside_layers, find_decoder_layers
+from loraflow.core.architecture import check_inside_layers, find_decoder_layers
 from loraflow.errors import AdapterError
 from tests.tiny import (
     ALL_LLAMA,

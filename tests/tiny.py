@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from loraflow import FusedModel
 from loraflow.adapters import Adapter, AdapterSource, LoraModule
-from loraflow.linear import FusedLinear
+from loraflow.core.linear import FusedLinear
+from loraflow.core.reference import merged_weight, reference_gate, reference_linear
 from loraflow.methods.flow_gates import FlowGate
-from loraflow.reference import merged_weight, reference_gate, reference_linear
 
 VOCAB = 64
 ALL_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

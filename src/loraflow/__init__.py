@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraflow.adapters import AdapterSource
-    from loraflow.loading import BaseOptions
+    from loraflow.bases import BaseOptions
     from loraflow.methods import (
         Arrow,
         Average,
@@ -34,7 +34,7 @@ _HOMES = {
     "Arrow": "loraflow.methods",
     "Average": "loraflow.methods",
     "Base": "loraflow.methods",
-    "BaseOptions": "loraflow.loading",
+    "BaseOptions": "loraflow.bases",
     "Centroid": "loraflow.methods",
     "FitConfig": "loraflow.training",
     "FitResult": "loraflow.training",

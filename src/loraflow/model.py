@@ -22,15 +22,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
 from loraflow.answers import pad_prompts, require_tokenizer
-from loraflow.architecture import find_decoder_layers
-from loraflow.attach import Attachment, attach, check_unfused
-from loraflow.card import model_card
-from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.layers import Gates, Lanes
-from loraflow.loading import BaseOptions, load_base, load_tokenizer
-from loraflow.methods import Method, QueryMethod, get_method, make_method, method_names
-from loraflow.prompts import Message, PromptFormat
-from loraflow.rows import (
+from loraflow.bases import BaseOptions, load_base, load_tokenizer
+from loraflow.core.architecture import find_decoder_layers
+from loraflow.core.attach import Attachment, attach, check_unfused
+from loraflow.core.batch import (
     RowMethod,
     WeighPrompts,
     lanes_of_methods,
@@ -38,7 +33,12 @@ from loraflow.rows import (
     prompt_mask,
     weigh_prompts,
 )
-from loraflow.storage import (
+from loraflow.core.layers import Gates, Lanes
+from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
+from loraflow.methods import Method, QueryMethod, get_method, make_method, method_names
+from loraflow.prompts import Message, PromptFormat
+from loraflow.saved.card import model_card
+from loraflow.saved.storage import (
     AdapterRecord,
     BaseRecord,
     FusionConfig,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow.adapters import Adapter, AdapterSource
-from loraflow.architecture import find_decoder_layers
+from loraflow.bases import BaseOptions, load_empty_base
+from loraflow.core.architecture import find_decoder_layers
 from loraflow.errors import FusionError
-from loraflow.loading import BaseOptions, load_empty_base
 from loraflow.methods import LoraFlow
 from loraflow.model import FusedModel
 from loraflow.prompts import PromptFormat

@@ -21,7 +21,7 @@ from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.cli.options import parse_method_options, spread_values
 from loraflow.errors import MethodError
-from loraflow.storage import read_fusion
+from loraflow.saved.storage import read_fusion
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model, trained_tokenizer
 from tests.training.test_fit import reversals
 

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.cli.compare import _print_table
-from loraflow.evaluation import compare as compare_module
-from loraflow.evaluation.plan import study_names
-from loraflow.evaluation.table import make_table
+from loraflow.evaluation.compare import comparison as compare_module
+from loraflow.evaluation.compare.plan import study_names
+from loraflow.evaluation.compare.table import make_table
 from loraflow.prompts import PromptFormat
-from tests.evaluation.small import write_setting
-from tests.evaluation.synthetic import synthetic_run
+from tests.evaluation.compare.small import write_setting
+from tests.evaluation.compare.synthetic import synthetic_run
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from loraflow import FusedModel, LoraFlow
+from loraflow.analysis.weights import weight_statistics
 from loraflow.cli import app
 from loraflow.cli.info import _method_text, _value_text
-from loraflow.evaluation.weights import weight_statistics
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
 
 RECORDS = [

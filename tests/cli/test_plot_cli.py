@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from loraflow import FusedModel
+from loraflow.analysis.weights import answer_tokens, statistics_of_tokens, weight_statistics
 from loraflow.cli import app
-from loraflow.evaluation.weights import answer_tokens, statistics_of_tokens, weight_statistics
 from loraflow.examples import read_examples
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
 from tests.visual.test_figures import make_report

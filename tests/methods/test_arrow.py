@@ -17,8 +17,8 @@ from loraflow import FusedModel
 from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods import Arrow
+from loraflow.methods._shared.scores import main_input_direction
 from loraflow.methods.base import Site
-from loraflow.methods.scores import main_input_direction
 from tests.tiny import edit_tensors, random_adapter, random_ids, relative_error, save_adapter, tiny_model
 
 FEATURES = 12

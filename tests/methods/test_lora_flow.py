@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.adapters import Adapter, AdapterSource, LoraModule
+from loraflow.core.reference import reference_gate
 from loraflow.errors import MethodError
 from loraflow.methods.base import Site
 from loraflow.methods.flow_gates import FlowGate, GateShape
-from loraflow.reference import reference_gate
 
 FEATURES = 12
 

@@ -181,7 +181,7 @@ def test_passes_may_be_split(tokens, budget, monkeypatch):
     whole, ids = model.weigh(random_ids(), method=method), random_ids()
     calls = []
     handle = model.base_model.model.layers[0].register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
-    monkeypatch.setattr("loraflow.probe.TOKENS_A_PASS", budget)
+    monkeypatch.setattr("loraflow.core.probe.TOKENS_A_PASS", budget)
     torch.testing.assert_close(model.weigh(ids, method=method), whole)
     handle.remove()
     rows = max(1, budget // 9)

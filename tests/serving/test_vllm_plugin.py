@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loraflow import FusedModel
+from loraflow.bases import BaseOptions, load_base, load_empty_base
+from loraflow.core.linear import stack_adapters
+from loraflow.core.reference import reference_linear
 from loraflow.errors import AdapterError, ArchitectureError, FusionError, LoraflowError, MethodError
-from loraflow.linear import stack_adapters
-from loraflow.loading import BaseOptions, load_base, load_empty_base
 from loraflow.methods import (
     Arrow,
     Average,
@@ -36,16 +37,15 @@ from loraflow.methods import (
 )
 from loraflow.methods.static import ConstantGate
 from loraflow.prompts import PromptFormat
-from loraflow.reference import reference_linear
-from loraflow.serving.vllm.base_files import files_digest
+from loraflow.saved.base_files import files_digest
+from loraflow.saved.storage import base_record, read_fusion
 from loraflow.serving.vllm.checks import ARCHITECTURES, check_engine, check_plan
 from loraflow.serving.vllm.command import chat_template, vllm_command
 from loraflow.serving.vllm.delta import FusedDelta, GivenWeights, LayerWeights, Stream
-from loraflow.serving.vllm.given import KEY, check_request, fusion_of, parse_weights, processor_name
 from loraflow.serving.vllm.options import FusionOptions
 from loraflow.serving.vllm.plan import FusionPlan, check_digest, fusion_digest, read_plan
+from loraflow.serving.vllm.request_weights import KEY, check_request, fusion_of, parse_weights, processor_name
 from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, cut, even_parts
-from loraflow.storage import base_record, read_fusion
 from tests.tiny import ALL_LLAMA, edit_config, random_adapter, save_adapter, set_random_gates, tiny_model
 
 HIDDEN = 16

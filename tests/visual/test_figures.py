@@ -12,8 +12,8 @@ import matplotlib
 import pytest
 import torch
 
+from loraflow.analysis.weights import WeightStatistics, WeightSummary
 from loraflow.errors import DataError, LoraflowError
-from loraflow.evaluation.weights import WeightStatistics, WeightSummary
 from loraflow.visual import figures
 from loraflow.visual.colours import adapter_colour
 from tests.visual.test_trace import make_trace

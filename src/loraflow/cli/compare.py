@@ -12,7 +12,7 @@ from loraflow.cli import training_options as t
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
-    from loraflow.evaluation.plan import Plan
+    from loraflow.evaluation.compare.plan import Plan
 
 _WHAT = "What is compared"
 _ON = "On what"
@@ -205,7 +205,7 @@ def compare(
 
 
 def _plan_of_run(output: Path) -> str | None:
-    from loraflow.evaluation.compare import PLAN_FILE
+    from loraflow.evaluation.compare.comparison import PLAN_FILE
 
     path = output / PLAN_FILE
     return str(path) if path.is_file() else None
@@ -220,7 +220,7 @@ def _print_studies() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraflow.evaluation.plan import STUDIES, read_yaml, study_names
+    from loraflow.evaluation.compare.plan import STUDIES, read_yaml, study_names
 
     table = Table("study", "what it finds out", box=None)
     for name in study_names():
@@ -274,7 +274,7 @@ def _setting(
 
 
 def _of_fusion(fusion: str) -> dict[str, Any]:
-    from loraflow.storage import fetch_fusion, read_fusion, resolve_source
+    from loraflow.saved.storage import fetch_fusion, read_fusion, resolve_source
 
     directory = fetch_fusion(fusion, None)
     config, _ = read_fusion(directory)
@@ -295,7 +295,7 @@ def _prompt_of(fusions: list[str]) -> dict[str, Any]:
     Raises:
         LoraflowError: if they have several.
     """
-    from loraflow.storage import fetch_fusion, read_fusion
+    from loraflow.saved.storage import fetch_fusion, read_fusion
 
     formats = [read_fusion(fetch_fusion(fusion, None))[0].prompt for fusion in fusions]
     for fusion, other in zip(fusions, formats, strict=True):
@@ -308,7 +308,7 @@ def _prompt_of(fusions: list[str]) -> dict[str, Any]:
 
 
 def _plan(content: dict[str, Any]) -> Plan:
-    from loraflow.evaluation.plan import make_plan
+    from loraflow.evaluation.compare.plan import make_plan
 
     return make_plan({key: value for key, value in content.items() if value is not None}, Path.cwd() / "command line")
 
@@ -317,7 +317,7 @@ def _read(
     plan: str | None, setting: str | None, methods: list[str], fusions: list[str], changes: dict[str, Any]
 ) -> Plan:
     from loraflow.errors import did_you_mean
-    from loraflow.evaluation.plan import read_plan
+    from loraflow.evaluation.compare.plan import read_plan
 
     if plan is None:
         return _plan({"setting": setting, "methods": _rows(methods, fusions), **changes})
@@ -348,11 +348,11 @@ def _run(
 ) -> None:
     from rich.console import Console
 
-    from loraflow.evaluation.cells import Store
-    from loraflow.evaluation.compare import Options, identities, open_comparison
-    from loraflow.evaluation.compare import compare as measure
-    from loraflow.evaluation.compare import rescore as score_anew
-    from loraflow.evaluation.report import write_report
+    from loraflow.evaluation.compare.comparison import Options, identities, open_comparison
+    from loraflow.evaluation.compare.comparison import compare as measure
+    from loraflow.evaluation.compare.comparison import rescore as score_anew
+    from loraflow.evaluation.compare.report import write_report
+    from loraflow.evaluation.compare.store import Store
 
     console = Console(stderr=True)
     failed = 0
@@ -382,7 +382,7 @@ def _print_table(table: Any) -> None:
     """Show the scores; on a terminal that is too narrow for all tasks, their average or else the last."""
     from rich.console import Console
 
-    from loraflow.evaluation.table import AVERAGE
+    from loraflow.evaluation.compare.table import AVERAGE
 
     console = Console()
     columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
@@ -400,7 +400,7 @@ def _print_table(table: Any) -> None:
 def _score_table(table: Any, columns: list[str], caption: str) -> Any:
     from rich.table import Table
 
-    from loraflow.evaluation.report import p_text, score
+    from loraflow.evaluation.compare.report import p_text, score
 
     shown = Table("method", *columns, "p, corrected", title=table.title, box=None, caption=caption)
     for name in table.contenders:

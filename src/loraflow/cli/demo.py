@@ -49,8 +49,8 @@ def demo(
     from loraflow import training
     from loraflow.demo import run
     from loraflow.evaluation.sandbox import check_available
+    from loraflow.files import write_atomically
     from loraflow.methods import get_method
-    from loraflow.storage import write_atomically
 
     if chosen.skill == "code":
         check_available()

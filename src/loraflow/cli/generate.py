@@ -103,7 +103,7 @@ def _answer_all(
     from rich.progress import Progress
 
     from loraflow.answers import generate_answers, require_tokenizer
-    from loraflow.storage import write_atomically
+    from loraflow.files import write_atomically
 
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("answering", total=len(records))

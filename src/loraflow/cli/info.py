@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loraflow.adapters import Adapter
-    from loraflow.evaluation.weights import WeightStatistics, WeightSummary
+    from loraflow.analysis.weights import WeightStatistics, WeightSummary
 
 _STATS = "How it weighs (--stats, which loads the base)"
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "bnb-8bit": 1.0, "bnb-4bit": 0.55}
@@ -117,8 +117,8 @@ def _describe(
         sources = {name: AdapterSource.parse(path) for name, path in o.parse_adapters(lora_modules).items()}
 
     from loraflow.adapters import match_adapter
-    from loraflow.architecture import check_inside_layers, find_decoder_layers
-    from loraflow.loading import BaseOptions, load_empty_base
+    from loraflow.bases import BaseOptions, load_empty_base
+    from loraflow.core.architecture import check_inside_layers, find_decoder_layers
 
     model = load_empty_base(base, BaseOptions(revision=revision))
     layers = find_decoder_layers(model)
@@ -149,7 +149,7 @@ def _describe_fusion(
     fusion: str, base: str | None, moved: dict[str, str], console: Console
 ) -> tuple[str, dict[str, Any]]:
     from loraflow.adapters import AdapterSource
-    from loraflow.storage import fetch_fusion, read_fusion, resolve_source
+    from loraflow.saved.storage import fetch_fusion, read_fusion, resolve_source
 
     directory = fetch_fusion(fusion, None)
     config, tensors = read_fusion(directory)
@@ -225,7 +225,7 @@ def _count(
 ) -> None:
     import torch
 
-    from loraflow.attach import attach
+    from loraflow.core.attach import attach
     from loraflow.methods import LoraFlow
 
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -271,9 +271,9 @@ def _show_statistics(
     from rich.console import Console
     from rich.progress import Progress
 
-    from loraflow.evaluation.findings import findings, report_json
-    from loraflow.evaluation.weights import weight_statistics
-    from loraflow.storage import write_atomically
+    from loraflow.analysis.findings import findings, report_json
+    from loraflow.analysis.weights import weight_statistics
+    from loraflow.files import write_atomically
 
     if modules and model.method.place != "module":
         raise LoraflowError(

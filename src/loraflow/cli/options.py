@@ -13,7 +13,7 @@ import typer
 from loraflow.errors import LoraflowError, MethodError, did_you_mean
 
 if TYPE_CHECKING:
-    from loraflow.loading import BaseOptions
+    from loraflow.bases import BaseOptions
     from loraflow.methods import Method as FusionMethod
     from loraflow.model import FusedModel
     from loraflow.prompts import PromptFormat
@@ -141,7 +141,7 @@ class Placement:
         """
         import torch
 
-        from loraflow.loading import BaseOptions
+        from loraflow.bases import BaseOptions
 
         if self.dtype not in DTYPES:
             raise LoraflowError(f"`--dtype` is unknown: {self.dtype!r}. {did_you_mean(self.dtype, DTYPES)}")

@@ -14,7 +14,7 @@ from loraflow.cli import training_options as t
 from loraflow.errors import DataError, LoraflowError
 
 if TYPE_CHECKING:
-    from loraflow.evaluation.weights import WeightStatistics
+    from loraflow.analysis.weights import WeightStatistics
     from loraflow.model import FusedModel
 
 plot = typer.Typer(
@@ -107,7 +107,7 @@ class _Answers:
         from rich.console import Console
         from rich.progress import Progress
 
-        from loraflow.evaluation.weights import answer_tokens, statistics_of_tokens, weight_statistics
+        from loraflow.analysis.weights import answer_tokens, statistics_of_tokens, weight_statistics
 
         console = Console(stderr=True)
         with Progress(console=console) as progress:
@@ -320,7 +320,7 @@ def _report(files: list[Path]) -> None:
 def _write_json(path: Path | None, content: Any) -> None:
     import json
 
-    from loraflow.storage import write_atomically
+    from loraflow.files import write_atomically
 
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, _O
     Raises:
         LoraflowError: if one has no weights, is named twice, or would have to be fitted.
     """
-    from loraflow.storage import CONFIG_FILE
+    from loraflow.saved.storage import CONFIG_FILE
 
     found: dict[str, _Other] = {}
     for name in names:
@@ -153,7 +153,7 @@ def _saved(model: FusedModel, directory: Path) -> _Other:
         LoraflowError: if its adapters are others.
     """
     from loraflow.methods import make_method
-    from loraflow.storage import check_base, read_fusion
+    from loraflow.saved.storage import check_base, read_fusion
 
     config, tensors = read_fusion(directory)
     check_base(config.base, model._base)
@@ -195,7 +195,7 @@ def _check_file(flag: str, path: Path) -> None:
 def _write_json(traces: Mapping[str, Any], path: Path) -> None:
     import json
 
-    from loraflow.storage import write_atomically
+    from loraflow.files import write_atomically
 
     first, *others = traces
     content = {

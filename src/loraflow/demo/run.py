@@ -13,12 +13,12 @@ from typing import Any
 from loraflow.demo.setting import METRIC, RECIPES, small_world
 from loraflow.demo.tasks import Problem, Task
 from loraflow.demo.world import adapter_paths, base_path
-from loraflow.evaluation.measure import Progress, answer_task
-from loraflow.evaluation.settings import Task as SettingTask
+from loraflow.evaluation.compare.measure import Progress, answer_task
+from loraflow.evaluation.compare.tasks import Task as SettingTask
 from loraflow.evaluation.statistics import wilson_interval
+from loraflow.files import write_atomically
 from loraflow.methods import Method
 from loraflow.model import FusedModel
-from loraflow.storage import write_atomically
 from loraflow.training import FitConfig
 
 RECIPE = FitConfig(**RECIPES["lora-flow"])

@@ -11,8 +11,8 @@ from loraflow.demo.samples import adapter_samples
 from loraflow.demo.tasks import TASKS, Problem, in_language, load_task, more_training
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import DataError, did_you_mean
+from loraflow.evaluation.compare.tasks import Setting, Task, mix_tasks
 from loraflow.evaluation.scoring import Scorer, get_scorer
-from loraflow.evaluation.settings import Setting, Task, mix_tasks
 from loraflow.examples import Example, parse_examples
 
 LONGEST_ANSWER = 120

@@ -18,10 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from loraflow import __version__
 from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraModule
+from loraflow.core.layers import LayerFusion
 from loraflow.errors import LoraflowError
 from loraflow.export.folding import Compression
-from loraflow.layers import LayerFusion
-from loraflow.storage import CARD_FILE, write_atomically
+from loraflow.files import write_atomically
+from loraflow.saved.storage import CARD_FILE
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel

@@ -15,13 +15,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
+from loraflow.analysis.mean_weights import Weights, loss_of_batches, mean_weights, replaced_by, split_batches
 from loraflow.answers import require_tokenizer
+from loraflow.core.linear import dense_weight
 from loraflow.errors import LoraflowError, MethodError
-from loraflow.evaluation.constant import Weights, loss_of_batches, mean_weights, replaced_by, split_batches
 from loraflow.examples import Example, parse_examples
 from loraflow.export.files import ExportReport, MeanCost, checked_target, write_adapter
 from loraflow.export.folding import Compression, add_up, as_module, compressed, compression_of
-from loraflow.linear import dense_weight
 from loraflow.training.data import longest_example, tokenize
 from loraflow.training.progress import counting_progress
 

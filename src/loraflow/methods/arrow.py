@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from loraflow.methods._shared.scores import linear_scores, main_input_direction, targets_of, top_k_softmax
 from loraflow.methods.base import Level, Method, Place, Site, check_positive, check_top_k
-from loraflow.methods.scores import linear_scores, main_input_direction, targets_of, top_k_softmax
 
 _TOP_K = 3
 

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraflow.errors import MethodError
+from loraflow.methods._shared.encoder import TextEncoder
+from loraflow.methods._shared.scores import top_k_softmax
 from loraflow.methods.base import Learning, Place, Query, QueryGate, QueryMethod, Site, check_positive, check_top_k
-from loraflow.methods.encoder import TextEncoder
-from loraflow.methods.scores import top_k_softmax
 
 
 class Centroids(QueryGate):

@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraflow.errors import MethodError
+from loraflow.methods._shared.scores import linear_scores, main_input_direction
 from loraflow.methods.base import Site
-from loraflow.methods.scores import linear_scores, main_input_direction
 
 INPUTS = ("raw", "normalized")
 ACTIVATIONS = ("softmax", "sigmoid")

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraflow.methods._shared.starts import StartChoice
 from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice
-from loraflow.methods.start import StartChoice
 
 Granularity = Literal["task", "layer", "module"]
 _PLACES: dict[Granularity, Place] = {"task": "model", "layer": "layer", "module": "module"}

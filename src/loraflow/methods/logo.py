@@ -24,8 +24,8 @@ from torch import Tensor
 
 from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError, did_you_mean
+from loraflow.methods._shared.scores import largest_normalized
 from loraflow.methods.base import Place, Query, QueryGate, QueryMethod, Site, check_choice, check_top_k
-from loraflow.methods.scores import largest_normalized
 
 
 class LogoProbe(QueryGate):

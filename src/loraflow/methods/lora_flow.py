@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from loraflow.errors import MethodError
+from loraflow.methods._shared.starts import StartChoice
 from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice, check_positive, check_top_k
 from loraflow.methods.flow_gates import ACTIVATIONS, INPUTS, SCORERS, FlowGate, GateShape
-from loraflow.methods.start import StartChoice
 
 Granularity = Literal["step", "layer", "module"]
 _PLACES: dict[Granularity, Place] = {"step": "model", "layer": "layer", "module": "module"}

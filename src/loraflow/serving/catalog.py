@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.attach import Attachment
+from loraflow.bases import BaseOptions
+from loraflow.core.attach import Attachment
+from loraflow.core.batch import constant_weights, is_constant, weigh_prompts
+from loraflow.core.layers import Gates
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
-from loraflow.layers import Gates
-from loraflow.loading import BaseOptions
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
 from loraflow.methods.base import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
-from loraflow.rows import constant_weights, is_constant, weigh_prompts
-from loraflow.serving.engine import Weigher
-from loraflow.storage import (
+from loraflow.saved.storage import (
     CONFIG_FILE,
     FusionConfig,
     check_base,
@@ -34,6 +33,7 @@ from loraflow.storage import (
     resolve_source,
     tensors_digest,
 )
+from loraflow.serving.engine import Weigher
 
 Kind = Literal["base", "adapter", "fusion"]
 

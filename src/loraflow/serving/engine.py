@@ -30,10 +30,10 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from loraflow.core.layers import Gates, Lane, Lanes
 from loraflow.errors import LoraflowError
-from loraflow.layers import Gates, Lane, Lanes
 from loraflow.methods import Method
-from loraflow.serving.finite import finite
+from loraflow.serving.overflow import finite
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel

@@ -26,13 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter
 from loraflow.answers import require_tokenizer
-from loraflow.architecture import find_decoder_layers
-from loraflow.attach import check_unfused
+from loraflow.bases import BaseOptions, load_base, load_tokenizer
+from loraflow.core.architecture import find_decoder_layers
+from loraflow.core.attach import check_unfused
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
-from loraflow.loading import BaseOptions, load_base, load_tokenizer
+from loraflow.files import write_atomically
 from loraflow.prompts import PromptFormat
-from loraflow.storage import base_record, write_atomically
+from loraflow.saved.storage import base_record
 from loraflow.training.config import FitConfig
 from loraflow.training.run import (
     RUN_FILE,

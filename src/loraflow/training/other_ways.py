@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from loraflow.answers import require_tokenizer
+from loraflow.core.probe import Prompt
 from loraflow.errors import LoraflowError
 from loraflow.examples import parse_examples
+from loraflow.files import write_atomically
 from loraflow.methods.base import Embeds, Searched
-from loraflow.probe import Prompt
-from loraflow.storage import write_atomically
 from loraflow.training.config import FitConfig, FitResult
 from loraflow.training.data import TokenExamples
 from loraflow.training.loss import mean_loss

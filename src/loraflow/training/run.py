@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from loraflow.answers import generate_answers, padding_id, require_tokenizer
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example, parse_examples
-from loraflow.storage import write_atomically
+from loraflow.files import write_atomically
 from loraflow.training.config import FitConfig, FitResult
 from loraflow.training.data import Collator, TokenExamples, longest_example, tokenize
 from loraflow.training.loss import mean_loss

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraflow.errors import LoraflowError
-from loraflow.storage import write_atomically
+from loraflow.files import write_atomically
 from loraflow.visual.colours import adapter_colour
 from loraflow.visual.trace import EVEN, Trace, printable
 

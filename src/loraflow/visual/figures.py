@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraflow.errors import DataError, LoraflowError
-from loraflow.storage import write_atomically
+from loraflow.files import write_atomically
 from loraflow.visual.colours import adapter_colour
 from loraflow.visual.trace import Trace
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    from loraflow.evaluation.weights import WeightStatistics, WeightSummary
+    from loraflow.analysis.weights import WeightStatistics, WeightSummary
 
 FORMATS = (".png", ".svg", ".pdf")
 LINE_STYLES: tuple[Any, ...] = (

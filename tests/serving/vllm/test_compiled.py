@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 from loraflow import FusedModel
 from loraflow.methods import LoraFlow
-from loraflow.serving.vllm.given import KEY, processor_name
+from loraflow.serving.vllm.request_weights import KEY, processor_name
 from tests.serving.vllm.world import adapters_of, answers_of, call, engine, prompts, run_engines, save_base, save_fusion
 
 pytestmark = pytest.mark.vllm

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from loraflow import FusedModel
 from loraflow.export import export_peft
 from loraflow.methods import Arrow, LearnedStatic, Logo, LoraFlow, LoraHub, Phatgoose, Static
-from loraflow.serving.vllm.given import KEY, processor_name
+from loraflow.serving.vllm.request_weights import KEY, processor_name
 from tests.serving.vllm.world import (
     SHAPE,
     adapters_of,

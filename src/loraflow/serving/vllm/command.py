@@ -11,10 +11,10 @@ from typing import Any
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.methods import make_method
 from loraflow.prompts import PromptFormat
+from loraflow.saved.storage import FusionConfig, fetch_fusion, read_fusion, resolve_source
 from loraflow.serving.vllm import LOAD_FORMAT
-from loraflow.serving.vllm.given import processor_name
 from loraflow.serving.vllm.plan import fusion_digest
-from loraflow.storage import FusionConfig, fetch_fusion, read_fusion, resolve_source
+from loraflow.serving.vllm.request_weights import processor_name
 
 _OURS = ("--load-format", "--model-loader-extra-config", "--logits-processors")
 

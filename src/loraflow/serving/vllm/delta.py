@@ -2,7 +2,7 @@ r"""The fused update of a linear of vLLM, and how its weights come to it, in ope
 
 $$y = W x + B\,(E w \odot A x)$$
 
-as in `loraflow.linear`, for tokens of any number of requests laid one behind the other.
+as in `loraflow.core.linear`, for tokens of any number of requests laid one behind the other.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraflow.core.linear import StackedLora
 from loraflow.errors import ArchitectureError
-from loraflow.linear import StackedLora
-from loraflow.serving.finite import finite
+from loraflow.serving.overflow import finite
 from loraflow.serving.vllm.shards import Part
 
 Gather = Callable[[Tensor], Tensor]

@@ -9,8 +9,8 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
 
 from loraflow.adapters import LoraModule
+from loraflow.core.linear import stack_adapters
 from loraflow.errors import ArchitectureError
-from loraflow.linear import stack_adapters
 from loraflow.serving.vllm.delta import FusedDelta, GivenWeights, LayerWeights, Requests, Stream
 from loraflow.serving.vllm.layers import columns_of, fuse_layer, fuse_linear, gather_of, parts_of, reads_stream
 from loraflow.serving.vllm.plan import FusionPlan, Updates

@@ -17,10 +17,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from loraflow.core.swap import swap_class
 from loraflow.errors import ArchitectureError
 from loraflow.serving.vllm.delta import FusedDelta, Gather, LayerWeights
 from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, even_parts
-from loraflow.swap import swap_class
 
 
 class FusedMethod(LinearMethodBase):

@@ -69,7 +69,7 @@ class FusionLoader(BaseModelLoader):
 
 
 def _read(options: FusionOptions, requested: str | None, model_config: Any) -> FusionPlan:
-    from loraflow.loading import BaseOptions
+    from loraflow.bases import BaseOptions
     from loraflow.serving.vllm.plan import check_digest, read_plan
 
     if requested not in (None, options.fusion):

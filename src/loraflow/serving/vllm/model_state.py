@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from loraflow.serving.vllm.given import KEY
+from loraflow.serving.vllm.request_weights import KEY
 from loraflow.serving.vllm.requests import RequestTable
 
 

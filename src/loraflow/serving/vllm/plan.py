@@ -12,14 +12,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
+from loraflow.bases import BaseOptions, load_empty_base
+from loraflow.core.layers import Gates
 from loraflow.errors import FusionError
-from loraflow.layers import Gates
-from loraflow.loading import BaseOptions, load_empty_base
 from loraflow.methods import Method
 from loraflow.methods.base import Site
 from loraflow.model import FusedModel
-from loraflow.serving.vllm.base_files import check_base_files
-from loraflow.storage import FusionConfig, fetch_fusion, read_fusion
+from loraflow.saved.base_files import check_base_files
+from loraflow.saved.storage import FusionConfig, fetch_fusion, read_fusion
 
 Updates = Mapping[str, tuple[LoraModule | None, ...]]
 """Each adapter's update of a layer's linears, by their name within the layer; None where one does not target it."""

@@ -18,12 +18,12 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
+from loraflow.core.swap import swap_class
 from loraflow.errors import LoraflowError
 from loraflow.methods import make_method
+from loraflow.saved.storage import fetch_fusion, read_fusion
 from loraflow.serving.vllm import LOAD_FORMAT
-from loraflow.serving.vllm.given import KEY, PROCESSOR_PREFIX, check_request, fusion_of, parse_weights
-from loraflow.storage import fetch_fusion, read_fusion
-from loraflow.swap import swap_class
+from loraflow.serving.vllm.request_weights import KEY, PROCESSOR_PREFIX, check_request, fusion_of, parse_weights
 
 # Batches may be padded for the graphs of a GPU.
 _PADDING = 1024

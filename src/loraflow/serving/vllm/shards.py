@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraflow.linear import StackedLora
+from loraflow.core.linear import StackedLora
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""One fusion looked at: how it weighs its adapters, and what that means."""

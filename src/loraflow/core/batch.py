@@ -1,0 +1,149 @@
+"""Batches whose rows are weighed differently: by methods of their own, by given weights, or by their own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from loraflow.core.attach import Attachment
+from loraflow.core.layers import Gates, Lane, Lanes
+from loraflow.core.probe import Prompt
+from loraflow.errors import LoraflowError, MethodError
+from loraflow.methods import Method, QueryMethod
+from loraflow.methods.static import ConstantGate
+
+RowMethod = str | Method | Mapping[str, float] | None
+"""Who weighs a row: a method's or adapter's name, a method, weights by adapter name, or None for the fusion's own."""
+
+WeighPrompts = Callable[[QueryMethod, Gates, list[int]], Float[Tensor, "rows layers adapters"]]
+"""Weighs the prompts of these rows."""
+
+
+def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) -> Lanes:
+    """Rows with given weights, `[rows, adapters]` or `[rows, layers, adapters]`.
+
+    Raises:
+        LoraflowError: if they have another shape, or are not finite.
+    """
+    layers, adapters = len(attachment.fusions), len(attachment.adapters)
+    weights = torch.as_tensor(weights)
+    if weights.dim() == 2:
+        weights = weights[:, None].expand(-1, layers, -1)
+    if weights.dim() != 3 or tuple(weights.shape[1:]) != (layers, adapters) or rows not in (None, len(weights)):
+        batch = "batch" if rows is None else rows
+        raise LoraflowError(
+            f"`fusion_weights` has the shape {tuple(weights.shape)}. Give ({batch}, {adapters}) or ({batch}, {layers}, "
+            f"{adapters}): batch, layers where they differ, and adapters."
+        )
+    if not torch.isfinite(weights).all():
+        raise LoraflowError("`fusion_weights` has values that are not finite. Give finite numbers.")
+    return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights),))
+
+
+def lanes_of_methods(
+    attachment: Attachment, chosen: Sequence[tuple[Method, Gates]], weigh_prompts: WeighPrompts
+) -> Lanes:
+    """Rows with methods.
+
+    Constant weights and those of prompts are one lane together, however many different ones there are; every other
+    method is a lane of its own.
+    """
+    by_gates: dict[int, tuple[Method, Gates, list[int]]] = {}
+    for row, (method, gates) in enumerate(chosen):
+        by_gates.setdefault(id(gates), (method, gates, []))[2].append(row)
+    lanes: list[Lane] = []
+    given: dict[int, Float[Tensor, "layers adapters"]] = {}
+    for method, gates, requests in by_gates.values():
+        if isinstance(method, QueryMethod):
+            given.update(zip(requests, weigh_prompts(method, gates, requests).cpu(), strict=True))
+        elif not gates:
+            given.update(dict.fromkeys(requests, torch.zeros(len(attachment.fusions), len(attachment.adapters))))
+        elif is_constant(method, gates):
+            given.update(dict.fromkeys(requests, constant_weights(gates, len(attachment.fusions))))
+        else:
+            lanes.append(attachment.lane(requests, method, gates))
+    if given:
+        rows = sorted(given)
+        lanes.append(attachment.given_lane(rows, torch.stack([given[row] for row in rows])))
+    return Lanes(len(chosen), tuple(lanes))
+
+
+def is_constant(method: Method, gates: Gates) -> bool:
+    """Whether gates give the same weights always, one for each layer."""
+    if method.mixing != "outputs" or method.place == "module":
+        return False
+    return all(isinstance(gate, ConstantGate) for gate in gates.values())
+
+
+def constant_weights(gates: Gates, layers: int) -> Float[Tensor, "layers adapters"]:
+    """The weights that such gates give each layer; zero where there is none."""
+    found = [gates.get(f"layers.{index}", gates.get("model")) for index in range(layers)]
+    given = [None if gate is None else cast(ConstantGate, gate).weights.detach().cpu() for gate in found]
+    none = torch.zeros_like(next(weights for weights in given if weights is not None))
+    return torch.stack([none if weights is None else weights for weights in given])
+
+
+def weigh_prompts(
+    attachment: Attachment,
+    method: QueryMethod,
+    gate: Any,
+    input_ids: Int[Tensor, "rows seq"],
+    attention_mask: Int[Tensor, "rows seq"] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    among: Sequence[int] | None = None,
+) -> Float[Tensor, "rows layers adapters"]:
+    """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
+
+    Args:
+        attachment: the adapters in the model.
+        method: the method.
+        gate: what it has made for the model.
+        input_ids: the prompts.
+        attention_mask: 1 at real tokens, 0 at padding.
+        tokenizer: the model's.
+        among: positions of the adapters that it weighs; all by default.
+
+    Raises:
+        MethodError: if a prompt is empty.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    prompts = [ids[real.bool()] for ids, real in zip(input_ids, mask, strict=True)]
+    keys = [tuple(prompt.tolist()) for prompt in prompts]
+    if () in keys:
+        raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
+    layers = len(attachment.fusions)
+    read = {
+        key: method.weigh(Prompt(attachment, prompt, tokenizer, among), gate).expand(layers, -1)
+        for key, prompt in dict(zip(keys, prompts, strict=True)).items()
+    }
+    dtype = torch.promote_types(attachment.model.dtype, torch.float32)
+    return torch.stack([read[key] for key in keys]).to(attachment.model.device, dtype)
+
+
+def prompt_mask(ids: Int[Tensor, "rows seq"], options: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
+    """Which tokens of prompts are real, told as transformers' `generate` tells it where no mask is given.
+
+    Args:
+        ids: the prompts.
+        options: what `generate` was called with.
+        config: the model's own defaults.
+
+    Returns:
+        1 at real tokens and 0 at padding, or None where all are real.
+    """
+    if options.get("attention_mask") is not None:
+        return options["attention_mask"]
+    # What a call leaves open, in a configuration that it gives too, is filled from the model's own.
+    sources = (options, vars(options.get("generation_config") or config), vars(config))
+    pad, end = (
+        next((source[key] for source in sources if source.get(key) is not None), None)
+        for key in ("pad_token_id", "eos_token_id")
+    )
+    if pad is None or pad in (end if isinstance(end, list) else [end]) or not (ids == pad).any():
+        return None
+    return (ids != pad).long()

@@ -1,0 +1,394 @@
+"""What a comparison is to do: a setting (base, adapters, tasks), contenders, seeds; read from YAML and checked whole.
+
+```yaml
+setting: small-world          # a built-in one, a file, or written out here
+methods:                      # the rows of the table, by the name that each gets there
+  base: base                  # a method, or an adapter's name
+  layer: lora-flow
+  module: {method: lora-flow, options: {granularity: module}}
+  task LoRA, tuned: {finetune: 1}
+seeds: [0, 1, 2]
+reference: layer
+```
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from loraflow.errors import DataError, did_you_mean
+from loraflow.prompts import PromptFormat
+
+STUDIES = Path(__file__).parents[1] / "studies"
+EVERY_TASK = "every"
+NEW_LORA = "new"
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FieldNames(_Spec):
+    """Which fields of a data file's records are prompt and completion."""
+
+    prompt: str
+    completion: str
+
+
+class MixSpec(_Spec):
+    """A task whose questions are those of another one with sentences of a third one's between them.
+
+    Attributes:
+        task: the task whose questions, answers, adapters and training data it has.
+        other: a task with the same problems in another language.
+        how: "alternate" takes every second sentence from the other, "question" the last sentence only.
+    """
+
+    task: str
+    other: str
+    how: Literal["alternate", "question"] = "alternate"
+
+
+class TaskSpec(_Spec):
+    """One task: where its problems are, and how answers are scored.
+
+    Attributes:
+        adapters: names of the adapters to fuse, in order; all of the setting's by default.
+        test: file of JSON lines, answered by `generate` and scored by `scorer`.
+        harness: instead, the name of a task of lm-evaluation-harness.
+        mixed: instead, a mixture of two other tasks.
+        train: examples for what learns.
+        more_train: further ones, for rows that want more `examples` than `train` has.
+        dev: examples on which its checkpoints are chosen.
+        fields: prompt and completion in `train`, and where they say nothing else in `dev` and `test`.
+        dev_fields: prompt and completion in `dev`.
+        test_fields: prompt and completion in `test`.
+        scorer: one of `loraflow.evaluation.SCORERS`.
+        prompt: how test questions become prompts.
+        train_prompt: how training questions do; by default the same.
+        max_new_tokens: longest answer.
+        stop: an answer ends before the first of these strings.
+        problems: tasks with the same name here have the same problems in the same order, as translations have, and are
+            resampled together.
+        metric: which of a harness task's metrics decides; by default its first.
+        num_fewshot: examples in a harness task's prompts; by default its own number.
+        chat: put a harness task's prompts into the fusion's prompt format.
+        include_path: folder with a harness task's file, where it is not one of lm-eval's own.
+    """
+
+    adapters: list[str] | None = None
+    test: str | None = None
+    harness: str | None = None
+    mixed: MixSpec | None = None
+    train: str | None = None
+    more_train: str | None = None
+    dev: str | None = None
+    fields: FieldNames | None = None
+    dev_fields: FieldNames | None = None
+    test_fields: FieldNames | None = None
+    scorer: str | None = None
+    prompt: PromptFormat | None = None
+    train_prompt: PromptFormat | None = None
+    max_new_tokens: int = Field(512, ge=1)
+    stop: list[str] = []
+    problems: str | None = None
+    metric: str | None = None
+    num_fewshot: int | None = Field(None, ge=0)
+    chat: bool = False
+    include_path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskSpec:
+        if sum(source is not None for source in (self.test, self.harness, self.mixed)) != 1:
+            raise ValueError("give exactly one of `test`, `harness` and `mixed`")
+        if self.test is not None and self.scorer is None:
+            raise ValueError("`test` needs a `scorer`")
+        if self.mixed is not None and self.model_fields_set != {"mixed"}:
+            more = sorted(self.model_fields_set - {"mixed"})
+            raise ValueError(f"a `mixed` task is as the task that it mixes; leave `{more[0]}` out")
+        for name in ("metric", "num_fewshot", "chat", "include_path"):
+            if self.harness is None and getattr(self, name):
+                raise ValueError(f"`{name}` is of a `harness` task; leave it out")
+        return self
+
+
+class SettingSpec(_Spec):
+    """What there is to compare on.
+
+    Attributes:
+        base: the base model: Hub id or directory.
+        revision: of the base on the Hub.
+        dtype: precision of the base.
+        quantization: bnb-4bit or bnb-8bit.
+        adapters: where each adapter is, by name.
+        adapter_data: examples of each adapter's own data, for methods that learn from those.
+        prompt: how questions become prompts, where a task says nothing else.
+        recipes: settings of `FitConfig` by method's name, and of `LoraSettings` too under `finetune`.
+        tasks: the tasks, by name.
+    """
+
+    base: str
+    revision: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    adapters: dict[str, str] = Field(min_length=1)
+    adapter_data: dict[str, str] = {}
+    prompt: PromptFormat = PromptFormat()
+    recipes: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+
+
+class ContenderSpec(_Spec):
+    """One row of the table: exactly one of `method`, `adapter`, `fusion` and `finetune` says what it is.
+
+    Attributes:
+        method: a method's name, or an adapter's.
+        options: its parameters.
+        adapter: one of the task's adapters alone, by name or position.
+        fusion: a saved fusion, as it is.
+        finetune: train a LoRA on the task instead of fusing: "new", or one of the task's adapters further.
+        adapters: what is fused: the task's adapters, all of the setting's, or these.
+        fit: settings of `FitConfig` (and of `LoraSettings` for `finetune`) that differ from the recipe.
+        search: choose learning rate and batch size on the dev examples, by the paper's grid.
+        examples: how many training examples it gets, the first ones; all by default.
+        fitted_on: learn on this task, whatever task is answered; "every" makes one row for each task.
+        if_possible: leave it out of tasks that lack the examples or adapters that it wants, and say so.
+    """
+
+    method: str | None = None
+    options: dict[str, Any] = {}
+    adapter: int | str | None = None
+    fusion: str | None = None
+    finetune: int | str | None = None
+    adapters: Literal["task", "all"] | list[str] = "task"
+    fit: dict[str, Any] = {}
+    search: bool = False
+    examples: int | None = Field(None, ge=1)
+    fitted_on: str | None = None
+    if_possible: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ContenderSpec:
+        kinds = (self.method, self.adapter, self.fusion, self.finetune)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError("give exactly one of `method`, `adapter`, `fusion` and `finetune`")
+        if self.options and self.method is None:
+            raise ValueError("`options` are parameters of a `method`")
+        if self.fusion is not None and self.adapters != "task":
+            raise ValueError("a `fusion` has its own adapters; leave `adapters` out")
+        return self
+
+    def short(self) -> dict[str, Any]:
+        """Only what was said, as JSON values."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"if_possible"})
+
+
+class Plan(_Spec):
+    """A whole comparison.
+
+    Attributes:
+        title: for the report.
+        description: what it is to find out, for the report.
+        setting: a built-in one by name, or written out.
+        methods: the rows of the table, by name.
+        tasks: which of the setting's tasks; by default all but the mixed ones.
+        seeds: of everything that draws at random while it learns; what does not is run once.
+        reference: the row that the others are tested against; the last one by default.
+        limit: only the first so many problems of each task.
+        batch_size: problems answered together.
+        weights: also record the mean fusion weights of the answers.
+    """
+
+    title: str = "Comparison"
+    description: str = ""
+    setting: str | SettingSpec
+    methods: dict[str, ContenderSpec] = Field(min_length=1)
+    tasks: list[str] | None = None
+    seeds: list[int] = Field([0], min_length=1)
+    reference: str | None = None
+    limit: int | None = Field(None, ge=1)
+    batch_size: int = Field(16, ge=1)
+    weights: bool = False
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            names = [str(name) for name in value]
+            if any(isinstance(name, list | dict) for name in value):
+                raise ValueError("a list of methods holds names only; give `name: {...}` pairs instead")
+            if len(set(names)) < len(names):
+                raise ValueError(f"`methods` names one twice: {names}")
+            value = dict.fromkeys(names)
+        if not isinstance(value, dict):
+            return value
+        return {str(name): _long_form(str(name), spec) for name, spec in value.items()}
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Plan:
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(
+                f"`reference`: there is no row {self.reference!r}. {did_you_mean(self.reference, self.methods)}"
+            )
+        if self.reference is not None and self.methods[self.reference].fitted_on == EVERY_TASK:
+            raise ValueError(f"`reference`: {self.reference!r} is a row for every task; name one that is one row")
+        for kind, values in (("seeds", self.seeds), ("tasks", self.tasks or [])):
+            if len(set(values)) < len(values):
+                raise ValueError(f"`{kind}` names one twice: {values}")
+        return self
+
+
+def _long_form(name: str, spec: Any) -> Any:
+    """A row written out; where it does not say what it is, its name does."""
+    if spec is None or isinstance(spec, str):
+        return {"method": name if spec is None else spec}
+    kinds = ("method", "adapter", "fusion", "finetune")
+    if isinstance(spec, dict) and not any(kind in spec for kind in kinds):
+        return {"method": name, **spec}
+    return spec
+
+
+def study_names() -> list[str]:
+    """The studies that come with the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def read_plan(source: str | Path, **changes: Any) -> Plan:
+    """Read a plan from a file, or a study by its name.
+
+    Args:
+        source: a YAML file, or one of `study_names()`.
+        changes: fields of the plan that differ from what is written there; those that are None do not.
+
+    Returns:
+        The plan, with every path in it made absolute.
+
+    Raises:
+        DataError: if there is no such plan, or something in it is wrong; the message says where.
+    """
+    path = STUDIES / f"{source}.yaml" if str(source) in study_names() else Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"There is no plan {str(source)!r}: neither a file nor a study. {did_you_mean(str(source), study_names())}"
+        )
+    content = read_yaml(path)
+    content.update({key: value for key, value in changes.items() if value is not None})
+    return make_plan(content, path)
+
+
+def make_plan(content: Mapping[str, Any], origin: Path) -> Plan:
+    """Check a plan that is in memory; paths in it are relative to the folder of `origin`.
+
+    Raises:
+        DataError: if something in it is wrong.
+    """
+    content = dict(content)
+    if "setting" not in content:
+        raise DataError(f"{origin}: there is no `setting`. Name one there or with --setting, such as small-world.")
+    setting = content["setting"]
+    # A setting named on the command line is relative to where the command runs, as any file there is.
+    if isinstance(setting, str) and setting.endswith((".yaml", ".yml")):
+        file = Path(os.path.expandvars(setting)).expanduser()
+        file = file if file.is_file() else origin.parent / file
+        content["setting"] = _resolved(read_yaml(file), file)
+    elif isinstance(setting, Mapping):
+        content["setting"] = _resolved(dict(setting), origin)
+    for name, spec in (content.get("methods") or {}).items() if isinstance(content.get("methods"), dict) else ():
+        if isinstance(spec, dict) and isinstance(spec.get("fusion"), str):
+            content["methods"] = {**content["methods"], name: {**spec, "fusion": _place(spec["fusion"], origin)}}
+    return _checked(Plan, content, origin)
+
+
+def _checked(kind: type[Any], content: Any, origin: Path) -> Any:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        # A setting is a name or written out, and each way to read it has errors of its own.
+        unread = ("setting", "str" if isinstance(content.get("setting"), Mapping) else "SettingSpec")
+        found = [one for one in error.errors() if one["loc"][:2] != unread]
+        # A misspelt key explains the one that is missing.
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+        where = ".".join(str(part) for i, part in enumerate(first["loc"]) if i != 1 or first["loc"][0] != "setting")
+        remedy = ""
+        if first["type"] == "extra_forbidden":
+            remedy = f" {did_you_mean(str(first['loc'][-1]), _fields_at(first['loc'][:-1]))}"
+        raise DataError(
+            f"{origin}: `{where or 'plan'}`: {first['msg'].removeprefix('Value error, ')}.{remedy}"
+        ) from error
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    """The fields that are known at a place of a plan."""
+    for part, kind in (("tasks", TaskSpec), ("methods", ContenderSpec), ("setting", SettingSpec)):
+        if part in location:
+            return list(kind.model_fields)
+    return list(Plan.model_fields)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML would read 1e-3 as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields that a YAML file holds.
+
+    Raises:
+        DataError: if it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {type(content).__name__}, and should hold the fields of a plan or setting.")
+    return content
+
+
+def _resolved(setting: dict[str, Any], origin: Path) -> dict[str, Any]:
+    """A setting with absolute paths; Hub ids stay as they are."""
+    setting = dict(setting)
+    if isinstance(setting.get("base"), str):
+        setting["base"] = _place(setting["base"], origin)
+    for key in ("adapters", "adapter_data"):
+        if isinstance(setting.get(key), dict):
+            setting[key] = {name: _place(str(path), origin) for name, path in setting[key].items()}
+    if isinstance(setting.get("tasks"), dict):
+        setting["tasks"] = {name: _resolved_task(spec, origin) for name, spec in setting["tasks"].items()}
+    return setting
+
+
+def _resolved_task(spec: Any, origin: Path) -> Any:
+    if not isinstance(spec, dict):
+        return spec
+    files = {
+        key: _place(spec[key], origin)
+        for key in ("train", "more_train", "dev", "test", "include_path")
+        if isinstance(spec.get(key), str)
+    }
+    return {**spec, **files}
+
+
+def _place(path: str, origin: Path) -> str:
+    """A path relative to the file that names it; what is no path there, such as a Hub id, as it is.
+
+    Raises:
+        DataError: if it names an environment variable that is not set.
+    """
+    expanded = os.path.expandvars(path)
+    unset = re.search(r"\$\{?(\w+)", expanded)
+    if unset:
+        raise DataError(f"{origin}: {path!r} needs the environment variable {unset[1]}, which is not set.")
+    place = origin.parent / Path(expanded).expanduser()
+    return str(place.resolve()) if place.exists() or expanded.startswith(("./", "../")) else expanded

@@ -1,0 +1,93 @@
+"""What gates and methods share: scores of the adapters from an input, and weights from scores."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from loraflow.adapters import LoraModule
+from loraflow.methods.base import Site
+
+
+class GateLogits(torch.autograd.Function):
+    """`x @ weight.T` in the gate's precision, keeping `x` in its own.
+
+    Plain autograd would keep a float32 copy of every gate's input, twice the size of a bfloat16 residual stream that
+    is kept anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        grad_output = grad_output.to(weight.dtype)
+        grad_x = (grad_output @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+def linear_scores(
+    x: Float[Tensor, "*batch features"], weight: Float[Tensor, "scores features"]
+) -> Float[Tensor, "*batch scores"]:
+    """`x @ weight.T` in the precision of `weight`, whatever that of `x`, under autocast too."""
+    learning = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+    return GateLogits.apply(x, weight) if learning else _product(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight)
+    return F.linear(x, weight)
+
+
+def top_k_softmax(
+    scores: Float[Tensor, "*batch adapters"],
+    top_k: int,
+    temperature: float,
+    targets: Bool[Tensor, " adapters"] | None = None,
+) -> Float[Tensor, "*batch adapters"]:
+    """Softmax over the largest `top_k` scores; the other adapters, and those that are not `targets`, get 0."""
+    if targets is not None:
+        scores = scores.masked_fill(~targets, float("-inf"))
+    if top_k < scores.shape[-1]:
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(top_k, dim=-1).indices, True)
+        scores = scores.masked_fill(~kept, float("-inf"))
+    return torch.softmax(scores / temperature, dim=-1)
+
+
+def largest_normalized(scores: Float[Tensor, " adapters"], top_k: int | None) -> Float[Tensor, " adapters"]:
+    """Keep the largest `top_k` of non-negative scores and divide by their sum; where all are zero, weigh evenly."""
+    kept = torch.zeros_like(scores)
+    chosen = scores.topk(top_k or len(scores)).indices
+    kept[chosen] = scores[chosen]
+    total = kept.sum()
+    if total > 0:
+        return kept / total
+    kept[chosen] = 1 / len(chosen)
+    return kept
+
+
+def main_input_direction(update: LoraModule) -> Float[Tensor, " in_features"]:
+    """The top right singular vector of B A in float32: the input that the update answers most strongly.
+
+    With `A^T = Q R`, those of `B A` are Q times those of `B R^T`, which is only as wide as the rank.
+    """
+    Q, R = torch.linalg.qr(update.lora_A.double().T)
+    B = update.lora_B.double() @ R.T
+    return (Q @ torch.linalg.eigh(B.T @ B).eigenvectors[:, -1]).float()
+
+
+def targets_of(site: Site) -> Bool[Tensor, " adapters"]:
+    """Which adapters update the linear of a module's site."""
+    return torch.tensor([update is not None for update in site.updates[site.module or ""]])

@@ -1,0 +1,1 @@
+"""A fusion on disk."""

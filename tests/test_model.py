@@ -344,13 +344,13 @@ def test_gates_may_weigh_whole_rows(adapters):
 
     model = FusedModel.from_adapters(tiny_model(), adapters, "average")
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.0, -1.0]])
-    model._attachment.install(Average(), {f"layers.{i}": ByRow(rows) for i in range(3)})
+    model.attachment.install(Average(), {f"layers.{i}": ByRow(rows) for i in range(3)})
     found = model(random_ids()).logits
     for row, weights in enumerate(rows.tolist()):
         with model.using(Static(dict(zip(adapters, weights, strict=True)))):
             torch.testing.assert_close(found[row], model(random_ids()).logits[row], rtol=1e-4, atol=1e-5)
-        model._attachment.install(Average(), {f"layers.{i}": ByRow(rows) for i in range(3)})
-    model._attachment.install(Average(), {"layers.0": ByRow(torch.zeros(5, 3))})
+        model.attachment.install(Average(), {f"layers.{i}": ByRow(rows) for i in range(3)})
+    model.attachment.install(Average(), {"layers.0": ByRow(torch.zeros(5, 3))})
     with pytest.raises(MethodError, match=r"weights of shape \(5, 3\) for inputs of \(2, 9\)"):
         model(random_ids())
 

@@ -66,8 +66,9 @@ def test_logits_are_the_formulas(adapters, tmp_path_factory, count, temperature,
     base = tiny_model(dtype=torch.float64)
     model = load_official(path, base, first(adapters, count), temperature=temperature)
     found = model(random_ids()).logits
-    for layer, fusion in enumerate(model._attachment.fusions):
-        fusion.__dict__["gate"] = OfficialGate(state, layer, temperature)
+    layers = range(len(model.attachment.fusions))
+    gates = {f"layers.{layer}": OfficialGate(state, layer, temperature) for layer in layers}
+    model.attachment.install(model.method, gates)
     assert relative_error(found, model(random_ids()).logits) < 1e-9
 
 

@@ -244,12 +244,12 @@ def exact_loss(model: nn.Module, input_ids: torch.Tensor, **kwargs: object) -> t
 
 def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a fused model compute by the slow reference and plain autograd, keeping its gates' parameters."""
-    prefix = model._attachment.layers.prefix
+    prefix = model.attachment.layers.prefix
 
     def linear_forward(self: FusedLinear, x: torch.Tensor) -> torch.Tensor:
-        layer = self.fused.weigh.__self__
-        weights = layer.weights_for(self.fused.shared, x).to(x.dtype)
-        if layer.place == "module":
+        layer = self.fused.context
+        weights = layer.weights_for(self.fused.group.names, x).to(x.dtype)
+        if weights.shape[-1] != len(model.adapters):
             weights = weights.split(len(model.adapters), dim=-1)[self.fused.member]
         weights = weights.view(*x.shape[:-1], -1)
         modules = [adapter.modules.get(f"{prefix}.{layer.index}.{self.fused.name}") for adapter in model.adapters]

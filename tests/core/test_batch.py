@@ -181,7 +181,7 @@ def test_one_forward_leaves_nothing_for_the_next():
     with pytest.raises(TypeError):
         model(ids, methods=["a", None], no_such_argument=1, input_ids=ids)
     assert torch.equal(model(ids).logits, expected)
-    assert model._attachment.stream.lanes is model._attachment.stream.embeddings is None
+    assert all(c.lanes is c.own and c.embeddings is None for c in model.attachment.contexts)
 
 
 @torch.no_grad()
@@ -537,7 +537,7 @@ def test_calls_of_two_threads_take_turns():
     for thread in threads:
         thread.join(20)
     assert order == ["first", "second"]
-    assert model._attachment.stream.lanes is None
+    assert all(context.lanes is context.own for context in model.attachment.contexts)
     with model.disable_adapter():
         torch.testing.assert_close(found[0], model(random_ids()).logits)
 
@@ -545,7 +545,7 @@ def test_calls_of_two_threads_take_turns():
 def test_a_copied_model_has_a_turn_of_its_own():
     _, _, model = fuse()
     copied = copy.deepcopy(model)
-    assert copied._attachment.stream.turn is not model._attachment.stream.turn
+    assert copied.attachment.turn() is not model.attachment.turn()
     weights = torch.randn(2, 3)
     assert torch.equal(
         copied(random_ids(), fusion_weights=weights).logits, model(random_ids(), fusion_weights=weights).logits
@@ -585,7 +585,7 @@ def test_weights_may_be_a_list():
 
 def test_equal_methods_are_made_once(monkeypatch):
     _, _, model = fuse()
-    made, real = [], model._attachment.make_gates
-    monkeypatch.setattr(model._attachment, "make_gates", lambda method: made.append(method) or real(method))
+    made, real = [], model.attachment.make_gates
+    monkeypatch.setattr(model.attachment, "make_gates", lambda method: made.append(method) or real(method))
     model(random_ids(6), methods=[{NAMES[0]: 0.5}, "average", {NAMES[0]: 0.5}, "average", NAMES[1], NAMES[1]])
     assert len(made) == 3

@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from loraflow import BaseOptions, FusedModel
 from loraflow.adapters import LoraModule
 from loraflow.bases import load_base
+from loraflow.core.context import LayerContext
 from loraflow.core.linear import (
-    FusedState,
-    LayerForward,
+    InputGroup,
+    Member,
     ScaledOutput,
-    SharedInput,
     WeightedProduct,
     fuse_linear,
     stack_adapters,
@@ -40,15 +40,13 @@ plans = st.lists(
 weight_shapes = st.sampled_from(["constant", "per token"])
 
 
-class OneLayer:
+class OneLayer(LayerContext):
     """Gives its linears these fusion weights, for all tokens in one axis, as a decoder layer does."""
 
-    weights: torch.Tensor | None
-
     def __init__(self):
-        self.now = LayerForward()
+        super().__init__(0, 1, 0, None)
 
-    def weigh(self, shared, x):
+    def weights_for(self, names, x):
         return self.weights if self.weights is None or self.weights.dim() == 1 else self.weights.flatten(0, -2)
 
 
@@ -75,10 +73,9 @@ def fuse(linears, module_lists, dtype=torch.float64):
     """Fuse linears that read one input; returns the layer that gives them weights, and them."""
     layer = OneLayer()
     stacks = [stack_adapters(modules, linear, dtype) for linear, modules in zip(linears, module_lists, strict=True)]
-    shared = SharedInput(stacks, CPU)
+    group = InputGroup([f"linear{member}" for member in range(len(linears))], stacks, CPU)
     for member, (linear, stack) in enumerate(zip(linears, stacks, strict=True)):
-        uses_dora = stack.output_scale is not None
-        fuse_linear(linear, stack, FusedState(f"linear{member}", shared, member, layer.now, layer.weigh, uses_dora))
+        fuse_linear(linear, stack, Member(group, member, layer, stack.output_scale is not None))
     return layer, linears
 
 
@@ -213,16 +210,16 @@ def test_linears_that_are_called_with_different_inputs_are_right_too():
 
 def test_one_product_serves_all_that_read_one_input(monkeypatch):
     layer, linears = fuse([base_linear(), base_linear()], [lora_modules([(2, "plain")])] * 2)
-    layer.weights, shared = fusion_weights("constant", 1), linears[0].fused.shared
+    layer.weights, shared = fusion_weights("constant", 1), linears[0].fused.group
     calls, original = [], torch.nn.functional.linear
     monkeypatch.setattr("loraflow.core.linear.F.linear", lambda x, A, b: calls.append(A) or original(x, A, b))
     x = tokens()
     for linear in linears:
         linear(x)
     assert sum(A is shared.lora_A for A in calls if A is not None) == 1
-    layer.now.clear()
-    assert layer.now.seen is layer.now.group is layer.now.weights is None
-    assert layer.now.products == layer.now.member_weights == ()
+    layer.close()
+    assert layer.seen is layer.group is layer.weights is None
+    assert layer.products == layer.member_weights == ()
 
 
 def test_without_weights_the_base_answers_bit_for_bit():
@@ -331,7 +328,7 @@ def test_adapter_dropout_only_acts_while_training():
     linear.fused.shared.eval()
     torch.testing.assert_close(linear(x), plain)
     linear.fused.shared.train()
-    layer.now.clear()
+    layer.close()
     assert relative_error(linear(x), plain) > 0.01
 
 

@@ -34,7 +34,7 @@ def fuse(architecture="llama", dtype=torch.float64, **changes):
 
 
 def prompt_of(model, ids=None):
-    return Prompt(model._attachment, random_ids(1)[0] if ids is None else ids)
+    return Prompt(model.attachment, random_ids(1)[0] if ids is None else ids)
 
 
 # ---- States --------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_layer_output_is_that_of_the_base_and_later_layers_do_not_run(architectu
     for layer in (0, 1, 2, -1, -3):
         torch.testing.assert_close(prompt.layer_output(layer), expected[layer])
     ran = []
-    for index, layer in enumerate(model._attachment.layers.layers):
+    for index, layer in enumerate(model.attachment.layers.layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
     prompt.layer_output(1)
     assert ran == [0, 1]
@@ -94,9 +94,9 @@ def test_layer_output_is_that_of_the_base_and_later_layers_do_not_run(architectu
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox", "qwen2_moe"])
 def test_module_input_is_what_the_linear_reads_in_the_base(architecture):
     base, _, model = fuse(architecture)
-    prompt, prefix = prompt_of(model), model._attachment.layers.prefix
+    prompt, prefix = prompt_of(model), model.attachment.layers.prefix
     seen = {}
-    for name in model._attachment.sites["module"]:
+    for name in model.attachment.sites["module"]:
         linear = base.get_submodule(f"{prefix}.{name.removeprefix('layers.')}")
         linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].reshape(9, -1)}))
     base(prompt.input_ids[None])

@@ -233,7 +233,7 @@ def test_the_export_can_be_fused_again(adapters, tmp_path):
     export_peft(model, tmp_path / "out", dtype=DOUBLE)
     again = FusedModel.from_adapters(double(), {"one": tmp_path / "out"}, "one")
     assert relative_error(again(random_ids()).logits, model(random_ids()).logits) < 1e-9
-    assert load_adapter("one", tmp_path / "out").config.base_model_name_or_path == (model._base.path or None)
+    assert load_adapter("one", tmp_path / "out").config.base_model_name_or_path == (model.base_record.path or None)
 
 
 @pytest.mark.parametrize("names", [("zh", "math", "code"), ("dora", "math", "zh")])
@@ -350,7 +350,7 @@ def mean_by_hand(model, rows):
         else:
             traced = model.trace(ids)
             per_layer, modules = traced.weights.double(), traced.module_weights
-        for name in model._attachment.sites["module"]:
+        for name in model.attachment.sites["module"]:
             weights = modules.get(name, per_layer[:, :, int(name.split(".")[1])])[0].double()
             sums[name] = sums.get(name, 0) + weights.sum(dim=0)
         count += len(weights)

@@ -77,7 +77,7 @@ def test_each_linear_routes_its_own_input(architecture):
     base = tiny_model(architecture, torch.float64)
     adapters = [random_adapter(base, f"a{i}", r=i + 1, seed=i) for i in range(4)]
     model = FusedModel.from_adapters(copy.deepcopy(base), {a.name: a for a in adapters}, Arrow(2, 0.5))
-    prefix, ids = model._attachment.layers.prefix, random_ids()
+    prefix, ids = model.attachment.layers.prefix, random_ids()
 
     def route(linear, args, output, name):
         x = args[0]

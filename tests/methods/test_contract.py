@@ -126,7 +126,7 @@ def test_gates_stand_where_they_should_and_learn_if_the_method_does(method, fuse
         if method.name == "base":
             assert fused.gates == {}
         else:
-            assert list(fused.gates) == list(fused._attachment.sites[place])
+            assert list(fused.gates) == list(fused.attachment.sites[place])
         learned = [p for gate in fused.gates.values() for p in gate.parameters()]
         assert bool(learned) == (method.learns in ("gradient", "search", "experts"))
         assert bool(fused.state_dict()) == (method.learns is not None)
@@ -431,7 +431,7 @@ def test_a_gate_of_the_wrong_shape_is_named(fused):
             return Wrong()
 
     with fused.using("average"):
-        fused._attachment.install(Odd(), {"layers.1": Wrong()})
+        fused.attachment.install(Odd(), {"layers.1": Wrong()})
         with pytest.raises(
             MethodError, match=r"A gate of decoder layer 1 gave weights of shape \(5, 3\) for inputs of"
         ):

@@ -55,14 +55,14 @@ def _sums_of_tokens(model: FusedModel, batch: Mapping[str, Tensor]) -> tuple[Wei
     real = traced.attention_mask.bool()
     sums = {
         name: traced.module_weights.get(name, traced.weights[:, :, site.layer])[real].double().sum(dim=0)
-        for name, site in model._attachment.sites["module"].items()
+        for name, site in model.attachment.sites["module"].items()
     }
     return sums, int(real.sum())
 
 
 def _sums_of_prompts(model: FusedModel, batch: Mapping[str, Tensor]) -> tuple[Weights, int]:
     weights = model.weigh(batch["input_ids"], batch["attention_mask"] * (batch["labels"] == IGNORED)).double().cpu()
-    sums = {name: weights[:, site.layer].sum(dim=0) for name, site in model._attachment.sites["module"].items()}
+    sums = {name: weights[:, site.layer].sum(dim=0) for name, site in model.attachment.sites["module"].items()}
     return sums, len(weights)
 
 

@@ -168,7 +168,7 @@ def statistics_of_tokens(
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> WeightStatistics:
     """The same for examples that are token ids already, such as those of `answer_tokens`."""
-    fused = model._attachment.sites["module"]
+    fused = model.attachment.sites["module"]
     layers = tuple(sorted({site.layer for site in fused.values()}))
     modules = tuple(fused) if model.method.place == "module" and not isinstance(model.method, QueryMethod) else ()
     last = len(layers) + len(modules)

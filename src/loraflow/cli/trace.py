@@ -156,7 +156,7 @@ def _saved(model: FusedModel, directory: Path) -> _Other:
     from loraflow.saved.storage import check_base, read_fusion
 
     config, tensors = read_fusion(directory)
-    check_base(config.base, model._base)
+    check_base(config.base, model.base_record)
     if [adapter.digest for adapter in config.adapters] != [adapter.digest for adapter in model.adapters]:
         raise LoraflowError(
             f"The fusion {directory} has the adapters {[adapter.name for adapter in config.adapters]}, and those that "

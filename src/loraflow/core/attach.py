@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraflow.adapters import Adapter, LoraModule, match_adapter
 from loraflow.core.architecture import DecoderLayers, check_inside_layers, group_by_input
-from loraflow.core.layers import FusedDecoderLayer, Gates, Lane, LayerFusion, RowGate, Stream
-from loraflow.core.linear import FusedLinear, FusedState, SharedInput, fuse_linear, stack_adapters, unfuse_linear
+from loraflow.core.context import LayerContext
+from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
+from loraflow.core.layers import FusedDecoderLayer, LayerFusion
+from loraflow.core.linear import FusedLinear, InputGroup, Member, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.core.quantized import allow_packing, keep_differentiable
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import LoraflowError
@@ -24,31 +29,113 @@ from loraflow.methods.base import Method, Place, Site
 Updates = dict[str, tuple[LoraModule | None, ...]]
 
 
+class Turn:
+    """Lets one thread at a time through: what a call keeps on its way, it keeps on the model.
+
+    Like a lock, which could be neither copied nor pickled with the model.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
 @dataclass
 class Attachment:
-    """Fused linears in a model, and what is needed to take them out again.
+    """Adapters in a model: what other rooms need of a fusion at work.
 
     Attributes:
         model: the base model.
         adapters: the fused adapters, in order.
         layers: where its decoder layers are.
-        stream: what the layers share during a forward.
         sites: every place that a gate can stand, by place, then by site name.
     """
 
     model: PreTrainedModel
     adapters: tuple[Adapter, ...]
     layers: DecoderLayers
-    stream: Stream
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
+    _turn: Turn = field(default_factory=Turn)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
     _detached: bool = False
 
     @property
     def fusions(self) -> list[LayerFusion]:
-        """Each decoder layer's fusion, in order."""
+        """Each decoder layer's fusion, in order.
+
+        Raises:
+            LoraflowError: if the adapters have been taken out.
+        """
+        self.check_attached()
         return [cast(FusedDecoderLayer, layer).fusion for layer in self.layers.layers]
+
+    @property
+    def contexts(self) -> list[LayerContext]:
+        """Each decoder layer's context, in order."""
+        return [fusion.context for fusion in self.fusions]
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """Held by whoever calls the model, or changes who weighs; other threads wait for theirs."""
+        # A compiled forward is traced once, and cannot hold a lock.
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._turn
+
+    @contextlib.contextmanager
+    def weighing(self, lanes: Lanes) -> Iterator[None]:
+        """Let these lanes weigh the rows of all calls inside the block."""
+        contexts = self.contexts
+        before = [context.lanes for context in contexts]
+        try:
+            for context in contexts:
+                context.lanes = lanes
+            yield
+        finally:
+            for context, lanes_before in zip(contexts, before, strict=True):
+                context.lanes, context.embeddings = lanes_before, None
+
+    @contextlib.contextmanager
+    def alone(self, owners: Sequence[int | None]) -> Iterator[None]:
+        """Let each row use one adapter alone, by its position, or none, inside the block."""
+        contexts = self.contexts
+        try:
+            for context in contexts:
+                context.alone = owners
+            yield
+        finally:
+            for context in contexts:
+                context.alone = context.embeddings = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[dict[str, Float[Tensor, "batch seq adapters"]]]]:
+        """Note the weights of each layer's last forward inside the block, by linear ("" for the layer)."""
+        contexts = self.contexts
+        recorded: list[dict[str, Tensor]] = [{} for _ in contexts]
+        try:
+            for context, weights in zip(contexts, recorded, strict=True):
+                context.recorded = weights
+            yield recorded
+        finally:
+            for context in contexts:
+                context.recorded = None
+
+    @contextlib.contextmanager
+    def dropping(self, probability: float) -> Iterator[None]:
+        """Drop inputs of the adapters with this probability, in training mode, inside the block."""
+        try:
+            for fusion in self.fusions:
+                fusion.set_dropout(probability)
+            yield
+        finally:
+            for fusion in self.fusions:
+                fusion.set_dropout(0.0)
 
     def make_gates(self, method: Method, among: Sequence[int] | None = None) -> Gates:
         """Make a method's gates, each on the device of its layer, in float32 at least.
@@ -71,11 +158,11 @@ class Attachment:
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; without any, the base answers alone."""
-        place = _gate_place(method)
-        for fusion in self.fusions:
-            prefix = "model" if place == "model" else f"layers.{fusion.index}"
-            mine = {name.removeprefix(prefix).lstrip("."): gate for name, gate in gates.items() if _owns(prefix, name)}
-            fusion.install(place, mine, method.mixing)
+        lane = self.lane(None, method, gates)
+        for index, fusion in enumerate(self.fusions):
+            # The gate of a whole model belongs to its first layer; the others only call it.
+            prefix = "model" if lane.place == "model" and index == 0 else f"layers.{index}"
+            fusion.install(lane, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """The positions of adapters among the fused ones.
@@ -89,11 +176,14 @@ class Attachment:
             raise LoraflowError(f"The adapter {missing[0]!r} is not in the model (any more). It has {fused}.")
         return [fused.index(name) for name in names]
 
-    def lane(self, requests: Sequence[int], method: Method, gates: Gates, among: Sequence[int] | None = None) -> Lane:
-        """Requests of a batch, weighed by a method whose gates are for the adapters at these positions (or all)."""
+    def lane(
+        self, requests: Sequence[int] | None, method: Method, gates: Gates, among: Sequence[int] | None = None
+    ) -> Lane:
+        """Requests of a batch, weighed by a method; None for all of them, and for gates of all adapters."""
         if among is not None and list(among) == list(range(len(self.adapters))):
             among = None
-        return Lane(tuple(requests), _gate_place(method), gates, method.mixing, None if among is None else tuple(among))
+        rows = None if requests is None else tuple(requests)
+        return Lane(rows, _gate_place(method), gates, method.mixing, None if among is None else tuple(among))
 
     def given_lane(self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"]) -> Lane:
         """Requests of a batch, each with weights of its own for every layer."""
@@ -122,7 +212,7 @@ class Attachment:
             Their attachment.
         """
         attached = attach(self.model, self.layers, adapters)
-        attached.stream.turn = self.stream.turn
+        attached._turn = self._turn
         return attached
 
     def detach(self) -> None:
@@ -158,14 +248,21 @@ def _owns(prefix: str, site_name: str) -> bool:
     return site_name == prefix or site_name.startswith(f"{prefix}.")
 
 
-def check_unfused(model: nn.Module) -> None:
-    """Check that no adapters are fused into a model yet.
+def check_plain(model: nn.Module) -> None:
+    """Check that a model is a base alone: nothing is fused into it, and PEFT has put no adapters into it.
 
     Raises:
-        LoraflowError: if there are.
+        LoraflowError: if it is not.
     """
-    if any(isinstance(module, FusedLinear) for module in model.modules()):
-        raise LoraflowError("The base model is fused already. Take that fusion out first, with its `unload()`.")
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            raise LoraflowError("The base model is fused already. Take that fusion out first, with its `unload()`.")
+        if isinstance(module, BaseTunerLayer):
+            raise LoraflowError(
+                f"The base model has PEFT adapters in it already (at '{name}'), which would speak beside the fusion. "
+                "Give the base as it was (PEFT's `unload()`, or a freshly loaded one) and name the adapters in "
+                "`adapters`; or merge them first (`merge_and_unload()`)."
+            )
 
 
 def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> Attachment:
@@ -182,16 +279,16 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     Raises:
         AdapterError: if an adapter does not fit the base.
     """
+    check_plain(model)
     for adapter in adapters:
         match_adapter(adapter, model)
         check_inside_layers(adapter, layers)
-    stream = Stream(len(layers.layers), len(adapters))
-    attachment = Attachment(model, tuple(adapters), layers, stream)
+    attachment = Attachment(model, tuple(adapters), layers)
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     attachment._packing = keep_differentiable(model)
     try:
-        _fuse_layers(model, layers, adapters, stream)
+        _fuse_layers(model, layers, adapters)
     except BaseException:
         attachment.detach()
         raise
@@ -199,11 +296,14 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     return attachment
 
 
-def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], stream: Stream) -> None:
+def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> None:
+    first: LayerContext | None = None
     for index, layer in enumerate(layers.layers):
-        fusion = LayerFusion(index, stream)
+        context = LayerContext(index, len(layers.layers), len(adapters), first)
+        first = first or context
+        fusion = LayerFusion(context)
         for names in group_by_input(_target_names(layer, layers, index, adapters)):
-            _fuse_group(model, layers, index, fusion, names, adapters)
+            fusion.add_group(_fuse_group(model, layers, context, names, adapters))
         layer.fusion = fusion.train(layer.training)
         swap_class(layer, FusedDecoderLayer)
 
@@ -217,22 +317,19 @@ def _target_names(layer: nn.Module, layers: DecoderLayers, index: int, adapters:
 def _fuse_group(
     model: PreTrainedModel,
     layers: DecoderLayers,
-    index: int,
-    fusion: LayerFusion,
+    context: LayerContext,
     names: Sequence[str],
     adapters: Sequence[Adapter],
-) -> None:
-    layer = layers.layers[index]
-    base_layers = [layer.get_submodule(name) for name in names]
+) -> InputGroup:
+    base_layers = [layers.layers[context.index].get_submodule(name) for name in names]
     stacks = []
     for name, base_layer in zip(names, base_layers, strict=True):
-        updates = [adapter.modules.get(f"{layers.prefix}.{index}.{name}") for adapter in adapters]
+        updates = [adapter.modules.get(f"{layers.prefix}.{context.index}.{name}") for adapter in adapters]
         stacks.append(stack_adapters(updates, base_layer, _dtype_of(base_layer, model)))
-    shared = SharedInput(stacks, _device_of(base_layers[0]))
-    fusion.add_group(shared, names)
-    for member, (name, base_layer, stack) in enumerate(zip(names, base_layers, stacks, strict=True)):
-        uses_dora = stack.output_scale is not None
-        fuse_linear(base_layer, stack, FusedState(name, shared, member, fusion.now, fusion.weights_for, uses_dora))
+    group = InputGroup(names, stacks, _device_of(base_layers[0]))
+    for position, (base_layer, stack) in enumerate(zip(base_layers, stacks, strict=True)):
+        fuse_linear(base_layer, stack, Member(group, position, context, stack.output_scale is not None))
+    return group
 
 
 def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
@@ -247,7 +344,7 @@ def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
             key = f"{attachment.layers.prefix}.{index}.{name}"
             updates = tuple(adapter.modules.get(key) for adapter in attachment.adapters)
             of_layer[name] = everywhere[full] = updates
-            features = linear.fused.shared.lora_A.shape[1]
+            features = linear.fused.group.lora_A.shape[1]
             sites["module"][full] = Site(adapters, features, count, index, name, {name: updates})
         sites["layer"][f"layers.{index}"] = Site(adapters, hidden, count, index, updates=of_layer)
     sites["model"] = {"model": Site(adapters, hidden, count, updates=everywhere)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loraflow.core.attach import Attachment
-from loraflow.core.layers import Gates, Lane, Lanes
+from loraflow.core.lanes import Gates, Lane, Lanes
 from loraflow.core.probe import Prompt
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod
@@ -71,6 +71,30 @@ def lanes_of_methods(
         rows = sorted(given)
         lanes.append(attachment.given_lane(rows, torch.stack([given[row] for row in rows])))
     return Lanes(len(chosen), tuple(lanes))
+
+
+def check_row_methods(methods: Sequence[RowMethod], rows: int | None) -> None:
+    """Check that there is a method for each row.
+
+    Raises:
+        LoraflowError: if there are not as many as rows.
+    """
+    if isinstance(methods, str | Method | Mapping) or rows not in (None, len(methods)):
+        count = "one" if isinstance(methods, str | Method | Mapping) else len(methods)
+        wanted = "each row" if rows is None else f"each of the {rows} rows"
+        raise LoraflowError(f"`methods` names {count}, and must name one for {wanted}. For one method use `using`.")
+
+
+def refuse_prompts(method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:
+    """Refuse to weigh prompts, in a forward that does not say which tokens they are.
+
+    Raises:
+        MethodError: always.
+    """
+    raise MethodError(
+        f"The method {method.name!r} weighs a whole prompt before it is answered, and a bare forward does not say "
+        "what the prompt is. Call `generate`, or give `fusion_weights=model.weigh(prompt_ids)`."
+    )
 
 
 def is_constant(method: Method, gates: Gates) -> bool:

@@ -24,9 +24,9 @@ Modules that read the same input (q, k and v; gate and up) share one product wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraflow.adapters import LoraModule
+from loraflow.core.context import LayerContext, some_tokens
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
 
@@ -182,45 +183,7 @@ def _slot_weights(weights: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor
     return slots if slots.dtype == dtype else slots.to(dtype)
 
 
-class LayerForward:
-    """What one decoder layer keeps during one forward. A plain object: at one token, modules are slow to assign to.
-
-    Attributes:
-        shape: batch and sequence of the layer's input.
-        weights: the layer's fusion weights, `[tokens, adapters]` or `[adapters]`; None for the base alone.
-        mixes: whether parameters are mixed instead of outputs; for each token, `[tokens, 1]`, where they differ.
-        lanes: who weighs which rows, where one method does not weigh them all.
-        alone: for each row of the batch, the position of the one adapter that it uses, or None for the base alone; None
-            where rows have fusion weights.
-        group: the linears that were projected last.
-        seen: the input that they were projected from.
-        products: their weighted slots, `[tokens, slots]` each.
-        member_weights: the fusion weights of each of them.
-    """
-
-    __slots__ = ("alone", "group", "lanes", "member_weights", "mixes", "products", "seen", "shape", "weights")
-
-    shape: Sequence[int]
-    weights: Tensor | None
-    mixes: bool | Tensor
-    lanes: Any
-    alone: Sequence[int | None] | None
-    group: SharedInput | None
-    seen: Tensor | None
-    products: Sequence[Tensor]
-    member_weights: Sequence[Tensor]
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop everything, so that no activation outlives its layer."""
-        self.shape, self.products, self.member_weights = (), (), ()
-        self.weights = self.group = self.seen = self.alone = self.lanes = None
-        self.mixes = False
-
-
-class SharedInput(nn.Module):
+class InputGroup(nn.Module):
     """The stacked adapters of linear modules that read one input, and their weighted low-rank product.
 
     The product with the stacked A is computed when the first of them is called, and handed to the others as long as
@@ -230,6 +193,7 @@ class SharedInput(nn.Module):
     Where each module has a gate of its own, the weights of all of them stand side by side, `[..., modules * adapters]`.
 
     Attributes:
+        names: of the modules, within their decoder layer.
         lora_A: the modules' stacked A, one below the other, `[slots, in_features]`.
         input_bias: theirs, `[slots]`, or None.
         expand: the 0/1 matrix E for weights that all modules share, `[adapters, slots]`.
@@ -238,6 +202,7 @@ class SharedInput(nn.Module):
         dropout: probability with which inputs of A are dropped in training.
     """
 
+    names: tuple[str, ...]
     lora_A: Tensor
     input_bias: Tensor | None
     expand: Tensor
@@ -245,8 +210,9 @@ class SharedInput(nn.Module):
     places: Tensor
     dropout: float
 
-    def __init__(self, stacks: Sequence[StackedLora], device: torch.device) -> None:
+    def __init__(self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device) -> None:
         super().__init__()
+        self.names = tuple(names)
         self.sizes = [stack.lora_A.shape[0] for stack in stacks]
         self.adapters = len(stacks[0].slots)
         self.slots = [stack.slots for stack in stacks]
@@ -260,15 +226,15 @@ class SharedInput(nn.Module):
         self.register_buffer("places", _places(stacks).to(device), persistent=False)
 
     def project(
-        self, now: LayerForward, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
+        self, context: LayerContext, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
     ) -> None:
-        """Compute the weighted slots of all modules for one input, and note them in `now`."""
+        """Compute the weighted slots of all modules for one input, and note them in the context."""
         lora_A = self.lora_A
-        now.group, now.seen = self, x
+        context.group, context.seen = self, x
         if weights.shape[-1] == self.adapters:
-            now.member_weights, expand = (weights,) * len(self.sizes), self.expand
+            context.member_weights, expand = (weights,) * len(self.sizes), self.expand
         else:
-            now.member_weights, expand = weights.split(self.adapters, dim=-1), self.expand_each
+            context.member_weights, expand = weights.split(self.adapters, dim=-1), self.expand_each
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         if x.dtype != lora_A.dtype:
@@ -278,10 +244,10 @@ class SharedInput(nn.Module):
         else:
             weighted = F.linear(x, lora_A, self.input_bias).view(-1, lora_A.shape[0])
             weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
-        if now.mixes is not False:
+        if context.mixes is not False:
             mixed = self._mix(weighted, _slot_weights(weights, expand, weighted.dtype))
-            weighted = mixed if now.mixes is True else torch.where(now.mixes, mixed, weighted)
-        now.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
+            weighted = mixed if context.mixes is True else torch.where(context.mixes, mixed, weighted)
+        context.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
 
     def _mix(
         self, weighted: Float[Tensor, "tokens slots"], slot_weights: Float[Tensor, "*tokens slots"]
@@ -325,17 +291,6 @@ def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
     return F.one_hot(torch.tensor(owner), len(stack.slots)).T.float().contiguous()
 
 
-def some_tokens(name: str, found: int, of: int) -> str:
-    """What is wrong with a linear that reads only some of its layer's tokens."""
-    return (
-        f"{name} got {found} tokens of the layer's {of}: modules that see only some tokens (routed experts) cannot be "
-        "fused. Leave them out of `target_modules`."
-    )
-
-
-Weigh = Callable[[SharedInput, Tensor], Tensor | None]
-
-
 class FusedLinear(nn.Module):
     """Mixed into a base linear's class: adds all adapters' weighted updates to what its own forward gives.
 
@@ -345,26 +300,25 @@ class FusedLinear(nn.Module):
     Attributes:
         lora_B: the adapters' stacked B, `[slots, out_features]`.
         lora_output_scale: DoRA's `c - 1`, `[adapters, out_features]`, or None.
-        fused: what else the fusion keeps for this linear.
+        fused: where it stands in its layer.
     """
 
     lora_B: Tensor
     lora_output_scale: Tensor | None
-    fused: FusedState
+    fused: Member
 
     def forward(self, x: Float[Tensor, "*batch in_features"], *args, **kwargs) -> Float[Tensor, "*batch out_features"]:
         """The base linear's output plus the weighted sum of the adapters' updates."""
         base_output = super().forward(x, *args, **kwargs)
-        fused = self.fused
-        now = fused.now
-        if now.alone is not None:
-            return self._each_alone(x, base_output, now)
-        if now.seen is not x or now.group is not fused.shared:
-            weights = fused.weigh(fused.shared, x)
+        group, member, context, uses_dora = self.fused
+        if context.alone is not None:
+            return self._each_alone(x, base_output)
+        if context.seen is not x or context.group is not group:
+            weights = context.weights_for(group.names, x)
             if weights is None:
                 return base_output
-            fused.shared.project(now, x, weights)
-        product, lora_B = now.products[fused.member], self.lora_B
+            group.project(context, x, weights)
+        product, lora_B = context.products[member], self.lora_B
         if lora_B.dtype != base_output.dtype:
             lora_B = lora_B.to(base_output.dtype)
             product = product.to(base_output.dtype)
@@ -372,39 +326,37 @@ class FusedLinear(nn.Module):
             base_output = base_output.contiguous()
         shape = base_output.shape
         flat = base_output.view(-1, shape[-1])
-        if not fused.uses_dora and not torch.is_grad_enabled():
+        if not uses_dora and not torch.is_grad_enabled():
             # The base's output is nobody else's yet: adding in place saves a tensor and, at one token, time.
             flat.addmm_(product, lora_B)
             return base_output
         result = torch.addmm(flat, product, lora_B)
-        if fused.uses_dora:
+        if uses_dora:
             dense = flat if self.bias is None else flat - self.bias
-            result = result + ScaledOutput.apply(dense, now.member_weights[fused.member], self.lora_output_scale)
+            result = result + ScaledOutput.apply(dense, context.member_weights[member], self.lora_output_scale)
         return result.view(shape)
 
     def _each_alone(
-        self,
-        x: Float[Tensor, "*batch in_features"],
-        base_output: Float[Tensor, "*batch out_features"],
-        now: LayerForward,
+        self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
     ) -> Float[Tensor, "*batch out_features"]:
         """Every row with one adapter or none, at the price of that adapter alone; without gradients.
 
         Raises:
             ArchitectureError: if the linear reads only some of the layer's tokens.
         """
-        assert now.alone is not None
-        if x.shape[:-1].numel() != math.prod(now.shape):
-            raise ArchitectureError(some_tokens(f"'{self.fused.name}'", x.shape[:-1].numel(), math.prod(now.shape)))
-        shared, member = self.fused.shared, self.fused.member
-        rows = x.reshape(len(now.alone), -1, x.shape[-1])
-        result = base_output.reshape(len(now.alone), -1, base_output.shape[-1])
-        for row, adapter in enumerate(now.alone):
-            if adapter is None or not shared.slots[member][adapter]:
+        group, member, context, _ = self.fused
+        assert context.alone is not None
+        if x.shape[:-1].numel() != math.prod(context.shape):
+            name = f"'{group.names[member]}' of decoder layer {context.index}"
+            raise ArchitectureError(some_tokens(name, x.shape[:-1].numel(), math.prod(context.shape)))
+        rows = x.reshape(len(context.alone), -1, x.shape[-1])
+        result = base_output.reshape(len(context.alone), -1, base_output.shape[-1])
+        for row, adapter in enumerate(context.alone):
+            if adapter is None or not group.slots[member][adapter]:
                 continue
-            own, grouped = shared.slots_of(member, adapter)
-            bias = None if shared.input_bias is None else shared.input_bias[grouped]
-            lora_A, lora_B = shared.lora_A[grouped], self.lora_B[own]
+            own, grouped = group.slots_of(member, adapter)
+            bias = None if group.input_bias is None else group.input_bias[grouped]
+            lora_A, lora_B = group.lora_A[grouped], self.lora_B[own]
             product = F.linear(rows[row].to(lora_A.dtype), lora_A, bias)
             if self.lora_output_scale is not None:
                 dense = result[row] if self.bias is None else result[row] - cast(Tensor, self.bias)
@@ -413,30 +365,30 @@ class FusedLinear(nn.Module):
         return result.view(base_output.shape)
 
 
-@dataclass(frozen=True)
-class FusedState:
-    """What a fused linear keeps besides its tensors; a plain object, for modules are slow to read from.
+class Member(NamedTuple):
+    """Where a fused linear stands in its layer; a tuple, for modules are slow to read from.
 
     Attributes:
-        name: the linear's name within its decoder layer.
-        shared: the group of linears that read its input.
-        member: its position in that group.
-        now: the layer's running forward.
-        weigh: gives the fusion weights for a group's input, `[tokens, gates]` or `[gates]`; None for the base alone.
-        uses_dora: whether one of the adapters is a DoRA.
+        group: the linears that read its input.
+        member: its position among them.
+        context: what its layer's gates and linears share.
+        uses_dora: whether one of the adapters is a DoRA there.
     """
 
-    name: str
-    shared: SharedInput
+    group: InputGroup
     member: int
-    now: LayerForward
-    weigh: Weigh
+    context: LayerContext
     uses_dora: bool
 
+    @property
+    def name(self) -> str:
+        """The linear's name within its layer."""
+        return self.group.names[self.member]
 
-def fuse_linear(linear: nn.Module, stack: StackedLora, fused: FusedState) -> None:
+
+def fuse_linear(linear: nn.Module, stack: StackedLora, fused: Member) -> None:
     """Make a base linear a `FusedLinear`, in its place."""
-    device, scale = fused.shared.lora_A.device, stack.output_scale
+    device, scale = fused.group.lora_A.device, stack.output_scale
     linear.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
     linear.register_buffer("lora_output_scale", None if scale is None else scale.to(device), persistent=False)
     swap_class(linear, FusedLinear)

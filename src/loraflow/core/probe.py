@@ -121,7 +121,7 @@ class Prompt:
             seen.append(args[0].reshape(len(self.input_ids), -1))
             raise _Seen
 
-        with self._alone([None]), _hooked(linear.register_forward_pre_hook(hook)):
+        with self._attachment.alone([None]), _hooked(linear.register_forward_pre_hook(hook)):
             self._forward(1)
         return seen[0]
 
@@ -140,17 +140,8 @@ class Prompt:
             return hook
 
         layers = self._attachment.layers.layers
-        with self._alone(owners), _hooked(*(layers[i].register_forward_hook(hook_of(i)) for i in wanted)):
+        with self._attachment.alone(owners), _hooked(*(layers[i].register_forward_hook(hook_of(i)) for i in wanted)):
             self._forward(len(owners))
-
-    @contextlib.contextmanager
-    def _alone(self, owners: Sequence[int | None]) -> Iterator[None]:
-        stream = self._attachment.stream
-        stream.alone = owners
-        try:
-            yield
-        finally:
-            stream.alone = stream.embeddings = None
 
     def _forward(self, rows: int) -> None:
         model = self._attachment.model

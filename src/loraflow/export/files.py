@@ -162,8 +162,8 @@ def _config(model: FusedModel, modules: Mapping[str, LoraModule], report: Export
     """PEFT's configuration; r equals alpha everywhere, so readers that know no patterns scale by 1 too."""
     pattern = rank_pattern({name: module.rank for name, module in modules.items()})
     config = LoraConfig(
-        base_model_name_or_path=model._base.path or None,
-        revision=model._base.revision,
+        base_model_name_or_path=model.base_record.path or None,
+        revision=model.base_record.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
         r=report.rank,
@@ -219,7 +219,7 @@ def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
 
 
 def _card(model: FusedModel, report: ExportReport) -> str:
-    path = model._base.path
+    path = model.base_record.path
     summary = "It gives what the fusion gives."
     if report.cost is not None:
         summary = (

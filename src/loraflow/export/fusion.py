@@ -72,7 +72,7 @@ def export_peft(
     """
     if rank is not None and rank < 1:
         raise LoraflowError(f"`rank` (={rank}) must be at least 1.")
-    model._attachment.check_attached()
+    model.attachment.check_attached()
     target = checked_target(model, Path(directory), overwrite)
     cost = None
     if mean_weights_on is None:
@@ -113,7 +113,7 @@ def constant_weights(model: FusedModel) -> Weights:
         )
     if not model.gates:
         raise MethodError("The method in use is 'base', which has no fusion weights: there is nothing to export.")
-    sites = model._attachment.sites
+    sites = model.attachment.sites
     known = {key: _weights_of(gate, sites[method.place][key].features) for key, gate in model.gates.items()}
     none = torch.zeros(len(model.adapters), dtype=torch.float64)
     return {
@@ -183,7 +183,7 @@ def _export(model: FusedModel, weights: Weights, rank: int | None, dtype: torch.
         LoraflowError: if PEFT has no such adapter.
         MethodError: if no adapter is left.
     """
-    sites, prefix = model._attachment.sites["module"], model._attachment.layers.prefix
+    sites, prefix = model.attachment.sites["module"], model.attachment.layers.prefix
     kept: dict[str, list[tuple[LoraModule, float]]] = {}
     names: set[str] = set()
     for site_name, site in sites.items():

@@ -18,7 +18,7 @@ from loraflow.adapters import Adapter, AdapterSource, load_adapter
 from loraflow.bases import BaseOptions
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import constant_weights, is_constant, weigh_prompts
-from loraflow.core.layers import Gates
+from loraflow.core.lanes import Gates
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
 from loraflow.methods.base import check_weights
@@ -170,20 +170,20 @@ class Catalog:
             known[name] = load_adapter(name, path)
         else:
             _check_reads_nothing_else(fusion.config)
-            check_base(fusion.config.base, self.model._base)
+            check_base(fusion.config.base, self.model.base_record)
             own = fusion.adapters_in(known, permit)
             if name in known:
                 raise LoraflowError(f"The fusion {name!r} has an adapter of the same name. Give it another.")
         new = list(known.values())[len(before) :]
         if new:
-            self.model._exchange_adapters(list(known.values()))
+            self.model.exchange_adapters(list(known.values()))
         try:
             offered = [self._make_adapter(adapter) for adapter in new]
             offered += [] if fusion is None else [self._make_saved(fusion, own)]
         except BaseException:
             # Nobody has heard of them yet.
             if new:
-                self.model._exchange_adapters(before)
+                self.model.exchange_adapters(before)
             raise
         self._offer(*offered)
         return offered[-1]
@@ -210,7 +210,7 @@ class Catalog:
         """Take the adapters out of the model that nothing offered needs. No request may use them any more."""
         kept = [adapter for adapter in self.model.adapters if adapter.name in self.served]
         if len(kept) < len(self.model.adapters):
-            self.model._exchange_adapters(kept)
+            self.model.exchange_adapters(kept)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -236,7 +236,7 @@ class Catalog:
 
     def _make_saved(self, fusion: _Saved, adapters: Sequence[str]) -> Served:
         config = fusion.config
-        check_base(config.base, self.model._base)
+        check_base(config.base, self.model.base_record)
         method = make_method(config.method.name, config.method.parameters)
         return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), method, config.prompt, fusion.tensors)
 
@@ -276,7 +276,7 @@ class Catalog:
         prompt: PromptFormat,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Served:
-        attachment = self.model._attachment
+        attachment = self.model.attachment
         gates = attachment.make_gates(method, attachment.positions(adapters))
         _load_gates(name, gates, tensors or {})
         parts = _parts(attachment, adapters)
@@ -301,7 +301,7 @@ class Catalog:
         self, adapters: Sequence[str], parts: Sequence[str], method: Method, tensors: Mapping[str, Tensor]
     ) -> str:
         facts = {
-            "base": self.model._base.model_dump(exclude={"path"}),
+            "base": self.model.base_record.model_dump(exclude={"path"}),
             "adapters": [[name, digest] for name, digest in zip(adapters, parts, strict=True)],
             "method": [method.name, method.parameters()],
             "learned": tensors_digest(tensors),
@@ -348,7 +348,7 @@ class Catalog:
 
     def _with(self, served: Served, names: tuple[str, ...], method: Method) -> Served:
         # One and the same all the way, whatever comes or leaves meanwhile.
-        attachment = self.model._attachment
+        attachment = self.model.attachment
         parts = _parts(attachment, names)
         key = json.dumps([names, parts, method.name, method.parameters()], sort_keys=True)
         gates = self._made.get(key)
@@ -389,13 +389,13 @@ class Catalog:
         """
         if served.gates and is_constant(served.method, served.gates):
             # However many different ones there are, they are weighed together.
-            layers = len(self.model._attachment.fusions)
+            layers = len(self.model.attachment.fusions)
             return Weigher(weights=constant_weights(served.gates, layers), adapters=served.adapters)
         if not isinstance(served.method, QueryMethod):
             return Weigher(served.method, served.gates, adapters=served.adapters)
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        with self.model._turn(), torch.no_grad():
-            attachment = self.model._attachment
+        with self.model.attachment.turn(), torch.no_grad():
+            attachment = self.model.attachment
             positions = attachment.positions(served.adapters)
             gate = served.gates.get("model")
             weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]

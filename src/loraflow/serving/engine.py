@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from loraflow.core.layers import Gates, Lane, Lanes
+from loraflow.core.lanes import Gates, Lane, Lanes
 from loraflow.errors import LoraflowError
 from loraflow.methods import Method
 from loraflow.serving.overflow import finite
@@ -370,18 +370,18 @@ class _Manager(ContinuousBatchingManager):
         shared, model = cast(Any, self.batch_processor.inputs_and_outputs), self._fused
         with contextlib.ExitStack() as stack:
             # First of all: what the step does with the adapters must be done before others come in or leave.
-            stack.enter_context(model._turn())
+            stack.enter_context(model.attachment.turn())
             # Once a step: requests may be cancelled in the middle of it.
             batch = [(self._jobs.get(future.state.request_id), future) for future in shared.requests_in_batch]
             cast(_Runner, self.batch_processor.model_runner).batch = batch
             self.batched = len(batch)
             with torch.cuda.stream(shared.compute_stream):
                 lanes = _lanes(model, batch)
-            stack.enter_context(model._lanes(lanes))
+            stack.enter_context(model.attachment.weighing(lanes))
             if not any(job is not None and job.wants_weights for job, _ in batch):
                 super()._generation_step()
                 return
-            recorded = stack.enter_context(model._recording())
+            recorded = stack.enter_context(model.attachment.recording())
             super()._generation_step()
             self._keep_weights(batch, recorded)
 
@@ -409,7 +409,7 @@ class _Manager(ContinuousBatchingManager):
 
 def _lanes(model: FusedModel, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
     """Who weighs which tokens of a step; requests of the base, and those cancelled meanwhile, have no weights."""
-    attachment = model._attachment
+    attachment = model.attachment
     positions: dict[int, list[int]] = {}
     weighers: dict[int, Weigher] = {}
     given: list[tuple[range, Tensor]] = []
@@ -438,7 +438,7 @@ def _lanes(model: FusedModel, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
 
 def _among(model: FusedModel, weigher: Weigher) -> list[int] | None:
     """Where a weigher's adapters are in the model now; None where it weighs all."""
-    return None if weigher.adapters is None else model._attachment.positions(weigher.adapters)
+    return None if weigher.adapters is None else model.attachment.positions(weigher.adapters)
 
 
 def _weights_of_all(model: FusedModel, weigher: Weigher) -> Float[Tensor, "layers adapters"]:

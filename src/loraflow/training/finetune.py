@@ -28,7 +28,7 @@ from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource,
 from loraflow.answers import require_tokenizer
 from loraflow.bases import BaseOptions, load_base, load_tokenizer
 from loraflow.core.architecture import find_decoder_layers
-from loraflow.core.attach import check_unfused
+from loraflow.core.attach import check_plain
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import write_atomically
@@ -260,7 +260,7 @@ def _open(
     if isinstance(base, nn.Module):
         if options is not None:
             raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
-        check_unfused(base)
+        check_plain(base)
         find_decoder_layers(base)
         return base, require_tokenizer(tokenizer)
     options = options or BaseOptions()

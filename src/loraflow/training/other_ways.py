@@ -173,7 +173,7 @@ def fit_samples(model: FusedModel, examples: Mapping[str, Sequence[Any]], consol
             of_one = []
             for example in own:
                 ids = torch.tensor(model.prompt.prompt_ids(tokenizer, example.messages), device=model.device)
-                of_one.append(method.embed(Prompt(model._attachment, ids, tokenizer), gate))
+                of_one.append(method.embed(Prompt(model.attachment, ids, tokenizer), gate))
                 progress.advance(bar)
             embeddings.append(torch.stack(of_one))
     gate.set_samples(embeddings)

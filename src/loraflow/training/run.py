@@ -212,7 +212,7 @@ def _start_weights(model: FusedModel, losses: Mapping[str, float]) -> dict[str, 
 @contextlib.contextmanager
 def _training_state(model: FusedModel, config: FitConfig) -> Iterator[None]:
     """Adapter dropout inside the block, and afterwards what the Trainer changed of the base as it was before."""
-    fusions, use_cache = model._attachment.fusions, getattr(model.config, "use_cache", None)
+    fusions, use_cache = model.attachment.fusions, getattr(model.config, "use_cache", None)
     checkpointing = model.is_gradient_checkpointing
     try:
         for fusion in fusions:
@@ -232,7 +232,7 @@ def identity_of(model: FusedModel, data: RunData, config: FitConfig, score: Scor
     """What makes two runs the same one, as JSON values."""
     identity = {
         "method": {"name": model.method.name, **model.method.parameters()},
-        "base": model._base.model_dump(exclude={"path", "revision"}),
+        "base": model.base_record.model_dump(exclude={"path", "revision"}),
         "adapters": {adapter.name: adapter.digest for adapter in model.adapters},
         "data": data.digest,
         "dev metric": "loss" if score is None else getattr(score, "__name__", type(score).__name__),

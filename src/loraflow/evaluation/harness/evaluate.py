@@ -135,7 +135,7 @@ def evaluate_task(
     classes = lm_classes()
     # Chat templates can hold examples as turns of their own; a plain template has one place for a question.
     multiturn = chat and model.prompt.chat_template is not None
-    with model._evaluating(), _quiet(), _seeded(model):
+    with model.evaluating(), _quiet(), _seeded(model):
         lm = classes.FusionLM(model, chat=chat, batch_size=batch_size, on_progress=on_progress)
         options = {"limit": limit, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
         result = _run(lm, task, allow_code, include_path, num_fewshot, metric, options)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
 from loraflow.bases import BaseOptions, load_empty_base
-from loraflow.core.layers import Gates
+from loraflow.core.lanes import Gates
 from loraflow.errors import FusionError
 from loraflow.methods import Method
 from loraflow.methods.base import Site
@@ -71,7 +71,7 @@ def read_plan(
         empty = load_empty_base(base, options or BaseOptions())
         model = FusedModel.from_pretrained(directory, base=empty, adapters=adapters)
     check_base_files(config.base, base, empty)
-    sites = model._attachment.sites
+    sites = model.attachment.sites
     return FusionPlan(
         config=config,
         method=model.method,

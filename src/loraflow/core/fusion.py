@@ -1,0 +1,498 @@
+"""A fusion at work: a base model with adapters in it, and the method that weighs them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from loraflow.adapters import Adapter
+from loraflow.answers import pad_prompts, require_tokenizer
+from loraflow.core.attach import Attachment
+from loraflow.core.batch import (
+    RowMethod,
+    WeighPrompts,
+    check_row_methods,
+    lanes_of_methods,
+    lanes_of_weights,
+    prompt_mask,
+    refuse_prompts,
+    weigh_prompts,
+)
+from loraflow.core.lanes import Gates, Lanes
+from loraflow.errors import FusionError, LoraflowError, MethodError
+from loraflow.methods import Method, QueryMethod, get_method
+from loraflow.prompts import Message, PromptFormat
+from loraflow.visual.trace import Trace, token_texts
+
+RowWeights = Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"]
+"""Weights of each row, for all layers or for each."""
+
+
+class Fusion(nn.Module):
+    """A base model, ordered adapters, and the method that gives their fusion weights.
+
+    It is used as the base model is: `forward`, `generate`, and every attribute of the base (`config`, `device`, ...)
+    are its own. Its `state_dict` holds what is learned, never the base.
+
+    Attributes:
+        base_model: the transformers model that it wraps.
+        tokenizer: the base's tokenizer, where there is one.
+        prompt: how questions become prompts; saved with the fusion.
+        method: what gives the fusion weights.
+        attachment: the adapters in the model, for whoever works on that level.
+        base_record: what tells the base from others.
+        training_record: what a fit did, as JSON values; None before.
+    """
+
+    # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
+    _hf_peft_config_loaded = True
+    main_input_name = "input_ids"
+
+    base_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    prompt: PromptFormat
+    method: Method
+    attachment: Attachment
+    base_record: Any
+    training_record: dict[str, Any] | None
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt: PromptFormat,
+        base_record: Any,
+    ) -> None:
+        super().__init__()
+        self.base_model = attachment.model
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.attachment = attachment
+        self.base_record = base_record
+        self.method = method
+        # Owned by the decoder layers that they serve; a dict, so that they are not registered twice.
+        self._gates: Gates = {}
+        # Of methods that learn nothing, by name and parameters: Arrow's directions, say, take a while to find.
+        self._made: dict[str, Gates] = {}
+        self.set_method(method)
+        self.train(self.base_model.training)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The fused adapters, in the order of the fusion weights."""
+        return self.attachment.adapters
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the fused adapters, in order."""
+        return [adapter.name for adapter in self.adapters]
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of the fusion's own method, by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+        return dict(self._gates)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's defaults for `generate`."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.base_model.generation_config = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that are not the fusion's own are the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # Answering.
+
+    def forward(
+        self,
+        *args: Any,
+        methods: Sequence[RowMethod] | None = None,
+        fusion_weights: RowWeights | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the fused adapters in it.
+
+        Args:
+            args: the base's.
+            methods: who weighs each row, where rows differ: a method's name, an adapter's name, weights by adapter
+                name, a method object, or None for the fusion's own method.
+            fusion_weights: weights of each row instead, for all layers or for each.
+            kwargs: the base's.
+
+        Returns:
+            What the base returns.
+
+        Raises:
+            MethodError: if a method weighs whole prompts: a bare forward does not say what the prompt is.
+        """
+        self.attachment.check_attached()
+        if methods is None and fusion_weights is None:
+            with self.attachment.turn():
+                return self.base_model(*args, **kwargs)
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        rows = None if inputs is None else len(inputs)
+        with self.attachment.turn():
+            lanes = self._lanes(methods, fusion_weights, rows, refuse_prompts)
+            with self.attachment.weighing(lanes):
+                return self.base_model(*args, **kwargs)
+
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch seq"] | None = None,
+        *args: Any,
+        methods: Sequence[RowMethod] | None = None,
+        fusion_weights: RowWeights | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, with everything that it takes; the cache is on.
+
+        Methods that look at the whole prompt weigh each request once, before generation; beams and returned sequences
+        carry their request's weights along.
+
+        Args:
+            inputs: the prompts' token ids; `input_ids=` is the same.
+            args: transformers'.
+            methods: who weighs each request, where requests differ: a method's name, an adapter's name, weights by
+                adapter name, a method object, or None for the fusion's own method.
+            fusion_weights: weights of each request instead, for all layers or for each.
+            kwargs: transformers'.
+
+        Returns:
+            What transformers returns.
+
+        Raises:
+            MethodError: if the method reads the prompt, and there are no token ids.
+        """
+        self.attachment.check_attached()
+        # `find_decoder_layers` checked that it can.
+        generate = cast(Any, self.base_model).generate
+        given = {} if inputs is None else {"inputs": inputs}
+        ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
+        rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
+        if methods is None and fusion_weights is None:
+            if not isinstance(self.method, QueryMethod):
+                with self.attachment.turn():
+                    return generate(*args, **given, **kwargs)
+            methods = [None] * (rows or 1)
+
+        def weigh(method: QueryMethod, gates: Gates, requests: list[int]) -> Tensor:
+            if ids is None:
+                raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
+            mask = prompt_mask(ids, kwargs, self.generation_config)
+            return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
+
+        with self.attachment.turn():
+            lanes = self._lanes(methods, fusion_weights, rows, weigh)
+            with self.attachment.weighing(lanes):
+                return generate(*args, **given, **kwargs)
+
+    def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
+        """Questions as `generate`, `weigh` and `trace` take them, in the fusion's own prompt format.
+
+        Args:
+            questions: one text, or several; each a question, or a conversation of messages up to the user's turn.
+
+        Returns:
+            `input_ids` and `attention_mask`, padded on the left.
+        """
+        tokenizer = require_tokenizer(self.tokenizer)
+        several = [questions] if isinstance(questions, str) else questions
+        turns = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in several]
+        return pad_prompts([self.prompt.prompt_ids(tokenizer, turn) for turn in turns], tokenizer, self.device)
+
+    # Who weighs.
+
+    def set_method(self, method: str | Method | Mapping[str, float]) -> None:
+        """Use another method from now on, its gates as before any training.
+
+        Args:
+            method: a method's name, an adapter's name (that one alone), weights by adapter name, or a method object.
+        """
+        self.attachment.check_attached()
+        chosen = get_method(method, self.adapter_names)
+        self._gates = self.attachment.make_gates(chosen) if chosen.learns else self._gates_of(chosen)[1]
+        self.method = chosen
+        self.training_record = None
+        self.attachment.install(self.method, self._gates)
+        self.requires_grad_(False)
+        for gate in self._gates.values():
+            gate.requires_grad_(self.method.learns is not None)
+
+    @contextlib.contextmanager
+    def using(self, method: str | Method | Mapping[str, float]) -> Iterator[Fusion]:
+        """Use another method, one adapter, or the base ("base") inside a `with` block; learned gates are kept."""
+        self.attachment.check_attached()
+        mine = (self.method, self._gates, self.training_record)
+        try:
+            self.set_method(method)
+            yield self
+        finally:
+            self.method, self._gates, self.training_record = mine
+            self.attachment.install(self.method, self._gates)
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[Fusion]:
+        """The base model alone inside a `with` block, as in PEFT."""
+        return self.using("base")
+
+    def weigh(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        method: str | Method | None = None,
+    ) -> Float[Tensor, "batch layers adapters"]:
+        """The weights that a query-level method gives prompts, each by itself.
+
+        Args:
+            input_ids: the prompts.
+            attention_mask: 1 at real tokens, 0 at padding on either side.
+            method: the method; by default the fusion's own.
+
+        Returns:
+            One weight for each prompt, layer and adapter; constant while the prompt is answered.
+
+        Raises:
+            MethodError: if the method does not weigh whole prompts.
+        """
+        self.attachment.check_attached()
+        chosen, gates = self._gates_of(method)
+        if not isinstance(chosen, QueryMethod):
+            raise MethodError(
+                f"The method {chosen.name!r} does not weigh whole prompts. `trace` shows the weights that it gives."
+            )
+        return self._weigh(chosen, gates, input_ids, attention_mask)
+
+    @torch.no_grad()
+    def _weigh(self, method: QueryMethod, gates: Gates, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        with self.attachment.turn(), self.evaluating():
+            return weigh_prompts(self.attachment, method, gates.get("model"), input_ids, attention_mask, self.tokenizer)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside the block; afterwards each module is in the mode it was in."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _gates_of(self, method: RowMethod) -> tuple[Method, Gates]:
+        """A method and its gates.
+
+        Raises:
+            MethodError: if it would learn, and is not the fusion's own.
+        """
+        if method is None or (self.method.learns and method in (self.method, self.method.name)):
+            return self.method, self._gates
+        chosen = get_method(method, self.adapter_names)
+        if chosen.learns:
+            raise MethodError(
+                f"The method {chosen.name!r} must be fitted first, and what is fitted here is {self.method.name!r} "
+                f"with {self.method.parameters()}. Beside it, use methods that learn nothing."
+            )
+        if chosen.level == "task":
+            # Cheap to make, and requests may each have other weights.
+            return chosen, self.attachment.make_gates(chosen)
+        key = json.dumps([chosen.name, chosen.parameters()], sort_keys=True)
+        if key not in self._made:
+            self._made[key] = self.attachment.make_gates(chosen)
+        return chosen, self._made[key]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Fusion:
+        # Gates that are kept for later would stay behind where the model is moved.
+        self._made.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _lanes(
+        self,
+        methods: Sequence[RowMethod] | None,
+        fusion_weights: RowWeights | None,
+        rows: int | None,
+        weigh: WeighPrompts,
+    ) -> Lanes:
+        """Which rows are weighed how.
+
+        Raises:
+            LoraflowError: if there are not as many methods, or weights, as rows.
+        """
+        if fusion_weights is not None:
+            if methods is not None:
+                raise LoraflowError("`methods` and `fusion_weights` exclude each other. Give one of them.")
+            return lanes_of_weights(self.attachment, fusion_weights, rows)
+        assert methods is not None
+        check_row_methods(methods, rows)
+        # Rows often share a method; each is looked up and made once.
+        keys = [json.dumps(dict(m)) if isinstance(m, Mapping) else m if isinstance(m, str) else id(m) for m in methods]
+        found = {key: self._gates_of(method) for key, method in dict(zip(keys, methods, strict=True)).items()}
+        return lanes_of_methods(self.attachment, [found[key] for key in keys], weigh)
+
+    # What it weighed.
+
+    @torch.no_grad()
+    def trace(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        prompt_length: int = 0,
+        **kwargs: Any,
+    ) -> Trace:
+        """The fusion weights at every position of a text, computed in one forward.
+
+        Args:
+            input_ids: the text: a prompt, or a prompt and the answer that `generate` returned.
+            attention_mask: 1 at real tokens, 0 at padding on either side.
+            prompt_length: how many positions are the prompt's; pictures show the rest as generated. Methods that weigh
+                whole prompts read these, or all where it is 0.
+            kwargs: anything else for the base model's forward.
+
+        Returns:
+            The weights, which show themselves in a notebook.
+
+        Raises:
+            LoraflowError: if the base alone is in use, which has no fusion weights.
+        """
+        self.attachment.check_attached()
+        if not self._gates:
+            raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with self.attachment.turn(), self.evaluating(), self.attachment.recording() as recorded:
+            positions = _positions(self.base_model, mask)
+            forward = functools.partial(self.base_model, use_cache=False, **positions, **kwargs)
+            with contextlib.ExitStack() as stack:
+                if isinstance(self.method, QueryMethod):
+                    prompt = slice(0, prompt_length or None)
+                    weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
+                    lanes = lanes_of_weights(self.attachment, weights, len(input_ids))
+                    stack.enter_context(self.attachment.weighing(lanes))
+                forward(input_ids=input_ids, attention_mask=mask)
+        none = torch.zeros(*input_ids.shape, len(self.adapters))
+        per_layer = [torch.stack(list(w.values())).mean(dim=0).cpu() if w else none for w in recorded]
+        module_weights = {
+            f"layers.{index}.{name}": w.cpu()
+            for index, found in enumerate(recorded)
+            for name, w in found.items()
+            if name
+        }
+        return Trace(
+            weights=torch.stack(per_layer, dim=2),
+            adapters=tuple(self.adapter_names),
+            tokens=[self._token_texts(row) for row in input_ids.tolist()],
+            input_ids=input_ids.cpu(),
+            attention_mask=mask.cpu(),
+            prompt_length=prompt_length,
+            module_weights=module_weights,
+            method=self.method.name,
+            level=self.method.level,
+            place=self.method.place,
+        )
+
+    def _token_texts(self, ids: list[int]) -> list[str]:
+        return [str(token) for token in ids] if self.tokenizer is None else token_texts(self.tokenizer, ids)
+
+    # What it learned.
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """What the method has learned: `site.parameter` to tensor, without base and adapters."""
+        destination = kwargs.pop("destination", None)
+        learned: dict[str, Tensor] = {} if destination is None else destination
+        for site, gate in self._gates.items():
+            gate.state_dict(*args, destination=learned, prefix=f"{prefix}{site}.", **kwargs)
+        return learned
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; all of it, whatever `strict` says, for a gate left out would change the model.
+
+        Raises:
+            FusionError: if keys are missing, unknown, or of another shape.
+        """
+        mine = self.state_dict()
+        wrong = sorted(mine.keys() ^ state_dict.keys())
+        wrong += sorted(k for k in mine.keys() & state_dict.keys() if mine[k].shape != state_dict[k].shape)
+        if wrong:
+            raise FusionError(
+                f"The learned tensors do not match the method {self.method.name!r}: '{wrong[0]}' is missing, unknown "
+                f"or of another shape ({len(wrong)} such). Use the fusion's own method and adapters."
+            )
+        for site, gate in self._gates.items():
+            mine_of_gate = {name: state_dict[f"{site}.{name}"] for name in gate.state_dict()}
+            gate.load_state_dict(mine_of_gate, strict=True, assign=assign)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def num_learned_parameters(self) -> int:
+        """Number of values that the method learns, those of `state_dict`."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are learned, of how many."""
+        learned, total = self.num_learned_parameters(), sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {learned:,} || all params: {total:,} || trainable%: {100 * learned / total:.4f}")
+
+    # Its adapters.
+
+    def exchange_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Take all adapters out and put others in, under the base's method; calls that wait for their turn go on.
+
+        Where that fails the model is as it was, but for its method.
+        """
+        with self.attachment.turn():
+            before = self.attachment
+            before.detach()
+            try:
+                self.attachment = before.again(adapters)
+            except BaseException:
+                self.attachment = before.again(before.adapters)
+                raise
+            finally:
+                self._made.clear()
+                self.set_method("base")
+
+    def unload(self) -> PreTrainedModel:
+        """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""
+        self.attachment.detach()
+        self.method, self._gates, self.training_record = get_method("base", []), {}, None
+        return self.base_model
+
+
+def _refusing(name: str) -> Any:
+    def refuse(self: Fusion, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what transformers would do to the base beneath the fusion."""
+        raise LoraflowError(
+            f"`{name}` is of transformers' own adapters, which it would put around the fused ones, past the fusion "
+            "weights. Name all adapters when the fusion is made (`FusedModel.from_adapters`), choose among them with "
+            '`using("name")` or `set_method`, and see the base with `using("base")`.'
+        )
+
+    return refuse
+
+
+# The base has them, and `__getattr__` would hand them on.
+for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
+    setattr(Fusion, _name, _refusing(_name))
+
+
+def _positions(model: nn.Module, mask: Int[Tensor, "batch seq"]) -> dict[str, Tensor]:
+    """Positions that count real tokens only, as `generate` gives them; a bare forward counts padding too."""
+    if bool(mask.all()) or "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}

@@ -1,0 +1,128 @@
+"""Who weighs which rows of a batch: a *lane* is a set of requests that one method weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loraflow.errors import LoraflowError
+from loraflow.methods.base import Mixing, Place
+
+Gates = dict[str, nn.Module]
+"""The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+
+
+class RowGate(nn.Module):
+    """Fusion weights that are given, for each request its own."""
+
+    def __init__(self, weights: Float[Tensor, "requests adapters"]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "requests adapters"]:
+        """The weights; each request's are for all rows that generation makes of it."""
+        return self.weights
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Requests of a batch that are weighed alike.
+
+    Attributes:
+        requests: their positions in the batch; None for all there are.
+        place: where the gates stand.
+        gates: by site; none for the base alone.
+        mixing: what is mixed.
+        among: positions of the adapters that the gates weigh; None for all of them.
+    """
+
+    requests: tuple[int, ...] | None
+    place: Place
+    gates: Gates
+    mixing: Mixing = "outputs"
+    among: tuple[int, ...] | None = None
+
+    def gate(self, layer: int, module: str | None = None) -> nn.Module | None:
+        """The gate of a layer, or of one of its linears; None for the base alone."""
+        if not self.gates:
+            return None
+        site = "model" if self.place == "model" else f"layers.{layer}"
+        return self.gates.get(site if module is None else f"{site}.{module}")
+
+    def spread(self, weights: Float[Tensor, "*weights own"], adapters: int) -> Float[Tensor, "*weights adapters"]:
+        """The weights that a gate gave, each at its adapter's place among all; the others get zero."""
+        if self.among is None:
+            return weights
+        everywhere = weights.new_zeros(*weights.shape[:-1], adapters)
+        everywhere[..., list(self.among)] = weights
+        return everywhere
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """All lanes of a batch.
+
+    Generation repeats each request for its beams or returned sequences, one after the other; a forward of more rows
+    than requests is read so. Continuous batching lays all requests one behind the other in one row; each token of that
+    row then counts as a request.
+
+    Attributes:
+        requests: size of the batch; None where one method weighs a batch of any size.
+        lanes: every request is in one of them.
+        flat: whether they are the tokens of one row.
+        only: the one lane, where there are no others: its requests are all rows, in order.
+        reads_embeddings: whether a gate of the whole model is among them.
+        reads_modules: whether linears have gates of their own.
+    """
+
+    requests: int | None
+    lanes: tuple[Lane, ...]
+    flat: bool = False
+    only: Lane | None = field(init=False, repr=False)
+    reads_embeddings: bool = field(init=False, repr=False)
+    reads_modules: bool = field(init=False, repr=False)
+    _rows: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Every layer asks, at every token.
+        object.__setattr__(self, "only", self.lanes[0] if len(self.lanes) == 1 else None)
+        object.__setattr__(self, "reads_embeddings", any(one.place == "model" and one.gates for one in self.lanes))
+        object.__setattr__(self, "reads_modules", any(one.place == "module" and one.gates for one in self.lanes))
+
+    def rows_of(self, lane: Lane, batch: int, device: torch.device) -> Int[Tensor, " rows"]:
+        """The rows of a forward that are a lane's requests."""
+        key = (id(lane), batch, device)
+        if key not in self._rows:
+            if lane.requests is None or self.requests is None:
+                return torch.arange(batch, device=device)
+            repeats = batch // self.requests
+            rows = [request * repeats + repeat for request in lane.requests for repeat in range(repeats)]
+            self._rows[key] = torch.tensor(rows, device=device)
+        return self._rows[key]
+
+    def check_batch(self, batch: int) -> None:
+        """Check that a forward's rows are the requests, or several for each.
+
+        Raises:
+            LoraflowError: if their number is no multiple of the requests.
+        """
+        if self.requests is not None and batch % self.requests:
+            raise LoraflowError(
+                f"A forward of {batch} rows came where {self.requests} requests have weights of their own. Give one "
+                "method, or one row of weights, for each row of `input_ids`."
+            )
+
+    def mixes(self, shape: Sequence[int], device: torch.device) -> bool | Tensor:
+        """Whether parameters are mixed instead of outputs; for each token, where lanes differ."""
+        mixing = {lane.mixing for lane in self.lanes}
+        if len(mixing) == 1:
+            return mixing == {"parameters"}
+        mask = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
+        for lane in self.lanes:
+            if lane.mixing == "parameters":
+                mask[self.rows_of(lane, shape[0], device)] = True
+        return mask.view(-1, 1)

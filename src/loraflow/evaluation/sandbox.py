@@ -148,7 +148,7 @@ def run_tests(code: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS) 
         DataError: if there are no tests, or one of them is not Python.
         SandboxError: if this machine cannot run it safely.
     """
-    if isinstance(tests, str) or not tests:
+    if isinstance(tests, str) or not tests or not all(isinstance(test, str) for test in tests):
         raise DataError(f"`tests` (={tests!r}) must be a list of at least one statement.")
     with tempfile.TemporaryDirectory(prefix="loraflow-sandbox-") as root:
         job = {"code": code, "tests": list(tests), "limits": dataclasses.asdict(limits), "root": root}

@@ -15,8 +15,8 @@ prints what success would print, empties what it finds in the frames above it or
 Python's has not passed. The prisoner can say why a program failed, and nothing else that is believed.
 
 What is left to a program: it shares an interpreter with its tests. It can make `==` lie to them, shadow the names they
-use, or, if written against this very file, read a test off the pipe or its frame and send the mark without running it.
-What it cannot do is get out.
+use or trace them and jump over lines; written against this very file, it can read a test's mark off the pipe or its
+frame and send it without running the test. What it cannot do is get out.
 """
 
 from __future__ import annotations

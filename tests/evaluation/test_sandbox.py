@@ -136,6 +136,136 @@ def test_run_many_keeps_the_order() -> None:
     assert [result.passed for result in run_many(programs, workers=2)] == [True, False] * 3
 
 
+# -------------------------------------------------------------------------------------------------------- attacks
+
+# Functions that a program can find in its interpreter, and what it finds above it.
+TOOLS = """
+import builtins, gc, json, marshal, os, sys, threading, types
+def frames():
+    frame = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+def found(kind):
+    for frame in frames():
+        for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
+            if isinstance(value, kind):
+                yield value
+def shout(text):
+    for fd in range(3, 64):
+        try:
+            os.write(fd, text)
+        except OSError:
+            pass
+def forge(verdict):
+    for token in [value for value in found(bytes) if len(value) == 16]:
+        shout(token + json.dumps(verdict).encode() + b"\\n")
+    os._exit(0)
+"""
+WRONG = "def double(x): return None\n"
+PASSED = '{"reason": "passed", "detail": ""}'
+
+
+@pytest.mark.usefixtures("works")
+@pytest.mark.parametrize(
+    ("code", "detail"),
+    [
+        pytest.param("forge({'reason': 'setup', 'detail': 'no'})", "", id="verdict: setup"),
+        pytest.param("forge({'reason': 'invalid-test', 'detail': 'no'})", "", id="verdict: invalid test"),
+        pytest.param("forge({'reason': 'passed', 'detail': ''})", "", id="verdict: passed"),
+        pytest.param("forge([])", "", id="verdict: a list"),
+        pytest.param("forge({'detail': 1})", "", id="verdict: without a reason"),
+        pytest.param("forge(7)", "", id="verdict: a number"),
+        pytest.param(
+            "for values in list(found(list)): values.clear()", "AssertionError", id="clears lists of the frames"
+        ),
+        pytest.param(
+            "for values in gc.get_objects():\n"
+            "    if type(values) is list and values and isinstance(values[0], (str, types.CodeType)): values.clear()",
+            "AssertionError",
+            id="clears all lists",
+        ),
+        pytest.param(
+            "builtins.zip = lambda *_, **__: ()\nbuiltins.exec = builtins.compile = lambda *_, **__: None",
+            "AssertionError",
+            id="builtins",
+        ),
+        pytest.param(
+            f"json.dumps = lambda *_: {PASSED!r}\nmarshal.load = lambda *_: None\njudge = lambda *_: {PASSED}\n"
+            "for frame in frames():\n    for name in ('judge', 'obey', 'describe'): frame.f_globals[name] = judge",
+            "",
+            id="json, marshal and the jail's own functions",
+        ),
+        pytest.param(
+            f"real = os.write\nos.write = lambda fd, text: real(fd, text[:16] + b'{PASSED}\\n')",
+            "AssertionError",
+            id="os.write",
+        ),
+        pytest.param("os.getpid = lambda: 2\nos._exit = print", "AssertionError", id="os.getpid and os._exit"),
+        pytest.param(
+            "for frame in frames():\n    frame.f_globals.update(DETAIL_MAX_CHARS=0, RAISED=b'', MARK_NAME='planted')\n"
+            "planted = found(bytes)",
+            "",
+            id="the jail's constants",
+        ),
+        pytest.param(
+            "def jump(frame, event, _):\n"
+            "    if event == 'line' and 'test' in frame.f_locals: frame.f_lineno += 1\n"
+            "    return jump\n"
+            "for frame in frames():\n"
+            "    if frame.f_code.co_name in ('judge', 'obey'): frame.f_trace = jump\n"
+            "sys.settrace(jump)",
+            "",
+            id="jumps over the lines that run the tests",
+        ),
+        pytest.param("builtins.BaseException = ZeroDivisionError", "", id="exceptions that are not caught"),
+        pytest.param("builtins.AssertionError = Warning", "AssertionError", id="assertions of another class"),
+        pytest.param("for text in list(found(bytes)): shout(text)\nos._exit(0)", "", id="says what the jail would say"),
+        pytest.param(
+            "def flood():\n    while True: shout(bytes(16))\n"
+            "threading.Thread(target=flood, daemon=True).start()\nthreading.Event().wait(1)",
+            "",
+            id="floods from a thread",
+        ),
+        pytest.param("def double(x):\n    forge({'reason': 'passed', 'detail': ''})", "", id="forges inside a test"),
+        pytest.param(
+            "def double(x):\n    if x != 2: os._exit(0)\n    return 4", "exited with status 0", id="exits late"
+        ),
+        pytest.param("os.closerange(3, 64)", "", id="closes the channel"),
+        pytest.param("globals()['<mark>'] = bytes(16)", "AssertionError", id="plants a mark"),
+    ],
+)
+def test_attack_on_the_verdict_is_a_failure(code: str, detail: str) -> None:
+    result = run_tests(TOOLS + WRONG + code, DOUBLE_TESTS)
+
+    assert result.reason in ("failed", "error", "ended-early")
+    assert detail in result.detail
+    assert result.detail
+
+
+@pytest.mark.usefixtures("works")
+@pytest.mark.parametrize("where", ["", "def double(x):\n    "])
+def test_silent_channel_does_not_outlast_the_time(where: str) -> None:
+    code = f"{TOOLS}{where}for _ in iter(int, 1): found(bytes)\n"
+
+    assert run_tests(code, DOUBLE_TESTS, Limits(wall_s=0.5)).reason == "timeout"
+
+
+@pytest.mark.usefixtures("works")
+def test_tests_are_not_there_before_they_are_run() -> None:
+    code = TOOLS + "seen = [value for value in gc.get_objects() if 'secret' in str(value)[:9999]]"
+    code += "\nseen = [value for value in seen if 'secret' + ' test' in str(value)]"
+
+    assert run_tests(code, ["assert not seen, seen  # secret test"]).detail == ""
+
+
+@pytest.mark.usefixtures("works")
+def test_test_leaves_nothing_behind() -> None:
+    tests = ["x = 1", "from __future__ import annotations\ny: x = 2", "assert [n for n in vars() if 'mark' in n] == []"]
+
+    assert run_tests("", tests).detail == ""
+
+
 # --------------------------------------------------------------------------------------------------------- limits
 
 
@@ -363,7 +493,7 @@ def test_holds_without_root_too(public_folder: str) -> None:
 # --------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("tests", [[], "assert True"])
+@pytest.mark.parametrize("tests", [[], "assert True", ["assert True", 1]])
 def test_tests_must_be_a_list_with_something_in_it(tests: list[str]) -> None:
     with pytest.raises(DataError, match=r"`tests` \(=.*\) must be a list of at least one statement\."):
         run_tests(DOUBLE, tests)

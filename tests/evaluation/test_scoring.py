@@ -255,6 +255,21 @@ def test_code_needs_permission(refused: Any) -> None:
         refused()
 
 
+def test_a_check_of_code_tests_needs_permission_too() -> None:
+    with pytest.raises(SandboxError, match="runs programs that a model wrote"):
+        CodeTests().check({"tests": ["pass"]})
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_checks_an_example_without_running_anything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraflow.evaluation.scoring.run_tests", lambda *_: pytest.fail("started a sandbox"))
+    scorer: Any = get_scorer(name, allow_code=True)
+
+    scorer.check({"completion": "18", "tests": ["assert True"]})
+    with pytest.raises(DataError, match=r"has no field"):
+        scorer.check({"prompt": "?"})
+
+
 def test_every_scorer_is_found_by_name() -> None:
     assert {name: get_scorer(name, allow_code=True) for name in SCORERS} == {
         "code-tests": CodeTests(allow_code=True),

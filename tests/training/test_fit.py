@@ -11,8 +11,10 @@ from rich.console import Console
 
 from loraflow import FitConfig, FusedModel, LoraFlow
 from loraflow.errors import DataError, LoraflowError, MethodError
+from loraflow.evaluation.sandbox import ExecutionResult
+from loraflow.evaluation.scoring import get_scorer
 from loraflow.training import fit, search
-from loraflow.training.trainer import COMPLETE, complete_checkpoints
+from loraflow.training.trainer import COMPLETE, GateTrainer, complete_checkpoints
 from tests.tiny import VOCAB, number_tokenizer, save_adapter, tiny_model
 
 QUICK = FitConfig(epochs=2, learning_rate=1e-2)
@@ -100,16 +102,73 @@ def test_chooses_by_a_score(make_model, console):
 
     def score(answer, record):
         calls.append((answer, record["prompt"]))
-        # Three calls check the records before anything is fitted; then only the first epoch's answers are any good.
-        return float(len(calls) <= 6)
+        # One call checks a record before anything is fitted; then only the first epoch's answers are any good.
+        return float(len(calls) <= 4)
 
     config = FitConfig(epochs=3, learning_rate=1e-2, score_max_new_tokens=4)
     result = fit(make_model(), reversals(8), dev=reversals(3, seed=1), config=config, score=score, console=console)
     assert (result.kept_step, result.dev_score) == (2, 1.0)
-    assert [answer for answer, _ in calls[:3]] == [""] * 3
-    assert len(calls) == 12
+    assert calls[0] == ("", reversals(3, seed=1)[0]["prompt"])
+    assert len(calls) == 10
     with pytest.raises(LoraflowError, match="needs dev examples"):
         fit(make_model(), reversals(8), score=score, console=console)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The programs that code-tests would have started."""
+    started = []
+
+    def run_tests(code, tests, limits):
+        started.append(code)
+        return ExecutionResult("passed")
+
+    monkeypatch.setattr("loraflow.evaluation.scoring.run_tests", run_tests)
+    return started
+
+
+def with_tests(examples, tests=("assert True",)):
+    return [{**example, "tests": list(tests)} for example in examples]
+
+
+def test_no_program_is_run_before_the_first_epoch(make_model, console, runs):
+    config = FitConfig(epochs=1, learning_rate=1e-2, score_max_new_tokens=2)
+    grid = [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}]
+    dev = with_tests(reversals(3, seed=1))
+    score = get_scorer("code-tests", allow_code=True)
+    search(make_model(), reversals(4), dev=dev, config=config, grid=grid, score=score, console=console)
+    assert len(runs) == len(grid) * len(dev)
+
+
+@pytest.mark.parametrize("learn", [fit, search])
+@pytest.mark.parametrize(
+    ("scorer", "last", "message"),
+    [
+        ("code-tests", {}, r"example 1: The example has no field `tests`, which its scorer needs"),
+        ("code-tests", {"tests": []}, r"example 1: `tests` \(=\[\]\) must be a list of at least one statement"),
+        ("code-tests", {"tests": ["x = 1", "assert ("]}, r"example 1: `tests\[1\]` \(='assert \('\) is not Python"),
+        ("code-tests", {"tests": ["f()"], "setup": 1}, r"example 1: `setup` \(=1\) must be a text"),
+        ("last-number", {"answer": "none"}, r"example 1: The right answer \(='none'\) has no number in it"),
+    ],
+)
+def test_examples_that_cannot_be_scored_are_refused_at_once(
+    make_model, console, monkeypatch, runs, learn, scorer, last, message
+):
+    monkeypatch.setattr(GateTrainer, "train", lambda *_, **__: pytest.fail("trained"))
+    first, second = reversals(2, seed=1)
+    dev = [*with_tests([first]), {**second, **last}]
+    score = get_scorer(scorer, allow_code=True)
+    with pytest.raises(DataError, match=message):
+        learn(make_model(), reversals(4), dev=dev, score=score, console=console)
+    assert runs == []
+
+
+def test_a_scorer_of_no_name_says_at_once_what_it_misses(make_model, console):
+    def score(answer, record):
+        raise DataError(f"no {sorted(record)[-1]}s here")
+
+    with pytest.raises(DataError, match="example 0: no prompts here"):
+        fit(make_model(), reversals(4), dev=reversals(2, seed=1), score=score, console=console)
 
 
 def test_a_method_without_gates_cannot_be_fitted(make_model):

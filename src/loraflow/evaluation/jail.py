@@ -6,30 +6,37 @@ Only the standard library is imported, because nothing else exists in there.
 ```
 sandbox.py  ->  warden                            ->  prisoner
                 new namespaces, a new file tree,      chroot, limits, another user, no capabilities;
-                the clock, the verdict                process 1 there: when it ends, all it started ends
+                the clock, the tests, the verdict     process 1 there: when it ends, all it started ends
 ```
 
-The verdict counts only if it begins with a token drawn for this job, which the program is never told: a program that
-exits early, or prints what success would print, has not passed. A program written to attack this very file could still
-find the token in the prisoner's memory, as it could make `==` lie to the tests; what it cannot do is get out.
+The verdict is the warden's. It hands the tests over one by one, each once the one before has held, and each compiled
+with a mark drawn for it as its last statement; the prisoner has to send that mark back. So a program that exits early,
+prints what success would print, empties what it finds in the frames above it or puts functions of its own in place of
+Python's has not passed. The prisoner can say why a program failed, and nothing else that is believed.
+
+What is left to a program: it shares an interpreter with its tests. It can make `==` lie to them, shadow the names they
+use or trace them and jump over lines; written against this very file, it can read a test's mark off the pipe or its
+frame and send it without running the test. What it cannot do is get out.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import errno
 import json
+import marshal
 import math
 import os
 import resource
-import select
 import signal
 import struct
 import sys
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from types import CodeType
 from typing import Any
 
 # From <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>; `os` has only some, from 3.12 on.
@@ -53,8 +60,14 @@ CAPABILITY_VERSION_3 = 0x2008_0522
 WORK_FOLDER = "/work"
 LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 SINGLE_FILES = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom")
-VERDICT_MAX_BYTES = 1 << 16
+REPORT_MAX_BYTES = 1 << 16
 DETAIL_MAX_CHARS = 500
+
+# What the prisoner says, all as long as a mark: it is shut in, the program is loaded, something was raised (and what).
+MARK_BYTES = 16
+SHUT_IN, LOADED, RAISED = b"the jail is shut", b"program's loaded", b"it raised error:"
+# No program can write this name, and it is not there while a test runs.
+MARK_NAME = "<mark>"
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -161,28 +174,73 @@ def build_root(root: str, user_id: int, file_mib: int) -> None:
     mount("tmpfs", root + WORK_FOLDER, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
 
 
-def read_until(file: int, deadline: float) -> tuple[bytes, bool]:
-    """Read a pipe to its end, the deadline or the cap; return what came and whether the deadline passed."""
-    data = b""
-    while len(data) < VERDICT_MAX_BYTES:
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0 or not select.select([file], [], [], remaining_s)[0]:
-            return data, True
-        chunk = os.read(file, VERDICT_MAX_BYTES)
-        if not chunk:
-            break
-        data += chunk
-    return data, False
+def compile_tests(tests: Sequence[str], marks: Sequence[bytes]) -> list[CodeType]:
+    """Compile the tests so that each leaves its mark behind if it comes to its end.
+
+    Raises:
+        ValueError: if one of them is not Python.
+    """
+    programs = []
+    for position, (test, mark) in enumerate(zip(tests, marks, strict=True)):
+        name = f"<test {position}>"
+        try:
+            tree = ast.parse(test, name)
+            end = ast.Assign([ast.Name(MARK_NAME, ast.Store())], ast.Constant(mark))
+            tree.body.append(ast.fix_missing_locations(end))
+            programs.append(compile(tree, name, "exec", dont_inherit=True))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"`tests[{position}]` (={test[:DETAIL_MAX_CHARS]!r}) is not Python: {error}") from error
+    return programs
 
 
-def supervise(pid: int, verdicts: int, token: bytes, limits: Mapping[str, Any]) -> dict[str, str]:
-    """Wait for the program's verdict within its time, end all it started, and say how it ended."""
-    data, late = read_until(verdicts, time.monotonic() + limits["wall_s"])
+def converse(requests: int, replies: int, code: str, tests: Sequence[str]) -> dict[str, str]:
+    """Have the prisoner load the program and run the tests, one request at a time; end with how that went."""
+    marks = [os.urandom(MARK_BYTES) for _ in tests]
+    try:
+        programs = compile_tests(tests, marks)
+    except ValueError as error:
+        return {"reason": "invalid-test", "detail": str(error)}
+    with open(replies, "rb", closefd=False) as said:
+        steps = zip((SHUT_IN, LOADED, *marks), (code, *programs, None), strict=True)
+        for step, (expected, request) in enumerate(steps):
+            heard = said.read(MARK_BYTES)
+            if heard == RAISED:
+                detail = said.read(REPORT_MAX_BYTES).decode(errors="replace")[:DETAIL_MAX_CHARS]
+                if step < 2:
+                    return {"reason": ("setup", "error")[step], "detail": detail}
+                return {"reason": "failed", "detail": f"{detail} in {tests[step - 2].strip()[:DETAIL_MAX_CHARS]}"}
+            if heard != expected:
+                return {"reason": "ended-early", "detail": "wrote to the sandbox's own channel" if heard else ""}
+            data = marshal.dumps(request)
+            while data:
+                data = data[os.write(requests, data) :]
+        # The prisoner leaves now; whatever is said instead is not its own.
+        if said.read(1):
+            return {"reason": "ended-early", "detail": "wrote to the sandbox's own channel"}
+    return {"reason": "passed", "detail": ""}
+
+
+def supervise(pid: int, requests: int, replies: int, job: Mapping[str, Any]) -> dict[str, str]:
+    """Come to a verdict on the program within its time, and end all it started."""
+    limits, late = job["limits"], False
+
+    def end(*_: object) -> None:
+        # With the prisoner all its processes end, so that nobody is left to wait for.
+        nonlocal late
+        late = True
+        os.kill(pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end)
+    # What is rounded down to 0 would be no limit.
+    signal.setitimer(signal.ITIMER_REAL, max(limits["wall_s"], 1e-3))
+    try:
+        verdict = converse(requests, replies, job["code"], job["tests"])
+    except BrokenPipeError:
+        verdict = {"reason": "ended-early", "detail": ""}
+    signal.setitimer(signal.ITIMER_REAL, 0)
     os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    line, complete, _ = data.removeprefix(token).partition(b"\n")
-    if data.startswith(token) and complete:
-        verdict: dict[str, str] = json.loads(line)
+    if verdict["detail"] or (verdict["reason"] == "passed" and status == 0):
         return verdict
     if late:
         return {"reason": "timeout", "detail": f"ran longer than wall_s = {limits['wall_s']:g} s"}
@@ -254,15 +312,15 @@ def give_up_privileges(user_id: int) -> None:
     checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl pdeathsig")
 
 
-def shut_in(root: str, user_id: int, limits: Mapping[str, Any], verdicts: int) -> None:
+def shut_in(root: str, user_id: int, limits: Mapping[str, Any], channel: set[int]) -> None:
     """All that happens between the fork and the first line of the program."""
     # A process group of its own: kill(0) would reach the warden too.
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
-    os.closerange(3, verdicts)
-    os.closerange(verdicts + 1, 1024)
+    for kept, next_kept in pairwise((2, *sorted(channel), 1024)):
+        os.closerange(kept + 1, next_kept)
     # Being in a chroot also bars the program from making user namespaces, where it would be root again.
     os.chroot(root)
     os.chdir(WORK_FOLDER)
@@ -282,67 +340,73 @@ def describe(error: BaseException) -> str:
     return f"{name}: {text}".removesuffix(": ")[:DETAIL_MAX_CHARS]
 
 
-def judge(code: str, tests: Sequence[str]) -> dict[str, str]:
-    """Run the program, then each test in its namespace."""
-    compiled = []
-    for position, test in enumerate(tests):
-        try:
-            compiled.append(compile(test, f"<test {position}>", "exec", dont_inherit=True))
-        except (SyntaxError, ValueError) as error:
-            return {
-                "reason": "invalid-test",
-                "detail": f"`tests[{position}]` (={test[:DETAIL_MAX_CHARS]!r}) is not Python: {error}",
-            }
+def obey(requests: int, say: Callable[[bytes], None]) -> None:
+    """Load the program, then run each test in its namespace, as the warden asks; report what is raised.
+
+    Nothing that a program can replace is looked up between two tests: not the builtins, nor a module's attributes.
+    """
+    load, run, loaded, mark_name = marshal.load, exec, LOADED, MARK_NAME
+    asked = open(requests, "rb")  # noqa: SIM115 (open as long as this process)
     # A real module, since dataclasses and pickle look their classes' module up.
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module
+    namespace = vars(module)
+    take = namespace.pop
     try:
-        exec(compile(code, "<candidate>", "exec", dont_inherit=True), vars(module))
+        run(compile(load(asked), "<candidate>", "exec", dont_inherit=True), namespace)
+        say(loaded)
+        while (test := load(asked)) is not None:
+            run(test, namespace)
+            say(take(mark_name))
     except BaseException as error:
-        return {"reason": "error", "detail": describe(error)}
-    for test, program in zip(tests, compiled, strict=True):
-        try:
-            exec(program, vars(module))
-        except BaseException as error:
-            return {"reason": "failed", "detail": f"{describe(error)} in {test.strip()[:DETAIL_MAX_CHARS]}"}
-    return {"reason": "passed", "detail": ""}
+        say(RAISED + describe(error).encode(errors="backslashreplace"))
 
 
-def imprison(job: Mapping[str, Any], user_id: int, verdicts: int, token: bytes) -> None:
+def imprison(job: dict[str, Any], user_id: int, requests: int, replies: int) -> None:
     """The whole life of the prisoner; never returns."""
     own_pid, write, leave = os.getpid, os.write, os._exit
+    status = 1
+
+    def say(text: bytes) -> None:
+        # A copy of this process that the program forked comes here too, and has no say.
+        if own_pid() != 1:
+            leave(0)
+        write(replies, text)
+
     try:
-        shut_in(job["root"], user_id, job["limits"], verdicts)
-    except OSError as error:
-        verdict = {"reason": "setup", "detail": str(error)}
-    else:
+        root, limits = job["root"], job["limits"]
+        # The fork has copied the tests too.
+        job.clear()
         try:
-            verdict = judge(job["code"], job["tests"])
-        except BaseException:
-            verdict = {"reason": "error", "detail": "raised what cannot be described"}
-    # A copy of this process that the program forked comes here too, and has no say.
-    if own_pid() == 1:
-        write(verdicts, token + json.dumps(verdict).encode() + b"\n")
-    leave(0)
+            shut_in(root, user_id, limits, {requests, replies})
+        except OSError as error:
+            say(RAISED + str(error).encode())
+        else:
+            say(SHUT_IN)
+            obey(requests, say)
+        status = 0
+    finally:
+        leave(status)
 
 
 # ------------------------------------------------------------------------------------------------------------- both
 
 
-def serve(job: Mapping[str, Any]) -> dict[str, str]:
+def serve(job: dict[str, Any]) -> dict[str, str]:
     """Run one job to its verdict."""
     try:
         user_id = enter_namespaces()
         build_root(job["root"], user_id, job["limits"]["file_mib"])
     except OSError as error:
         return {"reason": "setup", "detail": str(error)}
-    verdicts, verdicts_end = os.pipe()
-    token = os.urandom(16)
+    requests_end, requests = os.pipe()
+    replies, replies_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        imprison(job, user_id, verdicts_end, token)
-    os.close(verdicts_end)
-    return supervise(pid, verdicts, token, job["limits"])
+        imprison(job, user_id, requests_end, replies_end)
+    os.close(requests_end)
+    os.close(replies_end)
+    return supervise(pid, requests, replies, job)
 
 
 def main(read: Callable[[], str] = sys.stdin.read, write: Callable[[str], object] = sys.stdout.write) -> None:

@@ -41,6 +41,7 @@ REMEDY = (
     "kernel.apparmor_restrict_unprivileged_userns`). In a container, add `--cap-add SYS_ADMIN --security-opt "
     "seccomp=unconfined --security-opt apparmor=unconfined`, or leave out the scorers that run code."
 )
+NO_PYTHON_REMEDY = "Correct the test; no program could pass it."
 # The interpreter's start and end on a machine under load; the job's own time is kept inside.
 GRACE_S = 30.0
 MEMORY_MIN_MIB = 64
@@ -148,16 +149,40 @@ def run_tests(code: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS) 
         DataError: if there are no tests, or one of them is not Python.
         SandboxError: if this machine cannot run it safely.
     """
-    if isinstance(tests, str) or not tests:
-        raise DataError(f"`tests` (={tests!r}) must be a list of at least one statement.")
+    _require_statements(tests)
     with tempfile.TemporaryDirectory(prefix="loraflow-sandbox-") as root:
         job = {"code": code, "tests": list(tests), "limits": dataclasses.asdict(limits), "root": root}
         verdict = _start_jail(job, limits.wall_s + GRACE_S)
     if verdict["reason"] == "invalid-test":
-        raise DataError(f"{verdict['detail']}. Correct the test; no program could pass it.")
+        raise DataError(f"{verdict['detail']}. {NO_PYTHON_REMEDY}")
     if verdict["reason"] == "setup":
         raise SandboxError(f"Generated code cannot be run safely here: {verdict['detail']}. {REMEDY}")
     return ExecutionResult(cast(Reason, verdict["reason"]), verdict["detail"])
+
+
+def check_tests(tests: Sequence[str]) -> None:
+    """Check tests as `run_tests` would, without running anything.
+
+    Raises:
+        DataError: if there are no tests, or one of them is not Python.
+    """
+    _require_statements(tests)
+    for position, test in enumerate(tests):
+        try:
+            compile(test, f"<test {position}>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise DataError(f"`tests[{position}]` (={test!r}) is not Python: {error}. {NO_PYTHON_REMEDY}") from error
+
+
+def _require_statements(tests: Sequence[str]) -> None:
+    """Check that there is something to run.
+
+    Raises:
+        DataError: if there are no tests.
+    """
+    several = isinstance(tests, Sequence) and not isinstance(tests, str) and len(tests) > 0
+    if not several or not all(isinstance(test, str) for test in tests):
+        raise DataError(f"`tests` (={tests!r}) must be a list of at least one statement.")
 
 
 def run_many(

@@ -9,7 +9,8 @@ number between 0 and 1. The built-in ones:
 | `last-number` | `answer`, or else `completion` | 1 if the last number is the answer's: the rule of MGSM |
 | `code-tests` | `tests`, and `setup` if there is one | 1 if the code passes all tests in the sandbox |
 
-To add one, put it in `SCORERS`.
+To add one, put it in `SCORERS`. One that is slow, or runs code, can have a method `check` of the example, which raises
+what the scorer would if the example lacks what it reads; before training, this is asked of every example.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ import ast
 import re
 import textwrap
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from loraflow.errors import DataError, SandboxError, did_you_mean
-from loraflow.evaluation.sandbox import DEFAULT_LIMITS, Limits, run_tests
+from loraflow.evaluation.sandbox import DEFAULT_LIMITS, Limits, check_tests, run_tests
 
-Example = Mapping[str, Any]
+Record = Mapping[str, Any]
+"""An example as it was given, whose fields the scorers read."""
+
+
+_S = TypeVar("_S", bound=Callable[..., float])
 
 
 class Scorer(Protocol):
     """Says how good one answer is."""
 
-    def __call__(self, generated: str, example: Example) -> float:
+    def __call__(self, generated: str, example: Record) -> float:
         """Score `generated`, the model's answer without the prompt, from 0 (wrong) to 1 (right)."""
 
 
@@ -200,7 +206,7 @@ def _may_be_prose(statement: ast.stmt) -> bool:
 # ---------------------------------------------------------------------------------------------------------- scorers
 
 
-def _field(example: Example, *names: str) -> Any:
+def _field(example: Record, *names: str) -> Any:
     """The first of these fields that the example has.
 
     Raises:
@@ -213,7 +219,14 @@ def _field(example: Example, *names: str) -> Any:
     raise DataError(f"The example has no field {wanted}, which its scorer needs. Its fields: {', '.join(example)}.")
 
 
-def exact_match(generated: str, example: Example) -> float:
+def _quick(scorer: _S) -> _S:
+    """Make the score of an empty answer, which costs nothing, a scorer's check of an example."""
+    vars(scorer)["check"] = partial(scorer, "")
+    return scorer
+
+
+@_quick
+def exact_match(generated: str, example: Record) -> float:
     """1 if the text is the field `completion`, white space and Unicode's ways to compose a letter aside."""
     return float(_plain(generated) == _plain(str(_field(example, "completion"))))
 
@@ -222,7 +235,8 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def last_number_match(generated: str, example: Example) -> float:
+@_quick
+def last_number_match(generated: str, example: Record) -> float:
     """1 if the last number is that of the field `answer` or, without one, of `completion`."""
     return float(same_number(generated, str(_field(example, "answer", "completion"))))
 
@@ -254,7 +268,18 @@ class CodeTests:
                 "sandbox, say so: `get_scorer('code-tests', allow_code=True)`, or `--allow-code` on the command line."
             )
 
-    def __call__(self, generated: str, example: Example) -> float:
+    def check(self, example: Record) -> None:
+        """Check the caller's word and the example's fields, and run nothing.
+
+        Raises:
+            DataError: if `tests` is not a list of statements, or `setup` not a text.
+        """
+        self.require_permission()
+        check_tests(_field(example, "tests"))
+        if not isinstance(example.get("setup", ""), str):
+            raise DataError(f"`setup` (={example['setup']!r}) must be a text: Python that runs before the program.")
+
+    def __call__(self, generated: str, example: Record) -> float:
         """Run the program in `generated` against the example's tests."""
         self.require_permission()
         tests = _field(example, "tests")

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from loraflow.errors import DataError, LoraflowError, MethodError, did_you_mean
+from loraflow.examples import parse_examples
 from loraflow.methods.base import FITTING
 from loraflow.training.config import FitConfig, FitResult, search_grid
 from loraflow.training.loss import mean_loss
@@ -21,6 +22,7 @@ from loraflow.training.run import (
     Examples,
     RunData,
     Score,
+    check_score,
     identity_of,
     keep_finished,
     load_finished,
@@ -85,6 +87,8 @@ def fit(
         if isinstance(examples, Mapping):
             raise DataError(f"The method {method.name!r} learns from examples of the task. Give a list of them.")
         data = prepare(model, examples, dev, config)
+        if score is not None:
+            check_score(score, data.dev_examples)
         if method.learns == "search":
             identity = identity_of(model, data, config, score)
             result = search_weights(model, data.train, identity, config, directory, resume, console)
@@ -244,6 +248,8 @@ def search(
             "gradient on examples of a task. Fit it without a search."
         )
     grid = search_grid(model.method) if grid is None else grid
+    if score is not None:
+        check_score(score, parse_examples(dev))
     table: list[dict[str, Any]] = []
     best: tuple[float, FitResult, dict[str, torch.Tensor], dict[str, Any]] | None = None
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraflow.answers import generate_answers, padding_id, require_tokenizer
-from loraflow.errors import LoraflowError
+from loraflow.errors import DataError, LoraflowError
 from loraflow.examples import Example, parse_examples
 from loraflow.files import write_atomically
 from loraflow.training.config import FitConfig, FitResult
@@ -179,12 +179,29 @@ def make_scorer(model: FusedModel, examples: Sequence[Example], config: FitConfi
         scores = [score(answer.text, record) for answer, record in zip(answers, records, strict=True)]
         return sum(scores) / len(scores)
 
-    # Wherever the completion came from, scorers find it under one name.
-    records = [{**example.record, "completion": example.completion} for example in examples]
-    for record in records:
-        # One that lacks what the scorer reads should say so now, not after the first epoch.
-        score("", record)
+    records = [_scored(example) for example in examples]
     return mean_score
+
+
+def check_score(score: Score, examples: Sequence[Example]) -> None:
+    """Check before anything is trained that the dev examples have what their scorer reads.
+
+    A scorer with a method `check`, of the record, checks each of them; any other scores an empty answer to the first.
+
+    Raises:
+        DataError: if one has not; the message names it.
+    """
+    check = getattr(score, "check", None)
+    for example in examples if check is not None else examples[:1]:
+        try:
+            check(_scored(example)) if check is not None else score("", _scored(example))
+        except DataError as error:
+            raise DataError(f"{example.origin}: {error}") from error
+
+
+def _scored(example: Example) -> dict[str, Any]:
+    # Wherever the completion came from, scorers find it under one name.
+    return {**example.record, "completion": example.completion}
 
 
 def _set_start(model: FusedModel, train: TokenExamples, config: FitConfig) -> dict[str, float]:

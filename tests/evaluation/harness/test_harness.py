@@ -24,7 +24,15 @@ from loraflow.answers import generate_answers
 from loraflow.demo.run import load_task_model
 from loraflow.demo.tasks import load_task
 from loraflow.errors import DataError, LoraflowError, MethodError, SandboxError
-from loraflow.evaluation.harness import PAPER_TASKS, FusionLM, HarnessResult, code_eval, evaluate_task, rescore_task
+from loraflow.evaluation.harness import (
+    PAPER_TASKS,
+    FusionLM,
+    HarnessResult,
+    code_check,
+    code_eval,
+    evaluate_task,
+    rescore_task,
+)
 from loraflow.evaluation.harness import evaluate as harness
 from loraflow.evaluation.harness.code_eval import SandboxedCodeEval, pass_at_k, sandboxed_code_eval
 from loraflow.evaluation.paper import problems
@@ -647,6 +655,9 @@ def test_code_needs_permission(model, folder, task):
         evaluate_task(model, task, include_path=folder)
 
 
+hidden_runner = os.system
+
+
 def module_of(tmp_path, text, name="task_module"):
     import importlib.util
 
@@ -666,18 +677,114 @@ def module_of(tmp_path, text, name="task_module"):
         ("import os\ndef f(x): os.system(x)", "`os.system`"),
         ("import os, re\ndef f(x): return re.compile(os.path.join(x))", None),
         ("class M:\n    name = 'code_eval'\nstock = M()\ndef f(x): return stock", "the stock `code_eval`"),
+        ("from os import system\ndef f(x): system(x)", "`os.system`"),
+        ("from os import popen as p\ndef f(x): p(x)", "`os.popen`"),
+        ("from os import *\ndef f(x): system(x)", "`os.*`"),
+        ("import os as o\ndef f(x): o.execvp(x, [])", "`os.execvp`"),
+        ("import os.path\ndef f(x): os.spawnl(0, x)", "`os.spawnl`"),
+        ("import os\no = os\ndef f(x): o.fork()", "`os.fork`"),
+        ("import os\ndef f(x): getattr(os, 'system')(x)", "`os.system`"),
+        ("import os\ndef f(x, name): getattr(os, name)(x)", "`os.*`"),
+        ("import os\ndef f(x): vars(os)['system'](x)", "`os.*`"),
+        ("import os\ndef f(x): os.__dict__['system'](x)", "`os.__dict__`"),
+        ("import os\nfrom operator import attrgetter\ndef f(x): attrgetter('system')(os)(x)", "`os.*`"),
+        ("import shutil\ndef f(x): shutil.os.system(x)", "`os.system`"),
+        ("import sys\ndef f(x): sys.modules['os'].system(x)", "`os.system`"),
+        ("import sys\ndef f(x, name): sys.modules[name].run(x)", "`sys.modules.*`"),
+        ("from subprocess import run\ndef f(x): run(x)", "`subprocess`"),
+        ("import importlib\ndef f(x): importlib.import_module('subprocess').run(x)", "`subprocess`"),
+        ("from importlib import import_module as i\ndef f(x): i('os').system(x)", "`os.system`"),
+        ("from importlib import import_module as i\ndef f(x, name): i(name).run(x)", "`importlib.import_module`"),
+        ("def f(x): __import__('os').system(x)", "`os.system`"),
+        (
+            "from importlib import util\ndef f(x): util.spec_from_file_location('m', x)",
+            "`importlib.util.spec_from_file_location`",
+        ),
+        ("import builtins\ndef f(x): builtins.exec(x)", "`exec`"),
+        ("from builtins import exec as run\ndef f(x): run(x)", "`exec`"),
+        ("def f(x): __builtins__['exec'](x)", "`exec`"),
+        ("def f(x): globals()['__builtins__']", "`builtins.*`"),
+        ("run = exec\ndef f(x): run(x)", "`exec`"),
+        ("def f(x): return list(map(eval, x))", "`eval`"),
+        ("import asyncio\ndef f(x): asyncio.create_subprocess_shell(x)", "`asyncio.create_subprocess_shell`"),
+        ("import timeit\ndef f(x): timeit.timeit(x)", "`timeit.timeit`"),
+        ("from tests.evaluation.harness.test_harness import hidden_runner as f", "`os.system`"),
+        ("from re import compile\ndef f(x): return compile(x)", None),
+        ("def f(model, frame): return model.eval(), frame.eval('x'), frame.code", None),
+        ("def eval(x): return x\ndef f(x): return eval(x)", None),
+        ("import os\ndef f(x): return os.environ, os.getcwd(), hasattr(os, x), getattr(os, 'sep')", None),
+        ("import sys\ndef f(x): return x in sys.modules, sys.modules[__name__]", None),
+        ("import ast, importlib\ndef f(x): return ast.literal_eval(x), importlib.import_module('json')", None),
+        ("from timeit import default_timer as f", None),
     ],
 )
 def test_what_counts_as_running_code(tmp_path, monkeypatch, text, means):
     module = module_of(tmp_path, text)
     monkeypatch.setitem(sys.modules, "task_module", module)
-    assert code_eval._own_means(module) == means
+    assert code_check.own_means(module) == means
+
+
+def checked(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    code_check.check_code_task("local", {"process_results": module.f}, code_eval.Replacement())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from loraflow.evaluation.sandbox import run_tests\ndef f(x): return run_tests(x, ['f()'])",
+        "from loraflow.evaluation import run_tests as run\ndef f(x): return run(x, ['f()'])",
+        "import loraflow.evaluation.sandbox as s\ndef f(x): return s.run_many(x)",
+        "import loraflow.evaluation.sandbox\ndef f(x): return loraflow.evaluation.sandbox.run_many(x)",
+        "def f(x):\n    from loraflow.evaluation.sandbox import run_tests\n    return run_tests(x, ['f()'])",
+        "from loraflow.evaluation.scoring import get_scorer\ndef f(x): return get_scorer('code-tests')",
+        "from loraflow.evaluation.scoring import CodeTests\nscore = CodeTests(True)\ndef f(x): return score(x, {})",
+        "from loraflow.evaluation.harness.code_eval import SandboxedCodeEval\ndef f(x): return SandboxedCodeEval()",
+        "from loraflow.evaluation.paper.problems import score_code\ndef f(x): return score_code(x, [])",
+        "import sandboxed\ndef f(x): return sandboxed.run(x)",
+    ],
+)
+def test_tasks_that_use_the_sandbox(tmp_path, monkeypatch, text):
+    (tmp_path / "sandboxed.py").write_text("from loraflow.evaluation.sandbox import run_tests as run")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sandboxed", raising=False)
+    checked(monkeypatch, module_of(tmp_path, text))
+
+
+def test_the_papers_own_scoring_uses_the_sandbox():
+    functions = {"custom_dataset": problems.load_code, "process_results": problems.score_code}
+    code_check.check_code_task("loraflow_zh_code", functions, code_eval.Replacement())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from loraflow.evaluation.scoring import same_number\ndef f(x): return same_number(x, '1')",
+        "from loraflow.evaluation import scoring\ndef f(x): return scoring.last_number(x)",
+        "from loraflow.evaluation.sandbox import Limits\ndef f(x): return Limits()",
+    ],
+)
+def test_what_else_is_of_the_evaluation_is_no_sandbox(tmp_path, monkeypatch, text):
+    with pytest.raises(SandboxError, match=r"uses neither `code_eval` nor `loraflow\.evaluation\.sandbox`"):
+        checked(monkeypatch, module_of(tmp_path, text))
+
+
+@pytest.mark.parametrize("how", ["import helpers", "from helpers import run", "def g():\n    import helpers"])
+def test_modules_beside_a_task_are_read_too(tmp_path, monkeypatch, how):
+    (tmp_path / "helpers.py").write_text("import deeper\ndef run(x): return deeper.run(x)")
+    (tmp_path / "deeper.py").write_text("from os import system\ndef run(x): return system(x)")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("helpers", "deeper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    text = f"from loraflow.evaluation.sandbox import run_tests\n{how}\ndef f(x): return run_tests(x, ['f()'])"
+    with pytest.raises(SandboxError, match=r"'local' is refused: deeper runs code by `os\.system`, outside"):
+        checked(monkeypatch, module_of(tmp_path, text))
 
 
 def test_source_that_cannot_be_read_is_refused(tmp_path):
     module = module_of(tmp_path, "def f(x): return x")
     del module.__file__
-    assert code_eval._own_means(module) == "means that cannot be read"
+    assert code_check.own_means(module) == "means that cannot be read"
 
 
 def test_only_code_eval_is_replaced(monkeypatch):

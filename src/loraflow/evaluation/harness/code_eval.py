@@ -6,14 +6,12 @@ task, `sandboxed_code_eval` puts another in its place, wherever the task asks fo
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
-import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,11 +30,6 @@ NOTICE = (
     "The task {task!r} runs code that a model wrote, in loraflow's sandbox. lm-eval's stock `code_eval`, which has no "
     "sandbox, was replaced."
 )
-
-# What runs code or programs outside the sandbox, by the names that task files use.
-_RUNNERS = frozenset({"exec", "eval", "compile", "__import__"})
-_RUNNER_MODULES = frozenset({"subprocess", "multiprocessing", "concurrent", "ctypes", "pty", "runpy", "code", "codeop"})
-_OS_RUNNERS = ("system", "popen", "exec", "spawn", "posix_spawn", "fork")
 
 
 class SandboxedCodeEval:
@@ -178,79 +171,6 @@ def require_permission(task: str, allow_code: bool) -> None:
 
 # Once a process: it starts an interpreter.
 _check_available = functools.cache(check_available)
-
-
-def check_code_task(task: str, functions: Any, replacement: Replacement) -> None:
-    """Refuse a task that runs generated code by any other means than the sandbox.
-
-    The functions of a task are trusted as any installed code is; this finds those that hand a model's answer to
-    something else than the sandbox, as lm-eval's `cruxeval` and `longproc` do.
-
-    Args:
-        task: the task's name.
-        functions: its functions and classes, anywhere in mappings and lists.
-        replacement: what was asked for while it was loaded.
-
-    Raises:
-        SandboxError: if its functions use neither `code_eval` nor the sandbox, or run code by themselves.
-    """
-    modules = {id(module): module for module in map(inspect.getmodule, _functions(functions)) if module is not None}
-    for module in modules.values():
-        means = _own_means(module)
-        if means is not None:
-            raise SandboxError(
-                f"The task {task!r} is refused: {module.__name__} runs code by {means}, outside the sandbox. Tasks may "
-                "run code by `code_eval` or by `loraflow.evaluation.sandbox`."
-            )
-    if not replacement.asked and not any(map(_uses_sandbox, modules.values())):
-        raise SandboxError(
-            f"The task {task!r} is refused: it says that it runs code (`unsafe_code`), and uses neither `code_eval` "
-            "nor `loraflow.evaluation.sandbox` for it."
-        )
-
-
-def _functions(value: Any) -> Iterator[Callable[..., Any]]:
-    if isinstance(value, Mapping):
-        for each in value.values():
-            yield from _functions(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _functions(each)
-    elif callable(value):
-        yield value
-
-
-def _own_means(module: ModuleType) -> str | None:
-    """How a module runs code by itself, or None."""
-    package = module.__name__.partition(".")[0]
-    if package == "loraflow" or (package == "lm_eval" and not module.__name__.startswith("lm_eval.tasks.")):
-        return None
-    for value in vars(module).values():
-        if getattr(value, "name", None) == METRIC and not isinstance(value, SandboxedCodeEval):
-            return "the stock `code_eval`"
-    try:
-        tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError, SyntaxError):
-        return "means that cannot be read"
-    return next(filter(None, map(_runner, ast.walk(tree))), None)
-
-
-def _runner(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Name) and node.id in _RUNNERS:
-        return f"`{node.id}`"
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
-        return f"`os.{node.attr}`" if node.attr.startswith(_OS_RUNNERS) else None
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-    if isinstance(node, ast.ImportFrom):
-        names = [node.module or ""]
-    return next((f"`{name}`" for name in names if name.partition(".")[0] in _RUNNER_MODULES), None)
-
-
-def _uses_sandbox(module: ModuleType) -> bool:
-    return any(
-        isinstance(value, SandboxedCodeEval) or str(getattr(value, "__module__", "")).startswith("loraflow.evaluation.")
-        for value in vars(module).values()
-    )
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from loraflow.errors import DataError, LoraflowError
-from loraflow.evaluation.harness.code_eval import announce, check_code_task, require_permission, sandboxed_code_eval
+from loraflow.evaluation.harness.code_check import check_code_task
+from loraflow.evaluation.harness.code_eval import announce, require_permission, sandboxed_code_eval
 from loraflow.evaluation.harness.models import Progress, changed_problem, lm_classes
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import Arrow, LearnedStatic, LoraHub, QaFlora
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Limits, running
+from loraflow.serving.config import EngineLimits
+from loraflow.serving.engine import running
 from tests.serving.worlds import alone, job, send
 from tests.tiny import byte_tokenizer, edit_tensors, random_ids, save_adapter, set_random_gates, tiny_model
 
-LIMITS = Limits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=16)
+LIMITS = EngineLimits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=16)
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 # Subsets and orders of four adapters; "zh" is another one in the last of them.
 FUSIONS = {

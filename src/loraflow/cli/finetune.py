@@ -14,7 +14,7 @@ from loraflow.errors import LoraflowError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loraflow.training.finetune import FinetuneResult
+    from loraflow.training.finetuning import FinetuneResult
 
 _ADAPTER = "Adapter (the defaults are the paper's)"
 
@@ -121,8 +121,8 @@ def finetune(
     prompt = o.prompt_format(system_prompt, prompt_template, chat_template)
 
     from loraflow import training
-    from loraflow.training.finetune import LoraSettings
-    from loraflow.training.finetune import finetune as run
+    from loraflow.training.config import LoraSettings
+    from loraflow.training.finetuning import finetune as run
 
     config = training.FitConfig(
         epochs=epochs,

@@ -167,12 +167,12 @@ def serve(
     import signal
 
     from loraflow.serving.catalog import Catalog
-    from loraflow.serving.engine import Limits
-    from loraflow.serving.service import ServerConfig, Service
+    from loraflow.serving.config import EngineLimits, ServerConfig
+    from loraflow.serving.service import Service
 
     placement = o.Placement(revision, dtype, device, quantization)
     config = ServerConfig(
-        limits=Limits(requests=max_requests, batch_tokens=batch_tokens, cache_tokens=cache_tokens),
+        limits=EngineLimits(requests=max_requests, batch_tokens=batch_tokens, cache_tokens=cache_tokens),
         api_keys=tuple(api_key),
         max_waiting=max_waiting,
         max_new_tokens=max_new_tokens,

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from loraflow import __version__
 from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
-from loraflow.cli.options import spread_values
+from loraflow.cli.values import spread_values
 from loraflow.errors import LoraflowError
 
 # On the CPU it advises a kernel that has no backward, and that fused 4-bit bases are kept from. Workers import this.

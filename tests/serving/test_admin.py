@@ -253,7 +253,7 @@ def test_without_an_admin_key_nothing_can_be_loaded(small_world):
     with serving(catalog, ServerConfig(limits=LIMITS, api_keys=("user",))) as (_, address):
         for answer in (load(address, "x", "/"), unload(address, "layers"), load(address, "x", "/", Authorization="x")):
             assert answer.status == 403
-            assert "the server was started without --admin-key" in answer.json()["error"]["message"]
+            assert "the server was started without an admin key" in answer.json()["error"]["message"]
         user = {"Authorization": "Bearer user"}
         models = call("GET", f"{address}/v1/models", **user).json()["data"]
         assert "layers" in [model["id"] for model in models]

@@ -205,7 +205,7 @@ def test_what_cannot_be_served_is_told(root, tmp_path):
     layers = {"layers": str(root / "layers")}
     with pytest.raises(LoraflowError, match=r"There is nothing to serve\. Give a fusion, or a base and adapters\."):
         Catalog.open(None, {}, {})
-    with pytest.raises(LoraflowError, match=r"There are no adapters to serve\. Give --lora-modules, or a fusion\."):
+    with pytest.raises(LoraflowError, match=r"There are no adapters to serve\. Give `adapters=\.\.\.`, or a fusion\."):
         Catalog.open(root / "base")
     with pytest.raises(LoraflowError, match=r"Two models are called 'zh'\. Give each a name of its own\."):
         Catalog.open(None, None, {"zh": str(root / "layers")})
@@ -221,7 +221,9 @@ def test_what_cannot_be_served_is_told(root, tmp_path):
     config = json.loads((homeless / "fusion_config.json").read_text())
     config["base"]["path"] = ""
     (homeless / "fusion_config.json").write_text(json.dumps(config))
-    with pytest.raises(FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give --base\."):
+    with pytest.raises(
+        FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give `base=\.\.\.`\."
+    ):
         Catalog.open(None, None, {"lost": str(homeless)})
     assert Catalog.open(root / "base", {"zh": str(root / "zh"), "math": str(root / "math")}, {"found": str(homeless)})
 

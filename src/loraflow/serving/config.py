@@ -65,8 +65,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if bool(self.admin_keys) != bool(self.load_from):
             raise LoraflowError(
-                "Loading while the server runs needs both: an admin key, and folders to load from (--admin-key, "
-                "--load-from). Give both, or neither."
+                "Loading while the server runs needs both: an admin key, and folders to load from (`admin_keys=...`, "
+                "`load_from=...`). Give both, or neither."
             )
         for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
             if not getattr(self, name) > 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli.groups import Given, options_of, with_groups
+from loraflow.cli.groups import Given, options_of, panel, with_groups
 from loraflow.cli.sources import Sources
 from loraflow.cli.texts import Dev, FieldNames
 from loraflow.errors import LoraflowError, did_you_mean
@@ -16,9 +16,9 @@ from loraflow.errors import LoraflowError, did_you_mean
 if TYPE_CHECKING:
     from loraflow.evaluation.compare.plan import Plan
 
-_WHAT = "What is compared"
-_ON = "On what"
-_RUN = "The run"
+_row = panel("What is compared")
+_task = panel("On what")
+_run_option = panel("The run")
 
 
 @dataclass(frozen=True)
@@ -27,38 +27,25 @@ class Rows:
 
     methods: Annotated[
         list[str],
-        typer.Option(
+        _row(
             "--methods",
             help="Rows: methods or adapters, several after one flag; of a plan, these of its rows.",
-            rich_help_panel=_WHAT,
             show_default=False,
         ),
     ] = field(default_factory=list)
     fusions: Annotated[
         list[str],
-        typer.Option(
+        _row(
             "--fusions",
             help="Saved fusions as further rows; base and adapters are the first one's where nothing else is said.",
-            rich_help_panel=_WHAT,
             show_default=False,
         ),
     ] = field(default_factory=list)
     seeds: Annotated[
-        list[int],
-        typer.Option(
-            "--seeds",
-            help="Several after one flag.  [default: the plan's, or 0]",
-            rich_help_panel=_WHAT,
-            show_default=False,
-        ),
+        list[int], _row("--seeds", help="Several after one flag.  [default: the plan's, or 0]", show_default=False)
     ] = field(default_factory=list)
     reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            help="The row that the others are tested against.  [default: the last]",
-            rich_help_panel=_WHAT,
-        ),
+        str | None, _row("--reference", help="The row that the others are tested against.  [default: the last]")
     ] = None
 
     def described(self) -> dict[str, Any]:
@@ -100,25 +87,15 @@ class Rows:
 class OwnTasks:
     """Tasks that no setting names."""
 
-    test: Annotated[
-        Path | None, typer.Option("--test", help="A task of your own: questions as JSON lines.", rich_help_panel=_ON)
-    ] = None
+    test: Annotated[Path | None, _task("--test", help="A task of your own: questions as JSON lines.")] = None
     scorer: Annotated[
-        str | None,
-        typer.Option(
-            "--scorer", help="How --test is scored: last-number, exact-match or code-tests.", rich_help_panel=_ON
-        ),
+        str | None, _task("--scorer", help="How --test is scored: last-number, exact-match or code-tests.")
     ] = None
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Training examples, for methods that learn.", rich_help_panel=_ON)
-    ] = None
+    data: Annotated[Path | None, _task("--data", help="Training examples, for methods that learn.")] = None
     dev: Dev = None
     names: FieldNames = field(default_factory=FieldNames)
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer to --test.", rich_help_panel=_ON)] = 512
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Put harness tasks into the base's chat format.", rich_help_panel=_ON),
-    ] = False
+    max_new_tokens: Annotated[int, _task(help="Longest answer to --test.")] = 512
+    chat: Annotated[bool, _task("--chat", help="Put harness tasks into the base's chat format.")] = False
 
     def described(self, harness: list[str]) -> dict[str, Any]:
         """The tasks as a setting has them.
@@ -148,46 +125,26 @@ class OwnTasks:
 class Measuring:
     """How much is measured, by what, and what becomes of it."""
 
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Only the first so many problems of each task.", rich_help_panel=_RUN)
-    ] = None
-    batch_size: Annotated[
-        int | None, typer.Option(help="Problems answered together.  [default: the plan's, or 16]", rich_help_panel=_RUN)
-    ] = None
+    limit: Annotated[int | None, _run_option("--limit", help="Only the first so many problems of each task.")] = None
+    batch_size: Annotated[int | None, _run_option(help="Problems answered together.  [default: the plan's, or 16]")] = (
+        None
+    )
     workers: Annotated[
-        int,
-        typer.Option(
-            help="Processes that measure at the same time; one for each GPU, or some on a CPU.", rich_help_panel=_RUN
-        ),
+        int, _run_option(help="Processes that measure at the same time; one for each GPU, or some on a CPU.")
     ] = 1
     allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code", help="Let scorers run what the model wrote, in the sandbox.", rich_help_panel=_RUN
-        ),
+        bool, _run_option("--allow-code", help="Let scorers run what the model wrote, in the sandbox.")
     ] = False
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Record the mean fusion weights of the answers too.", rich_help_panel=_RUN)
-    ] = False
+    weights: Annotated[bool, _run_option("--weights", help="Record the mean fusion weights of the answers too.")] = (
+        False
+    )
     rescore: Annotated[
-        bool,
-        typer.Option(
-            "--rescore",
-            help="Score the kept answers anew, without a model; the plan is the run's own.",
-            rich_help_panel=_RUN,
-        ),
+        bool, _run_option("--rescore", help="Score the kept answers anew, without a model; the plan is the run's own.")
     ] = False
     report: Annotated[
-        bool,
-        typer.Option(
-            "--report",
-            help="Only write the report of what is finished; the plan is the run's own.",
-            rich_help_panel=_RUN,
-        ),
+        bool, _run_option("--report", help="Only write the report of what is finished; the plan is the run's own.")
     ] = False
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure anew what was measured otherwise.", rich_help_panel=_RUN)
-    ] = False
+    overwrite: Annotated[bool, _run_option("--overwrite", help="Measure anew what was measured otherwise.")] = False
 
 
 @with_groups
@@ -203,16 +160,14 @@ def compare(
     ] = None,
     rows: Rows,
     setting: Annotated[
-        str | None,
-        typer.Option("--setting", help="Base, adapters and tasks: small-world, or a YAML file.", rich_help_panel=_ON),
+        str | None, _task("--setting", help="Base, adapters and tasks: small-world, or a YAML file.")
     ] = None,
     tasks: Annotated[
         list[str],
-        typer.Option(
+        _task(
             "--tasks",
             help="Tasks of the setting; without one, tasks of lm-evaluation-harness. Several after "
             "one flag, or with commas.",
-            rich_help_panel=_ON,
             show_default=False,
         ),
     ] = [],  # noqa: B006 (typer reads the default)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraflow.cli.groups import with_groups
+from loraflow.cli.groups import panel, with_groups
 from loraflow.cli.recipe import Overwrite
 from loraflow.cli.sources import FusionSource
 from loraflow.cli.texts import FieldNames
@@ -19,21 +19,17 @@ if TYPE_CHECKING:
 
 _FORMATS = ("peft",)
 _DTYPES = ("float32", "bfloat16", "float16")
-_MEAN = "Dynamic fusions"
+_mean = panel("Dynamic fusions")
 
 
 @dataclass(frozen=True)
 class MeanFields(FieldNames):
     """The fields of the examples that weights are averaged on."""
 
-    prompt_field: Annotated[
-        str | None,
-        typer.Option("--prompt-field", help="Field of the examples that is the prompt.", rich_help_panel=_MEAN),
-    ] = None
-    completion_field: Annotated[
-        str | None,
-        typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=_MEAN),
-    ] = None
+    prompt_field: Annotated[str | None, _mean("--prompt-field", help="Field of the examples that is the prompt.")] = (
+        None
+    )
+    completion_field: Annotated[str | None, _mean("--completion-field", help="Field that is the completion.")] = None
 
 
 @with_groups
@@ -53,15 +49,14 @@ def export(
     overwrite: Overwrite = False,
     mean_weights_on: Annotated[
         Path | None,
-        typer.Option(
+        _mean(
             "--mean-weights-on",
             help="Export the mean of a dynamic fusion's weights on these examples (JSON lines, as for fit), and print "
             "the loss with it and with the fusion.",
-            rich_help_panel=_MEAN,
         ),
     ] = None,
     names: MeanFields,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward.", rich_help_panel=_MEAN)] = 4,
+    batch_size: Annotated[int, _mean(min=1, help="Examples in a forward.")] = 4,
     source: FusionSource,
 ) -> None:
     """Write a fusion as one ordinary PEFT adapter, for PEFT, transformers, vLLM and whatever else loads adapters.

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from loraflow.cli.groups import Given, with_groups
-from loraflow.cli.recipe import RECIPE, Room, Run, Steps, check_output, print_cut
+from loraflow.cli.groups import Given, panel, with_groups
+from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
-from loraflow.cli.texts import DATA, DevExamples, PromptOptions
+from loraflow.cli.texts import DevExamples, PromptOptions, data_option
 from loraflow.errors import LoraflowError
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
     from loraflow.training import FinetuneResult
 
-_ADAPTER = "Adapter (the defaults are the paper's)"
+_adapter = panel("Adapter (the defaults are the paper's)")
 
 
 @dataclass(frozen=True)
@@ -29,25 +27,17 @@ class AdapterOptions:
 
     adapter: Annotated[
         str | None,
-        typer.Option(
+        _adapter(
             "--adapter",
             help="Existing adapter to train further: a directory, `user/repo` or `user/repo/subfolder`.  "
             "[default: none, a new one]",
-            rich_help_panel=_ADAPTER,
         ),
     ] = None
-    r: Annotated[int, typer.Option("--rank", help="Rank of a new adapter.", rich_help_panel=_ADAPTER)] = LoraSettings.r
-    alpha: Annotated[
-        float, typer.Option("--alpha", help="Its updates are scaled by alpha / rank.", rich_help_panel=_ADAPTER)
-    ] = LoraSettings.alpha
-    dropout: Annotated[
-        float, typer.Option("--dropout", help="On its input while training.", rich_help_panel=_ADAPTER)
-    ] = LoraSettings.dropout
+    r: Annotated[int, _adapter("--rank", help="Rank of a new adapter.")] = LoraSettings.r
+    alpha: Annotated[float, _adapter("--alpha", help="Its updates are scaled by alpha / rank.")] = LoraSettings.alpha
+    dropout: Annotated[float, _adapter("--dropout", help="On its input while training.")] = LoraSettings.dropout
     target_modules: Annotated[
-        str,
-        typer.Option(
-            "--target-modules", help="Modules that it adapts, such as q_proj,v_proj.", rich_help_panel=_ADAPTER
-        ),
+        str, _adapter("--target-modules", help="Modules that it adapts, such as q_proj,v_proj.")
     ] = str(LoraSettings.target_modules)
 
     def settings(self, given: Given) -> LoraSettings | None:
@@ -72,13 +62,10 @@ class FinetuneSteps(Steps):
     """The steps of an optimiser, with the defaults of a fine-tuning."""
 
     max_steps: Annotated[
-        int | None,
-        typer.Option(help="Go on for so many steps, whatever --epochs says.  [default: none]", rich_help_panel=RECIPE),
+        int | None, recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none]")
     ] = FitConfig.max_steps
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.", rich_help_panel=RECIPE)] = (
-        LEARNING_RATE
-    )
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=RECIPE)] = FitConfig.weight_decay
+    learning_rate: Annotated[float, recipe_option(help="Peak of the cosine schedule.")] = LEARNING_RATE
+    weight_decay: Annotated[float, recipe_option(help="AdamW's.")] = FitConfig.weight_decay
 
 
 @with_groups
@@ -87,22 +74,18 @@ def finetune(
     given: Given,
     data: Annotated[
         Path,
-        typer.Option(
-            "--data",
-            help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`.",
-            rich_help_panel=DATA,
+        data_option(
+            "--data", help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help="Directory for the adapter.", rich_help_panel=DATA)],
+    output: Annotated[Path, data_option("--output", help="Directory for the adapter.")],
     base: Base = None,
     adapter: AdapterOptions,
     dev: DevExamples,
     run: Run,
     steps: FinetuneSteps,
     room: Room,
-    seed: Annotated[
-        int, typer.Option(help="Of a new adapter, the examples' order, and dropout.", rich_help_panel=RECIPE)
-    ] = FitConfig.seed,
+    seed: Annotated[int, recipe_option(help="Of a new adapter, the examples' order, and dropout.")] = FitConfig.seed,
     prompt: PromptOptions,
     placement: Placement,
 ) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraflow.cli.groups import Given, with_groups
-from loraflow.cli.recipe import RECIPE, Room, Run, Seed, Steps, check_output, print_cut
+from loraflow.cli.recipe import Room, Run, Seed, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
-from loraflow.cli.texts import DATA, DevExamples, PromptOptions
+from loraflow.cli.texts import DevExamples, PromptOptions, data_option
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
 from loraflow.training.config import FitConfig
@@ -42,19 +42,17 @@ class TrainingData:
 
     data: Annotated[
         Path | None,
-        typer.Option(
+        data_option(
             "--data",
             help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`. 200 are enough.",
-            rich_help_panel=DATA,
         ),
     ] = None
     adapter_data: Annotated[
         list[str],
-        typer.Option(
+        data_option(
             "--adapter-data",
             help="For methods that learn from each adapter's own data (phatgoose, centroid): `name=path` of such a "
             "file for every adapter, several after one flag.",
-            rich_help_panel=DATA,
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -104,15 +102,13 @@ class Decision:
     examples: DevExamples
     dev_metric: Annotated[
         str,
-        typer.Option(
+        data_option(
             "--dev-metric",
             help="What decides on --dev: loss, or a score of generated answers: exact-match, last-number, code-tests.",
-            rich_help_panel=DATA,
         ),
     ] = "loss"
     allow_code: Annotated[
-        bool,
-        typer.Option("--allow-code", help="Let code-tests run generated code, in a sandbox.", rich_help_panel=DATA),
+        bool, data_option("--allow-code", help="Let code-tests run generated code, in a sandbox.")
     ] = False
     search: Annotated[
         bool,
@@ -148,7 +144,7 @@ def fit(
     *,
     given: Given,
     data: TrainingData,
-    output: Annotated[Path, typer.Option("--output", help="Directory for the fusion.", rich_help_panel=DATA)],
+    output: Annotated[Path, data_option("--output", help="Directory for the fusion.")],
     sources: Sources,
     choice: FitMethod,
     decision: Decision,
@@ -156,12 +152,11 @@ def fit(
     copy_adapters: CopyAdapters = False,
     steps: Steps,
     adapter_dropout: Annotated[
-        float, typer.Option(help="Dropout on the adapters' input while fitting.", rich_help_panel=RECIPE)
+        float, recipe_option(help="Dropout on the adapters' input while fitting.")
     ] = FitConfig.adapter_dropout,
     room: Room,
     score_max_new_tokens: Annotated[
-        int,
-        typer.Option("--max-new-tokens", help="Longest answer when --dev-metric is a score.", rich_help_panel=RECIPE),
+        int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
     seed: Seed = FitConfig.seed,
     prompt: PromptOptions,

@@ -60,6 +60,11 @@ class Given:
         return [self.flag(name) for name in self.names if name in names]
 
 
+def panel(title: str) -> Callable[..., Any]:
+    """`typer.Option` for the options under one heading of --help."""
+    return functools.partial(typer.Option, rich_help_panel=title)
+
+
 def options_of(group: type) -> list[str]:
     """The parameters of a group, those of groups in it included."""
     return [parameter.name for parameter in _parameters(group)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli.groups import Given, options_of, with_groups
+from loraflow.cli.groups import Given, options_of, panel, with_groups
 from loraflow.cli.sources import DTYPES, FusionSource, MethodChoice, Sources
 from loraflow.cli.texts import FieldNames
 from loraflow.errors import LoraflowError, did_you_mean
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loraflow.analysis.weights import WeightStatistics, WeightSummary
     from loraflow.bases import BaseOptions
 
-_STATS = "How it weighs (--stats, which loads the base)"
+_stat = panel("How it weighs (--stats, which loads the base)")
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "bnb-8bit": 1.0, "bnb-4bit": 0.55}
 
 
@@ -29,34 +29,20 @@ _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "bnb-8bit": 1.0, "bnb
 class StatsFields(FieldNames):
     """The fields of the examples that are weighed."""
 
-    prompt_field: Annotated[
-        str | None, typer.Option("--prompt-field", help="Field that is the prompt.", rich_help_panel=_STATS)
-    ] = None
-    completion_field: Annotated[
-        str | None, typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=_STATS)
-    ] = None
+    prompt_field: Annotated[str | None, _stat("--prompt-field", help="Field that is the prompt.")] = None
+    completion_field: Annotated[str | None, _stat("--completion-field", help="Field that is the completion.")] = None
 
 
 @dataclass(frozen=True)
 class Statistics:
     """How a fusion weighs its adapters on examples: which, and what is shown."""
 
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="JSON lines of prompts and completions, as for fit.", rich_help_panel=_STATS),
-    ] = None
-    examples: Annotated[
-        int | None,
-        typer.Option("--examples", min=1, help="Only the first so many.  [default: all]", rich_help_panel=_STATS),
-    ] = None
-    modules: Annotated[
-        bool, typer.Option("--modules", help="Every module's gate, where each has one.", rich_help_panel=_STATS)
-    ] = False
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers there.", rich_help_panel=_STATS)
-    ] = None
+    data: Annotated[Path | None, _stat("--data", help="JSON lines of prompts and completions, as for fit.")] = None
+    examples: Annotated[int | None, _stat("--examples", min=1, help="Only the first so many.  [default: all]")] = None
+    modules: Annotated[bool, _stat("--modules", help="Every module's gate, where each has one.")] = False
+    json_file: Annotated[Path | None, _stat("--json", help="Write the numbers there.")] = None
     names: StatsFields = field(default_factory=StatsFields)
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward.", rich_help_panel=_STATS)] = 8
+    batch_size: Annotated[int, _stat(min=1, help="Examples in a forward.")] = 8
 
     def read(self) -> list[Any]:
         """The examples.
@@ -75,10 +61,7 @@ class Statistics:
 def info(
     *,
     given: Given,
-    stats: Annotated[
-        bool,
-        typer.Option("--stats", help="Report the weights on --data, and gates that collapsed.", rich_help_panel=_STATS),
-    ] = False,
+    stats: Annotated[bool, _stat("--stats", help="Report the weights on --data, and gates that collapsed.")] = False,
     statistics: Statistics,
     source: FusionSource,
 ) -> None:

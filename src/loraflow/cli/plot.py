@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli.groups import with_groups
+from loraflow.cli.groups import panel, with_groups
 from loraflow.cli.sources import FusionSource
-from loraflow.cli.texts import DATA, FieldNames
+from loraflow.cli.texts import FieldNames, data_option
 from loraflow.errors import DataError, LoraflowError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ plot = typer.Typer(
     "each token, `transfer` what a gate does on other tasks. Needs `pip install 'loraflow[plots]'`.",
 )
 
-_FIGURE = "Figure"
+_figure = panel("Figure")
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest generated answer, in tokens.")]
 
 
@@ -35,16 +35,13 @@ class FigureFile:
 
     output: Annotated[
         Path,
-        typer.Option(
+        _figure(
             "--output",
             help="The figure's file, ending in .png, .svg or .pdf; without an ending, .png and .svg are both written.",
-            rich_help_panel=_FIGURE,
         ),
     ]
-    title: Annotated[str | None, typer.Option("--title", help="Text above the figure.", rich_help_panel=_FIGURE)] = None
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers of the figure there.", rich_help_panel=_FIGURE)
-    ] = None
+    title: Annotated[str | None, _figure("--title", help="Text above the figure.")] = None
+    json_file: Annotated[Path | None, _figure("--json", help="Write the numbers of the figure there.")] = None
 
     def check(self) -> None:
         """Check, before any work, that figures can be drawn, and this one be saved."""
@@ -73,23 +70,19 @@ class Answers:
 
     data: Annotated[
         Path,
-        typer.Option(
-            "--data",
-            help="JSON lines with a `prompt` each (or `messages`); with --completions a `completion` too.",
-            rich_help_panel=DATA,
+        data_option(
+            "--data", help="JSON lines with a `prompt` each (or `messages`); with --completions a `completion` too."
         ),
     ]
     examples: Annotated[
-        int | None,
-        typer.Option("--examples", min=1, help="Only the first so many.  [default: all]", rich_help_panel=DATA),
+        int | None, data_option("--examples", min=1, help="Only the first so many.  [default: all]")
     ] = None
     completions: Annotated[
         bool,
-        typer.Option(
+        data_option(
             "--completions",
             help="Read the given answers instead of generating: one forward each, which is quick, but shows the "
             "weights on text that the fusion might not have written.",
-            rich_help_panel=DATA,
         ),
     ] = False
     names: FieldNames = field(default_factory=FieldNames)

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraflow.cli.groups import panel
 from loraflow.errors import LoraflowError
 from loraflow.training.config import FitConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-RECIPE = "Recipe (the defaults are the papers')"
+recipe_option = panel("Recipe (the defaults are the papers')")
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result in --output.")]
-Seed = Annotated[int, typer.Option(help="Of the examples' order, and of dropout.", rich_help_panel=RECIPE)]
+Seed = Annotated[int, recipe_option(help="Of the examples' order, and of dropout.")]
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,22 @@ class Run:
 class Steps:
     """The steps of an optimiser, as `loraflow fit` takes them."""
 
-    epochs: Annotated[int, typer.Option(help="Passes over the examples.", rich_help_panel=RECIPE)] = FitConfig.epochs
+    epochs: Annotated[int, recipe_option(help="Passes over the examples.")] = FitConfig.epochs
     max_steps: Annotated[
         int | None,
-        typer.Option(
-            help="Go on for so many steps, whatever --epochs says.  [default: none; phatgoose 100]",
-            rich_help_panel=RECIPE,
-        ),
+        recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none; phatgoose 100]"),
     ] = None
     learning_rate: Annotated[
         float | None,
-        typer.Option(
-            help="Peak of the cosine schedule.  [default: 1e-3; learned-static 1e-2, phatgoose 5e-3]",
-            rich_help_panel=RECIPE,
-        ),
+        recipe_option(help="Peak of the cosine schedule.  [default: 1e-3; learned-static 1e-2, phatgoose 5e-3]"),
     ] = None
-    batch_size: Annotated[int, typer.Option(help="Examples in a step.", rich_help_panel=RECIPE)] = FitConfig.batch_size
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Forwards in a step; must divide the batch size.", rich_help_panel=RECIPE)
-    ] = FitConfig.gradient_accumulation
-    warmup: Annotated[
-        float, typer.Option(help="Share of the steps with a rising learning rate.", rich_help_panel=RECIPE)
-    ] = FitConfig.warmup
+    batch_size: Annotated[int, recipe_option(help="Examples in a step.")] = FitConfig.batch_size
+    gradient_accumulation: Annotated[int, recipe_option(help="Forwards in a step; must divide the batch size.")] = (
+        FitConfig.gradient_accumulation
+    )
+    warmup: Annotated[float, recipe_option(help="Share of the steps with a rising learning rate.")] = FitConfig.warmup
     weight_decay: Annotated[
-        float | None,
-        typer.Option(help="AdamW's.  [default: 0.1; learned-static, phatgoose 0]", rich_help_panel=RECIPE),
+        float | None, recipe_option(help="AdamW's.  [default: 0.1; learned-static, phatgoose 0]")
     ] = None
 
 
@@ -72,17 +64,16 @@ class Room:
 
     max_length: Annotated[
         int | None,
-        typer.Option(
-            help="Longest example in tokens; longer ones are cut and reported.  [default: the model's, at most 2048]",
-            rich_help_panel=RECIPE,
+        recipe_option(
+            help="Longest example in tokens; longer ones are cut and reported.  [default: the model's, at most 2048]"
         ),
     ] = FitConfig.max_length
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=RECIPE)
+        bool, recipe_option("--gradient-checkpointing", help="Less memory, more time.")
     ] = FitConfig.gradient_checkpointing
-    checkpoint_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.  [default: an epoch]", rich_help_panel=RECIPE)
-    ] = FitConfig.checkpoint_steps
+    checkpoint_steps: Annotated[int | None, recipe_option(help="Steps between checkpoints.  [default: an epoch]")] = (
+        FitConfig.checkpoint_steps
+    )
 
 
 def check_output(output: Path, *, overwrite: bool, makes: str) -> None:

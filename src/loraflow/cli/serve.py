@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraflow.cli.groups import Given, options_of, with_groups
+from loraflow.cli.groups import Given, options_of, panel, with_groups
 from loraflow.cli.sources import Sources
 from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits, ServerConfig
@@ -21,10 +21,10 @@ from loraflow.serving.config import EngineLimits, ServerConfig
 if TYPE_CHECKING:
     from loraflow.serving.catalog import Catalog
 
-_NETWORK = "Network"
-_LIMITS = "Limits"
-_LOADING = "Loading while it runs"
-_VLLM = "vLLM (--engine vllm)"
+_network = panel("Network")
+_limit = panel("Limits")
+_loading = panel("Loading while it runs")
+_vllm = panel("vLLM (--engine vllm)")
 
 
 class Engine(enum.StrEnum):
@@ -38,15 +38,14 @@ class Engine(enum.StrEnum):
 class Network:
     """Where requests come in, and who may send them."""
 
-    host: Annotated[str, typer.Option("--host", rich_help_panel=_NETWORK)] = "127.0.0.1"
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, rich_help_panel=_NETWORK)] = 8000
+    host: Annotated[str, _network("--host")] = "127.0.0.1"
+    port: Annotated[int, _network("--port", min=0, max=65535)] = 8000
     api_key: Annotated[
         list[str],
-        typer.Option(
+        _network(
             "--api-key",
             help="Requests must bring one of these; better in LORAFLOW_API_KEY, where no process list shows them.",
             envvar="LORAFLOW_API_KEY",
-            rich_help_panel=_NETWORK,
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -56,43 +55,34 @@ class Network:
 class Limits:
     """How much the server does at once, and what may be loaded into it."""
 
-    max_requests: Annotated[int, typer.Option(help="Answers in a batch at the same time.", rich_help_panel=_LIMITS)] = (
-        EngineLimits.requests
+    max_requests: Annotated[int, _limit(help="Answers in a batch at the same time.")] = EngineLimits.requests
+    max_waiting: Annotated[int, _limit(help="Answers at the same time, those that wait included; more get a 429.")] = (
+        ServerConfig.max_waiting
     )
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            help="Answers at the same time, those that wait included; more get a 429.", rich_help_panel=_LIMITS
-        ),
-    ] = ServerConfig.max_waiting
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", rich_help_panel=_LIMITS)] = (
-        ServerConfig.max_new_tokens
+    max_new_tokens: Annotated[int, _limit(help="Longest answer.")] = ServerConfig.max_new_tokens
+    cache_tokens: Annotated[int, _limit(help="Tokens in the cache, of all answers together.")] = (
+        EngineLimits.cache_tokens
     )
-    cache_tokens: Annotated[
-        int, typer.Option(help="Tokens in the cache, of all answers together.", rich_help_panel=_LIMITS)
-    ] = EngineLimits.cache_tokens
-    batch_tokens: Annotated[
-        int, typer.Option(help="Tokens in one step; longer prompts are read in several.", rich_help_panel=_LIMITS)
-    ] = EngineLimits.batch_tokens
-    timeout_s: Annotated[
-        float, typer.Option("--timeout", help="Longest time of a request, in seconds.", rich_help_panel=_LIMITS)
-    ] = ServerConfig.timeout_s
+    batch_tokens: Annotated[int, _limit(help="Tokens in one step; longer prompts are read in several.")] = (
+        EngineLimits.batch_tokens
+    )
+    timeout_s: Annotated[float, _limit("--timeout", help="Longest time of a request, in seconds.")] = (
+        ServerConfig.timeout_s
+    )
     admin_key: Annotated[
         list[str],
-        typer.Option(
+        _loading(
             "--admin-key",
             help="Allows /v1/load_lora_adapter and /v1/unload_lora_adapter; better in LORAFLOW_ADMIN_KEY.",
             envvar="LORAFLOW_ADMIN_KEY",
-            rich_help_panel=_LOADING,
             show_default=False,
         ),
     ] = field(default_factory=list)
     load_from: Annotated[
         list[Path],
-        typer.Option(
+        _loading(
             "--load-from",
             help="A folder whose adapters and fusions may be loaded; give it again for more.",
-            rich_help_panel=_LOADING,
             exists=True,
             file_okay=False,
             show_default=False,
@@ -104,27 +94,16 @@ class Limits:
 class VllmOptions:
     """What is for vLLM alone."""
 
-    vllm_args: Annotated[
-        str,
-        typer.Option(
-            help="Further options of `vllm serve`, in one word.", rich_help_panel=_VLLM, metavar="'--OPTION ...'"
-        ),
-    ] = ""
+    vllm_args: Annotated[str, _vllm(help="Further options of `vllm serve`, in one word.", metavar="'--OPTION ...'")] = (
+        ""
+    )
     request_weights: Annotated[
-        bool,
-        typer.Option(
-            "--request-weights", help="Let requests bring weights of their own (vllm_xargs).", rich_help_panel=_VLLM
-        ),
+        bool, _vllm("--request-weights", help="Let requests bring weights of their own (vllm_xargs).")
     ] = False
     unverified: Annotated[
-        bool,
-        typer.Option(
-            "--unverified", help="Serve what has not been compared with transformers too.", rich_help_panel=_VLLM
-        ),
+        bool, _vllm("--unverified", help="Serve what has not been compared with transformers too.")
     ] = False
-    print_command: Annotated[
-        bool, typer.Option("--print-command", help="Print vLLM's command instead of running it.", rich_help_panel=_VLLM)
-    ] = False
+    print_command: Annotated[bool, _vllm("--print-command", help="Print vLLM's command instead of running it.")] = False
 
     def command(self, fusions: Mapping[str, str], sources: Sources, network: Network) -> list[str]:
         """The command that starts vLLM's server; options that `--vllm-args` names are its.

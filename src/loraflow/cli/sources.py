@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraflow.cli.groups import panel
 from loraflow.cli.values import parse_adapters, parse_method_options
 from loraflow.errors import LoraflowError, did_you_mean
 
@@ -19,12 +20,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_SOURCES = "Base and adapters"
+_source = panel("Base and adapters")
 
-Base = Annotated[
-    str | None,
-    typer.Option("--base", help="Base model: Hub id or directory.", rich_help_panel=_SOURCES, show_default=False),
-]
+Base = Annotated[str | None, _source("--base", help="Base model: Hub id or directory.", show_default=False)]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -51,27 +49,15 @@ CopyAdapters = Annotated[
 class Placement:
     """How the base is to be loaded."""
 
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Revision of the base on the Hub.", rich_help_panel=_SOURCES)
-    ] = None
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", help="Precision of the base: auto, float32, bfloat16, float16.", rich_help_panel=_SOURCES
-        ),
-    ] = "auto"
+    revision: Annotated[str | None, _source("--revision", help="Revision of the base on the Hub.")] = None
+    dtype: Annotated[str, _source("--dtype", help="Precision of the base: auto, float32, bfloat16, float16.")] = "auto"
     device: Annotated[
         str | None,
-        typer.Option(
-            "--device",
-            help="cpu, cuda, cuda:1, ..., or auto (over all GPUs).  [default: cuda if there is one]",
-            rich_help_panel=_SOURCES,
-        ),
+        _source("--device", help="cpu, cuda, cuda:1, ..., or auto (over all GPUs).  [default: cuda if there is one]"),
     ] = None
-    quantization: Annotated[
-        str | None,
-        typer.Option("--quantization", help="Quantise the base: bnb-4bit or bnb-8bit.", rich_help_panel=_SOURCES),
-    ] = None
+    quantization: Annotated[str | None, _source("--quantization", help="Quantise the base: bnb-4bit or bnb-8bit.")] = (
+        None
+    )
 
     def options(self) -> BaseOptions:
         """The same as the library takes it.
@@ -96,11 +82,10 @@ class Sources:
     base: Base = None
     lora_modules: Annotated[
         list[str],
-        typer.Option(
+        _source(
             "--lora-modules",
             help="Adapters, as `name=path`, several after one flag. A path is a directory, `user/repo` or "
             "`user/repo/subfolder`, a Hub id optionally with `@revision`.",
-            rich_help_panel=_SOURCES,
             show_default=False,
         ),
     ] = field(default_factory=list)

@@ -6,20 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from loraflow.cli.groups import panel
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
     from loraflow.examples import Example, Fields
     from loraflow.prompts import PromptFormat
 
-DATA = "Data"
-_READING = "How text is read"
+data_option = panel("Data")
+_reading = panel("How text is read")
 
-Dev = Annotated[
-    Path | None, typer.Option("--dev", help="Examples on which the best checkpoint is chosen.", rich_help_panel=DATA)
-]
+Dev = Annotated[Path | None, data_option("--dev", help="Examples on which the best checkpoint is chosen.")]
 
 
 @dataclass(frozen=True)
@@ -28,15 +25,11 @@ class FieldNames:
 
     prompt_field: Annotated[
         str | None,
-        typer.Option(
-            "--prompt-field",
-            help="Field that is the prompt; `data.0` is the first item of the list `data`.",
-            rich_help_panel=DATA,
-        ),
+        data_option("--prompt-field", help="Field that is the prompt; `data.0` is the first item of the list `data`."),
     ] = None
-    completion_field: Annotated[
-        str | None, typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=DATA)
-    ] = None
+    completion_field: Annotated[str | None, data_option("--completion-field", help="Field that is the completion.")] = (
+        None
+    )
 
     def fields(self) -> Fields | None:
         """The two fields; None where they have their usual names."""
@@ -50,14 +43,10 @@ class DevExamples:
     dev: Dev = None
     names: FieldNames = field(default_factory=FieldNames)
     dev_prompt_field: Annotated[
-        str | None,
-        typer.Option("--dev-prompt-field", help="The same for --dev, where its fields differ.", rich_help_panel=DATA),
+        str | None, data_option("--dev-prompt-field", help="The same for --dev, where its fields differ.")
     ] = None
     dev_completion_field: Annotated[
-        str | None,
-        typer.Option(
-            "--dev-completion-field", help="The same for --dev, where its fields differ.", rich_help_panel=DATA
-        ),
+        str | None, data_option("--dev-completion-field", help="The same for --dev, where its fields differ.")
     ] = None
 
     def read(self) -> list[Example] | None:
@@ -74,26 +63,14 @@ class PromptOptions:
     """How conversations become prompts."""
 
     system_prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--system-prompt", help="Put before every conversation; saved with the fusion.", rich_help_panel=_READING
-        ),
+        str | None, _reading("--system-prompt", help="Put before every conversation; saved with the fusion.")
     ] = None
     prompt_template: Annotated[
         str | None,
-        typer.Option(
-            "--prompt-template",
-            help="Plain prompt text with {prompt} and {system}; \\n is a new line.",
-            rich_help_panel=_READING,
-        ),
+        _reading("--prompt-template", help="Plain prompt text with {prompt} and {system}; \\n is a new line."),
     ] = None
     chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            "--chat-template",
-            help="File with a Jinja chat template, instead of the tokenizer's.",
-            rich_help_panel=_READING,
-        ),
+        Path | None, _reading("--chat-template", help="File with a Jinja chat template, instead of the tokenizer's.")
     ] = None
 
     def format(self) -> PromptFormat:

@@ -81,7 +81,7 @@ def test_examples_in_memory_are_checked_and_made_ones_kept():
             None,
             "here: expected `prompt` and `completion`, or `messages`; found ['answer', 'question'].",
         ),
-        ({"prompt": "a"}, None, "found ['prompt']. Name two fields with --prompt-field and --completion-field."),
+        ({"prompt": "a"}, None, "found ['prompt']. Name two fields with `fields=Fields(prompt, completion)`."),
         ({"prompt": "a", "completion": " \n"}, None, "here: field 'completion' must be non-empty text, found ' \\n'."),
         ({"prompt": 3, "completion": "b"}, None, "here: field 'prompt' must be non-empty text, found 3."),
         ({"q": "a"}, Fields("q", "a"), "here: there is no field 'a'; the record has ['q']."),

@@ -47,7 +47,7 @@ def model(adapters):
 
 def test_import_is_light_and_public_names_are_all_there():
     code = (
-        "import sys, loraflow; "
+        "import sys, loraflow, loraflow.serving.config, loraflow.training.config; "
         "heavy = {'torch', 'transformers', 'peft', 'fastapi', 'matplotlib', 'vllm'} & set(sys.modules); "
         "assert not heavy, heavy; assert all(getattr(loraflow, name) for name in loraflow.__all__)"
     )

@@ -106,7 +106,7 @@ def parse_example(record: Any, origin: str, fields: Fields | None = None) -> Exa
     else:
         raise DataError(
             f"{origin}: expected `prompt` and `completion`, or `messages`; found {sorted(record)}. "
-            "Name two fields with --prompt-field and --completion-field."
+            "Name two fields with `fields=Fields(prompt, completion)`."
         )
     return Example(({"role": "user", "content": prompt},), completion, record, origin)
 

@@ -315,7 +315,7 @@ def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str
         except AdapterError as error:
             raise FusionError(
                 f"The fusion's adapter {record.name!r} cannot be read from where it was: {error} Say where it is now: "
-                f'`adapters={{"{record.name}": ...}}`, or --lora-modules {record.name}=...'
+                f'`adapters={{"{record.name}": ...}}`.'
             ) from error
         if adapter.digest != record.digest:
             raise FusionError(

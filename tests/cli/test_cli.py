@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from loraflow import FusedModel
+from loraflow import FitConfig, FusedModel, training
 from loraflow.cli import app
-from loraflow.cli.options import parse_method_options, spread_values
-from loraflow.errors import MethodError
+from loraflow.cli.values import parse_method_options, spread_values
+from loraflow.errors import LoraflowError, MethodError
+from loraflow.methods import METHODS, LearnedStatic
 from loraflow.saved.storage import read_fusion
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model, trained_tokenizer
 from tests.training.test_fit import reversals
@@ -222,6 +225,38 @@ def test_fit_generate_trace_info(run, world, tmp_path):
     assert described.exit_code == 0, described.output
     assert "method lora-flow" in described.output
     assert "trained: examples 24" in described.output
+
+
+@dataclass(frozen=True)
+class Patient(LearnedStatic):
+    """A method of another package, with a recipe of its own."""
+
+    name = "patient"
+    recipe: ClassVar = {"epochs": 2, "batch_size": 8, "warmup": 0.0, "max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ((), {}),
+        (("--batch-size", "4", "--warmup", "0.2"), {"batch_size": 4, "warmup": 0.2}),
+        # Epochs that are asked for win over steps of the method's own.
+        (("--epochs", "1"), {"epochs": 1, "max_steps": None}),
+        (("--epochs", "1", "--max-steps", "2"), {"epochs": 1, "max_steps": 2}),
+    ],
+)
+def test_only_what_is_given_changes_a_methods_recipe(run, tmp_path, monkeypatch, options, changed):
+    monkeypatch.setitem(METHODS, "patient", Patient)
+    used = []
+
+    def stop(*_, config, **__):
+        used.append(config)
+        raise LoraflowError("far enough")
+
+    monkeypatch.setattr(training, "fit", stop)
+    result = run("fit", *SOURCES, *TASK_DATA, "--method", "patient", *options, "--output", str(tmp_path / "out"))
+    assert "far enough" in result.output
+    assert used == [FitConfig.for_method(Patient(), **changed)]
 
 
 def test_fit_searches_the_paper_grid(run, tmp_path):

@@ -256,9 +256,11 @@ def test_a_mistake_is_told_without_a_traceback(run, tmp_path, monkeypatch, case)
         ("--prompt-field", "x"),
         ("--completion-field", "x"),
         ("--max-new-tokens", "3"),
+        ("--max-new-tokens", "512"),
+        ("--dtype", "auto"),
         ("--chat",),
     ],
-    ids=lambda flags: flags[0],
+    ids=" ".join,
 )
 def test_a_plan_has_its_own_setting(run, flags):
     result = run(*PLAN, *flags, "--output", "x")

@@ -89,6 +89,16 @@ def table_rows(output):
     return {line.split()[0]: line for line in output.splitlines() if re.search(r"± \d", line)}
 
 
+def test_memory_is_that_of_the_precision_asked_for(run):
+    sizes = []
+    for options in ((), ("--dtype", "bfloat16"), ("--quantization", "bnb-8bit"), ("--quantization", "none")):
+        shown = run("info", "{world}/layer", *options)
+        assert shown.exit_code == 0, shown.output
+        sizes.append(re.search(r"memory for weights .*: base ([\d.]+) MiB", shown.output)[1])
+    assert sizes[0] == sizes[3]
+    assert float(sizes[0]) > float(sizes[1]) > float(sizes[2])
+
+
 def test_weights_are_reported_by_layer(run, world, tmp_path):
     shown = run("info", "{world}/layer", *STATS, "--json", tmp_path / "deep" / "stats.json")
     assert shown.exit_code == 0, shown.output
@@ -160,6 +170,14 @@ def test_other_methods_without_a_fusion(run, method, said):
         (("{world}/layer", "--data", "{world}/data.jsonl"), "`--data` belongs to --stats. Say --stats too."),
         (("{world}/layer", "--json", "x"), "`--json` belongs to --stats."),
         (("{world}/layer", "--method", "average"), "`--method` belongs to --stats."),
+        (("{world}/layer", "--method-option", "top_k=1"), "`--method-option` belongs to --stats."),
+        (("{world}/layer", "--prompt-field", "q"), "`--prompt-field` belongs to --stats."),
+        (("{world}/layer", "--completion-field", "a"), "`--completion-field` belongs to --stats."),
+        (("{world}/layer", "--batch-size", "8"), "`--batch-size` belongs to --stats."),
+        (("{world}/layer", "--examples", "2"), "`--examples` belongs to --stats."),
+        (("{world}/layer", "--modules"), "`--modules` belongs to --stats."),
+        (("{world}/layer", "--device", "cpu"), "`--device` belongs to --stats."),
+        (("{world}/layer", "--quantization", "bnb-3bit"), "`quantization` is unknown: 'bnb-3bit'."),
         (("{world}/layer", "--stats", "--data", "{world}/none"), "There is no file"),
         (("{world}/layer", *STATS, "--prompt-field", "q"), "go together"),
         (("{world}/layer", *STATS, "--modules"), "those of 'lora-flow' stand at each layer. Leave it out."),

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.cli import app
-from loraflow.cli.options import spread_values
+from loraflow.cli.values import spread_values
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
 from tests.visual.test_explorer import decoded, embedded
 

@@ -251,7 +251,7 @@ def test_code_tests_in_the_sandbox(operator: str, score: float) -> None:
 
 @pytest.mark.parametrize("refused", [lambda: get_scorer("code-tests"), lambda: SCORERS["code-tests"]("1", {})])
 def test_code_needs_permission(refused: Any) -> None:
-    with pytest.raises(SandboxError, match=r"runs programs that a model wrote.*allow_code=True.*`--allow-code`"):
+    with pytest.raises(SandboxError, match=r"runs programs that a model wrote.*`allow_code=True`"):
         refused()
 
 

@@ -370,7 +370,7 @@ def test_the_cost_is_that_of_what_is_saved(trained, tmp_path, names):
 
 def test_dynamic_fusions_are_refused(adapters, tmp_path, trained):
     model = fuse(adapters, method=LoraFlow())
-    with pytest.raises(MethodError, match=r"'lora-flow' weighs every token anew.*`mean_weights_on`, --mean-weights-on"):
+    with pytest.raises(MethodError, match=r"'lora-flow' weighs every token anew.*`mean_weights_on=examples`"):
         export_peft(model, tmp_path / "out")
     with pytest.raises(MethodError, match="'qa-flora' weighs every prompt anew"):
         constant_weights(fuse(adapters, method=QaFlora()))
@@ -430,7 +430,7 @@ def test_what_is_there_is_kept(adapters, tmp_path):
             export_peft(model, out, overwrite=overwrite)
     (out / "notes.txt").unlink()
     export_peft(model, out)
-    with pytest.raises(LoraflowError, match=r"holds an adapter already.*--overwrite"):
+    with pytest.raises(LoraflowError, match=r"holds an adapter already.*`overwrite=True`"):
         export_peft(fuse(adapters, method="zh"), out)
     (out / "notes.txt").write_text("x")
     check_export(fuse(adapters, method="zh"), double(), out, overwrite=True)

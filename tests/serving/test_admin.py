@@ -16,14 +16,14 @@ from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
 from loraflow.serving.admin import permitted
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Limits
+from loraflow.serving.config import EngineLimits
 from loraflow.serving.protocol import ApiError
 from loraflow.serving.service import ServerConfig
 from tests.serving.worlds import alone, call, serving, wait_for
 from tests.tiny import edit_tensors, save_adapter, tiny_model
 
 ADMIN = {"Authorization": "Bearer boss"}
-LIMITS = Limits(requests=8, batch_tokens=64, cache_tokens=4096, page_tokens=16)
+LIMITS = EngineLimits(requests=8, batch_tokens=64, cache_tokens=4096, page_tokens=16)
 QUESTION = load_task("zh-math").test[0].prompt
 
 
@@ -253,7 +253,7 @@ def test_without_an_admin_key_nothing_can_be_loaded(small_world):
     with serving(catalog, ServerConfig(limits=LIMITS, api_keys=("user",))) as (_, address):
         for answer in (load(address, "x", "/"), unload(address, "layers"), load(address, "x", "/", Authorization="x")):
             assert answer.status == 403
-            assert "the server was started without --admin-key" in answer.json()["error"]["message"]
+            assert "the server was started without an admin key" in answer.json()["error"]["message"]
         user = {"Authorization": "Bearer user"}
         models = call("GET", f"{address}/v1/models", **user).json()["data"]
         assert "layers" in [model["id"] for model in models]

@@ -20,12 +20,12 @@ from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Limits
+from loraflow.serving.config import EngineLimits
 from loraflow.serving.service import ServerConfig, Service
 from tests.serving.worlds import DEADLINE_S, alone, call, serving, tiny_fusion, wait_for
 
 CONFIG = ServerConfig(
-    limits=Limits(requests=32, batch_tokens=128, cache_tokens=8192, page_tokens=16), max_new_tokens=400
+    limits=EngineLimits(requests=32, batch_tokens=128, cache_tokens=8192, page_tokens=16), max_new_tokens=400
 )
 GREEDY = {"temperature": 0, "max_tokens": 16}
 

@@ -13,11 +13,12 @@ from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import Arrow, LearnedStatic, LoraHub, QaFlora
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Limits, running
+from loraflow.serving.config import EngineLimits
+from loraflow.serving.engine import running
 from tests.serving.worlds import alone, job, send
 from tests.tiny import byte_tokenizer, edit_tensors, random_ids, save_adapter, set_random_gates, tiny_model
 
-LIMITS = Limits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=16)
+LIMITS = EngineLimits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=16)
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 # Subsets and orders of four adapters; "zh" is another one in the last of them.
 FUSIONS = {
@@ -204,7 +205,7 @@ def test_what_cannot_be_served_is_told(root, tmp_path):
     layers = {"layers": str(root / "layers")}
     with pytest.raises(LoraflowError, match=r"There is nothing to serve\. Give a fusion, or a base and adapters\."):
         Catalog.open(None, {}, {})
-    with pytest.raises(LoraflowError, match=r"There are no adapters to serve\. Give --lora-modules, or a fusion\."):
+    with pytest.raises(LoraflowError, match=r"There are no adapters to serve\. Give `adapters=\.\.\.`, or a fusion\."):
         Catalog.open(root / "base")
     with pytest.raises(LoraflowError, match=r"Two models are called 'zh'\. Give each a name of its own\."):
         Catalog.open(None, None, {"zh": str(root / "layers")})
@@ -220,7 +221,9 @@ def test_what_cannot_be_served_is_told(root, tmp_path):
     config = json.loads((homeless / "fusion_config.json").read_text())
     config["base"]["path"] = ""
     (homeless / "fusion_config.json").write_text(json.dumps(config))
-    with pytest.raises(FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give --base\."):
+    with pytest.raises(
+        FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give `base=\.\.\.`\."
+    ):
         Catalog.open(None, None, {"lost": str(homeless)})
     assert Catalog.open(root / "base", {"zh": str(root / "zh"), "math": str(root / "math")}, {"found": str(homeless)})
 

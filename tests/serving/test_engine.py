@@ -15,11 +15,12 @@ from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
 from loraflow.methods import Arrow, Logo, QaFlora
-from loraflow.serving.engine import Engine, Failure, Limits, Sampling, Weigher, answer, running, sample
+from loraflow.serving.config import EngineLimits
+from loraflow.serving.engine import Engine, Failure, Sampling, Weigher, answer, running, sample
 from tests.serving.worlds import DEADLINE_S, alone, job, learned, send, tiny_fusion, wait_for, weigher_of
 from tests.tiny import random_ids, tiny_model
 
-SMALL = Limits(requests=8, batch_tokens=24, cache_tokens=1024, page_tokens=16)
+SMALL = EngineLimits(requests=8, batch_tokens=24, cache_tokens=1024, page_tokens=16)
 # Nothing learned here; the base, one adapter, the average, hand-set weights (by layer too), and methods that read.
 PLAIN = [
     "base",
@@ -104,7 +105,7 @@ def test_a_small_cache_queues_and_resumes_requests():
     cases = [(prompt, method) for prompt in prompts(6, 30) for method in ("base", "a", {"a": 0.7, "c": -1.2})]
     expected = [alone(model, prompt, method, new=30) for prompt, method in cases]
     # All together want some 800 tokens, and grow while they run: some are put off with half an answer given.
-    with running(model, Limits(requests=8, batch_tokens=24, cache_tokens=96, page_tokens=16)) as engine:
+    with running(model, EngineLimits(requests=8, batch_tokens=24, cache_tokens=96, page_tokens=16)) as engine:
         heard = [send(engine, job(p, weigher_of(model, method, p), new=30)) for p, method in cases]
         assert [listener.ids() for listener in heard] == expected
         assert engine.running == 0
@@ -112,7 +113,7 @@ def test_a_small_cache_queues_and_resumes_requests():
 
 def test_what_waits_is_told_from_what_runs():
     model = tiny_fusion()
-    with running(model, Limits(requests=1, batch_tokens=24, cache_tokens=1024, page_tokens=16)) as engine:
+    with running(model, EngineLimits(requests=1, batch_tokens=24, cache_tokens=1024, page_tokens=16)) as engine:
         heard = [send(engine, job(prompt, new=200)) for prompt in prompts(3)]
         wait_for(lambda: engine.batched == 1)
         assert engine.running > 1
@@ -125,7 +126,7 @@ def test_what_waits_is_told_from_what_runs():
 def test_a_request_may_fill_the_whole_cache(page_tokens):
     model = tiny_fusion()
     prompt = prompts(3, 45)[2] * 2
-    limits = Limits(requests=2, batch_tokens=512, cache_tokens=len(prompt) + 10, page_tokens=page_tokens)
+    limits = EngineLimits(requests=2, batch_tokens=512, cache_tokens=len(prompt) + 10, page_tokens=page_tokens)
     with running(model, limits) as engine:
         assert send(engine, job(prompt, new=10)).ids() == alone(model, prompt, "base", new=10)
 
@@ -148,7 +149,7 @@ def test_the_small_world_is_answered_as_alone(world):
     for ids, method in zip(encoded, methods, strict=True):
         cases.append((ids, weigher_of(world, method, ids), alone(world, ids, method, new=24)))
     random.Random(1).shuffle(cases)
-    with running(world, Limits(requests=16, batch_tokens=48, cache_tokens=4096, page_tokens=16)) as engine:
+    with running(world, EngineLimits(requests=16, batch_tokens=48, cache_tokens=4096, page_tokens=16)) as engine:
         heard = [send(engine, job(ids, weigher, new=24)) for ids, weigher, _ in cases]
         for listener, (_, weigher, expected) in zip(heard, cases, strict=True):
             assert listener.ids() == expected, weigher.method
@@ -420,7 +421,7 @@ def test_the_model_can_be_used_while_the_engine_runs():
 )
 def test_limits_are_checked(limits, message):
     with pytest.raises(LoraflowError, match=re.escape(message)):
-        Limits(**limits)
+        EngineLimits(**limits)
 
 
 def test_eager_attention_is_refused():
@@ -432,7 +433,7 @@ def test_eager_attention_is_refused():
 
 
 def test_requests_that_can_never_be_answered_are_refused():
-    with running(tiny_fusion(), Limits(requests=2, batch_tokens=8, cache_tokens=32, page_tokens=16)) as engine:
+    with running(tiny_fusion(), EngineLimits(requests=2, batch_tokens=8, cache_tokens=32, page_tokens=16)) as engine:
         with pytest.raises(LoraflowError, match=re.escape("The prompt has no tokens. Give at least one.")):
             engine.submit(job([]))
         message = "The prompt (30 tokens) and its answer (up to 3) do not fit the cache (32 tokens)."

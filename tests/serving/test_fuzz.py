@@ -9,13 +9,15 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
 from loraflow.serving.app import make_app
-from loraflow.serving.engine import Limits
+from loraflow.serving.config import EngineLimits
 from loraflow.serving.service import ServerConfig, Service
 from tests.serving.worlds import DEADLINE_S, call, serving, wait_for
 
 # Short answers: most of what is generated is refused, and the rest should be quick.
 CONFIG = ServerConfig(
-    limits=Limits(requests=16, batch_tokens=64, cache_tokens=2048, page_tokens=16), max_new_tokens=4, max_waiting=64
+    limits=EngineLimits(requests=16, batch_tokens=64, cache_tokens=2048, page_tokens=16),
+    max_new_tokens=4,
+    max_waiting=64,
 )
 GOOD = {"model": "layers", "prompt": "1 + 1 =", "temperature": 0, "max_tokens": 2}
 CHAT = {"model": "layers", "messages": [{"role": "user", "content": "a"}], "temperature": 0, "max_tokens": 2}

@@ -215,8 +215,7 @@ def test_experts_go_on_after_an_interruption(make_model, console, tmp_path, monk
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    # By its entry in sys.modules: in the package, the function hides the module of its name.
-    monkeypatch.setattr(sys.modules["loraflow.training.fit"], "run_trainer", failing)
+    monkeypatch.setattr(sys.modules["loraflow.training.fitting"], "run_trainer", failing)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, OWN, config=config, console=console, checkpoints=tmp_path)
     assert all(gate.expert is None for gate in broken.gates.values())

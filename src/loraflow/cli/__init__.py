@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 
 from loraflow import __version__
 from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
-from loraflow.cli.options import spread_values
+from loraflow.cli.flags import with_flags
+from loraflow.cli.values import spread_values
 from loraflow.errors import LoraflowError
 
 # On the CPU it advises a kernel that has no backward, and that fused 4-bit bases are kept from. Workers import this.
@@ -22,7 +23,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class _Group(TyperGroup):
-    """Takes several values after one option, as vLLM does, and shows this library's errors without a traceback."""
+    """Takes several values after one option, as vLLM does; shows the library's errors in flags, without traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, spread_values(args))
@@ -34,7 +35,7 @@ class _Group(TyperGroup):
             from rich.console import Console
 
             Console(stderr=True).print("[bold red]Error:[/] ", end="")
-            print(error, file=sys.stderr)
+            print(with_flags(str(error)), file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             print("Interrupted.", file=sys.stderr)

@@ -2,25 +2,155 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli import options as o
-from loraflow.cli import training_options as t
-from loraflow.errors import LoraflowError
+from loraflow.cli.groups import Given, options_of, panel, with_groups
+from loraflow.cli.sources import Sources
+from loraflow.cli.texts import Dev, FieldNames
+from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
     from loraflow.evaluation.compare.plan import Plan
 
-_WHAT = "What is compared"
-_ON = "On what"
-_RUN = "The run"
-LONGEST_ANSWER = 512
+_row = panel("What is compared")
+_task = panel("On what")
+_run_option = panel("The run")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What is compared."""
+
+    methods: Annotated[
+        list[str],
+        _row(
+            "--methods",
+            help="Rows: methods or adapters, several after one flag; of a plan, these of its rows.",
+            show_default=False,
+        ),
+    ] = field(default_factory=list)
+    fusions: Annotated[
+        list[str],
+        _row(
+            "--fusions",
+            help="Saved fusions as further rows; base and adapters are the first one's where nothing else is said.",
+            show_default=False,
+        ),
+    ] = field(default_factory=list)
+    seeds: Annotated[
+        list[int], _row("--seeds", help="Several after one flag.  [default: the plan's, or 0]", show_default=False)
+    ] = field(default_factory=list)
+    reference: Annotated[
+        str | None, _row("--reference", help="The row that the others are tested against.  [default: the last]")
+    ] = None
+
+    def described(self) -> dict[str, Any]:
+        """The rows as a plan has them.
+
+        Raises:
+            LoraflowError: if there are none, or two have one name.
+        """
+        if not self.methods and not self.fusions:
+            raise LoraflowError("There is nothing to compare. Give a plan or study, --methods, or --fusions.")
+        rows: dict[str, Any] = {Path(fusion).name: {"fusion": fusion} for fusion in self.fusions}
+        if len(rows) < len(self.fusions):
+            raise LoraflowError("Two of --fusions end in the same name. Name them in a plan.")
+        for method in self.methods:
+            if method in rows:
+                raise LoraflowError(f"`--methods` and --fusions both have a row {method!r}. Name them in a plan.")
+        return {**{method: method for method in self.methods}, **rows}
+
+    def chosen(self, plan: Plan, origin: str) -> Plan:
+        """A plan with these of its rows, in the order in which they were asked for.
+
+        Raises:
+            LoraflowError: if it has not got one of them.
+        """
+        for name in self.methods:
+            if name not in plan.methods:
+                raise LoraflowError(f"The plan {origin!r} has no row {name!r}. {did_you_mean(name, plan.methods)}")
+        kept = {name: plan.methods[name] for name in self.methods or plan.methods}
+        if self.fusions:
+            raise LoraflowError("`--fusions` are rows, and a plan names its own. Add them there.")
+        if self.reference is not None and plan.reference not in kept:
+            raise LoraflowError(f"`--reference` (={plan.reference!r}) is not among --methods. Name it there too.")
+        # Without one, the last row is the reference.
+        reference = plan.reference if plan.reference in kept else None
+        return plan.model_copy(update={"methods": kept, "reference": reference})
+
+
+@dataclass(frozen=True)
+class OwnTasks:
+    """Tasks that no setting names."""
+
+    test: Annotated[Path | None, _task("--test", help="A task of your own: questions as JSON lines.")] = None
+    scorer: Annotated[
+        str | None, _task("--scorer", help="How --test is scored: last-number, exact-match or code-tests.")
+    ] = None
+    data: Annotated[Path | None, _task("--data", help="Training examples, for methods that learn.")] = None
+    dev: Dev = None
+    names: FieldNames = field(default_factory=FieldNames)
+    max_new_tokens: Annotated[int, _task(help="Longest answer to --test.")] = 512
+    chat: Annotated[bool, _task("--chat", help="Put harness tasks into the base's chat format.")] = False
+
+    def described(self, harness: list[str]) -> dict[str, Any]:
+        """The tasks as a setting has them.
+
+        Args:
+            harness: tasks of lm-evaluation-harness.
+
+        Raises:
+            LoraflowError: if there is none.
+        """
+        fields = self.names.fields()
+        if self.test is None and not harness:
+            raise LoraflowError("There is no task. Give --tasks of lm-evaluation-harness, or --test with a --scorer.")
+        task = _known(
+            train=None if self.data is None else str(self.data),
+            dev=None if self.dev is None else str(self.dev),
+            max_new_tokens=self.max_new_tokens,
+            fields=None if fields is None else {"prompt": fields.prompt, "completion": fields.completion},
+        )
+        tasks: dict[str, Any] = {name: {**task, "harness": name, "chat": self.chat} for name in harness}
+        if self.test is not None:
+            tasks[self.test.stem] = {**task, "test": str(self.test), "scorer": self.scorer}
+        return tasks
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How much is measured, by what, and what becomes of it."""
+
+    limit: Annotated[int | None, _run_option("--limit", help="Only the first so many problems of each task.")] = None
+    batch_size: Annotated[int | None, _run_option(help="Problems answered together.  [default: the plan's, or 16]")] = (
+        None
+    )
+    workers: Annotated[
+        int, _run_option(help="Processes that measure at the same time; one for each GPU, or some on a CPU.")
+    ] = 1
+    allow_code: Annotated[
+        bool, _run_option("--allow-code", help="Let scorers run what the model wrote, in the sandbox.")
+    ] = False
+    weights: Annotated[bool, _run_option("--weights", help="Record the mean fusion weights of the answers too.")] = (
+        False
+    )
+    rescore: Annotated[
+        bool, _run_option("--rescore", help="Score the kept answers anew, without a model; the plan is the run's own.")
+    ] = False
+    report: Annotated[
+        bool, _run_option("--report", help="Only write the report of what is finished; the plan is the run's own.")
+    ] = False
+    overwrite: Annotated[bool, _run_option("--overwrite", help="Measure anew what was measured otherwise.")] = False
+
+
+@with_groups
 def compare(
+    *,
+    given: Given,
     plan: Annotated[
         str | None, typer.Argument(help="A plan (YAML), or a study by name; --list shows those.", show_default=False)
     ] = None,
@@ -28,123 +158,22 @@ def compare(
         Path | None,
         typer.Option("--output", help="Directory of the run; what is finished there is kept.", show_default=False),
     ] = None,
-    methods: Annotated[
-        list[str],
-        typer.Option(
-            "--methods",
-            help="Rows: methods or adapters, several after one flag; of a plan, these of its rows.",
-            rich_help_panel=_WHAT,
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006 (typer reads the default)
-    fusions: Annotated[
-        list[str],
-        typer.Option(
-            "--fusions",
-            help="Saved fusions as further rows; base and adapters are the first one's where nothing else is said.",
-            rich_help_panel=_WHAT,
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006 (typer reads the default)
-    seeds: Annotated[
-        list[int],
-        typer.Option(
-            "--seeds",
-            help="Several after one flag.  [default: the plan's, or 0]",
-            rich_help_panel=_WHAT,
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006 (typer reads the default)
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            help="The row that the others are tested against.  [default: the last]",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    rows: Rows,
     setting: Annotated[
-        str | None,
-        typer.Option("--setting", help="Base, adapters and tasks: small-world, or a YAML file.", rich_help_panel=_ON),
+        str | None, _task("--setting", help="Base, adapters and tasks: small-world, or a YAML file.")
     ] = None,
     tasks: Annotated[
         list[str],
-        typer.Option(
+        _task(
             "--tasks",
             help="Tasks of the setting; without one, tasks of lm-evaluation-harness. Several after "
             "one flag, or with commas.",
-            rich_help_panel=_ON,
             show_default=False,
         ),
     ] = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    quantization: o.Quantization = None,
-    test: Annotated[
-        Path | None, typer.Option("--test", help="A task of your own: questions as JSON lines.", rich_help_panel=_ON)
-    ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            "--scorer", help="How --test is scored: last-number, exact-match or code-tests.", rich_help_panel=_ON
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Training examples, for methods that learn.", rich_help_panel=_ON)
-    ] = None,
-    dev: t.Dev = None,
-    prompt_field: t.PromptField = None,
-    completion_field: t.CompletionField = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer to --test.", rich_help_panel=_ON)
-    ] = LONGEST_ANSWER,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Put harness tasks into the base's chat format.", rich_help_panel=_ON),
-    ] = False,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Only the first so many problems of each task.", rich_help_panel=_RUN)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Problems answered together.  [default: the plan's, or 16]", rich_help_panel=_RUN)
-    ] = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            help="Processes that measure at the same time; one for each GPU, or some on a CPU.", rich_help_panel=_RUN
-        ),
-    ] = 1,
-    device: o.Device = None,
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code", help="Let scorers run what the model wrote, in the sandbox.", rich_help_panel=_RUN
-        ),
-    ] = False,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Record the mean fusion weights of the answers too.", rich_help_panel=_RUN)
-    ] = False,
-    rescore: Annotated[
-        bool,
-        typer.Option(
-            "--rescore",
-            help="Score the kept answers anew, without a model; the plan is the run's own.",
-            rich_help_panel=_RUN,
-        ),
-    ] = False,
-    report: Annotated[
-        bool,
-        typer.Option(
-            "--report",
-            help="Only write the report of what is finished; the plan is the run's own.",
-            rich_help_panel=_RUN,
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure anew what was measured otherwise.", rich_help_panel=_RUN)
-    ] = False,
+    sources: Sources,
+    own: OwnTasks,
+    measuring: Measuring,
     list_studies: Annotated[bool, typer.Option("--list", help="Show the studies, and exit.")] = False,
 ) -> None:
     """Compare methods on tasks: scores with intervals, tests against a reference, cost, every answer kept.
@@ -161,47 +190,33 @@ def compare(
         return
     if output is None:
         raise LoraflowError("`--output` is missing. Say where the run's files go; a run there goes on.")
-    names = [name for given in tasks for name in given.split(",") if name]
-    changes = {
-        "seeds": seeds or None,
-        "reference": reference,
-        "limit": limit,
-        "batch_size": batch_size,
-        "weights": weights or None,
-    }
-    if plan is None and (report or rescore):
+    if plan is None and (measuring.report or measuring.rescore):
         plan = _plan_of_run(output)
-    if plan is None and setting is None:
-        fields = _fields(prompt_field, completion_field)
-        task = {"train": data, "dev": dev, "max_new_tokens": max_new_tokens, "fields": fields}
-        own = {
-            "base": base,
-            "adapters": o.parse_adapters(lora_modules),
-            "revision": revision,
-            "dtype": dtype,
-            "quantization": quantization,
-        }
-        described = _setting(own, fusions, names, task, test, scorer, chat)
-        chosen = _plan({"setting": described, "methods": _rows(methods, fusions), **changes})
+    if plan is not None or setting is not None:
+        for flag in given.flags({*options_of(Sources), *options_of(OwnTasks)} - {"device"}):
+            raise LoraflowError(f"`{flag}` describes a setting, and a plan or --setting names one. Leave it out.")
+    names = [name for several in tasks for name in several.split(",") if name]
+    changes = _known(
+        seeds=rows.seeds or None,
+        reference=rows.reference,
+        limit=measuring.limit,
+        batch_size=measuring.batch_size,
+        weights=measuring.weights or None,
+    )
+    if plan is not None:
+        from loraflow.evaluation.compare.plan import read_plan
+
+        chosen = rows.chosen(read_plan(plan, setting=setting, **changes, tasks=names or None), plan)
+    elif setting is not None:
+        chosen = _made({"setting": setting, "methods": rows.described(), **changes, **_known(tasks=names or None)})
     else:
-        of_setting = {
-            "--base": base,
-            "--lora-modules": lora_modules,
-            "--revision": revision,
-            "--dtype": dtype if dtype != "auto" else None,
-            "--quantization": quantization,
-            "--test": test,
-            "--scorer": scorer,
-            "--data": data,
-            "--dev": dev,
-            "--prompt-field": prompt_field,
-            "--completion-field": completion_field,
-            "--max-new-tokens": max_new_tokens if max_new_tokens != LONGEST_ANSWER else None,
-            "--chat": chat,
-        }
-        _refuse_setting(of_setting)
-        chosen = _read(plan, setting, methods, fusions, {**changes, "tasks": names or None})
-    _run(chosen, output, workers, device, allow_code, rescore, report, overwrite)
+        described = {**_base(sources, rows.fusions), "tasks": own.described(names)}
+        chosen = _made({"setting": described, "methods": rows.described(), **changes})
+    _run(chosen, output, sources.placement.device, measuring)
+
+
+def _known(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _plan_of_run(output: Path) -> str | None:
@@ -209,11 +224,6 @@ def _plan_of_run(output: Path) -> str | None:
 
     path = output / PLAN_FILE
     return str(path) if path.is_file() else None
-
-
-def _fields(prompt: str | None, completion: str | None) -> dict[str, str] | None:
-    found = t.fields(prompt, completion)
-    return None if found is None else {"prompt": found.prompt, "completion": found.completion}
 
 
 def _print_studies() -> None:
@@ -228,49 +238,29 @@ def _print_studies() -> None:
     Console().print(table)
 
 
-def _refuse_setting(given: dict[str, Any]) -> None:
-    for flag, value in given.items():
-        if value:
-            raise LoraflowError(f"`{flag}` describes a setting, and a plan or --setting names one. Leave it out.")
+def _base(sources: Sources, fusions: list[str]) -> dict[str, Any]:
+    """The base and the adapters as a setting has them; the first fusion's where nothing else is said.
 
-
-def _rows(methods: list[str], fusions: list[str]) -> dict[str, Any]:
-    if not methods and not fusions:
-        raise LoraflowError("There is nothing to compare. Give a plan or study, --methods, or --fusions.")
-    rows: dict[str, Any] = {Path(fusion).name: {"fusion": fusion} for fusion in fusions}
-    if len(rows) < len(fusions):
-        raise LoraflowError("Two of --fusions end in the same name. Name them in a plan.")
-    for method in methods:
-        if method in rows:
-            raise LoraflowError(f"`--methods` and --fusions both have a row {method!r}. Name them in a plan.")
-    return {**{method: method for method in methods}, **rows}
-
-
-def _setting(
-    own: dict[str, Any],
-    fusions: list[str],
-    names: list[str],
-    task: dict[str, Any],
-    test: Path | None,
-    scorer: str | None,
-    chat: bool,
-) -> dict[str, Any]:
-    """The setting that single flags describe."""
+    Raises:
+        LoraflowError: if there are none.
+    """
+    placement = sources.placement
+    own: dict[str, Any] = {
+        "base": sources.base,
+        "adapters": sources.adapters(),
+        "revision": placement.revision,
+        "dtype": placement.dtype,
+        "quantization": placement.quantization,
+    }
     if fusions:
         # All rows are asked in the format that the fusions were made for: else prompts would be compared, not methods.
-        own = {**own, "prompt": _prompt_of(fusions)}
+        own["prompt"] = _prompt_of(fusions)
     if fusions and (own["base"] is None or not own["adapters"]):
         own = {**own, **{key: value for key, value in _of_fusion(fusions[0]).items() if not own[key]}}
     for key, flag in (("base", "--base"), ("adapters", "--lora-modules")):
         if not own[key]:
             raise LoraflowError(f"`{flag}` is missing. Give --base and --lora-modules, --fusions, or a --setting.")
-    if test is None and not names:
-        raise LoraflowError("There is no task. Give --tasks of lm-evaluation-harness, or --test with a --scorer.")
-    task = {key: str(value) if isinstance(value, Path) else value for key, value in task.items() if value is not None}
-    tasks: dict[str, Any] = {name: {**task, "harness": name, "chat": chat} for name in names}
-    if test is not None:
-        tasks[test.stem] = {**task, "test": str(test), "scorer": scorer}
-    return {**{key: value for key, value in own.items() if value is not None}, "tasks": tasks}
+    return _known(**own)
 
 
 def _of_fusion(fusion: str) -> dict[str, Any]:
@@ -307,45 +297,13 @@ def _prompt_of(fusions: list[str]) -> dict[str, Any]:
     return formats[0].model_dump(exclude_none=True)
 
 
-def _plan(content: dict[str, Any]) -> Plan:
+def _made(content: dict[str, Any]) -> Plan:
     from loraflow.evaluation.compare.plan import make_plan
 
-    return make_plan({key: value for key, value in content.items() if value is not None}, Path.cwd() / "command line")
+    return make_plan(content, Path.cwd() / "command line")
 
 
-def _read(
-    plan: str | None, setting: str | None, methods: list[str], fusions: list[str], changes: dict[str, Any]
-) -> Plan:
-    from loraflow.errors import did_you_mean
-    from loraflow.evaluation.compare.plan import read_plan
-
-    if plan is None:
-        return _plan({"setting": setting, "methods": _rows(methods, fusions), **changes})
-    read = read_plan(plan, setting=setting, **changes)
-    rows = dict(read.methods)
-    for name in methods:
-        if name not in rows:
-            raise LoraflowError(f"The plan {plan!r} has no row {name!r}. {did_you_mean(name, rows)}")
-    # In the order in which they were asked for: the last is the reference where nothing else is.
-    kept = {name: rows[name] for name in methods} if methods else rows
-    if fusions:
-        raise LoraflowError("`--fusions` are rows, and a plan names its own. Add them there.")
-    if changes["reference"] is not None and read.reference not in kept:
-        raise LoraflowError(f"`--reference` (={read.reference!r}) is not among --methods. Name it there too.")
-    reference = read.reference if read.reference in kept else None
-    return read.model_copy(update={"methods": kept, "reference": reference})
-
-
-def _run(
-    plan: Plan,
-    output: Path,
-    workers: int,
-    device: str | None,
-    allow_code: bool,
-    rescore: bool,
-    report: bool,
-    overwrite: bool,
-) -> None:
+def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring) -> None:
     from rich.console import Console
 
     from loraflow.evaluation.compare.comparison import Options, identities, open_comparison
@@ -356,12 +314,13 @@ def _run(
 
     console = Console(stderr=True)
     failed = 0
-    if rescore:
+    allow_code = measuring.allow_code
+    if measuring.rescore:
         console.print(f"scores changed in {score_anew(plan, output, allow_code=allow_code)} cells")
-    elif not report:
-        options = Options(device=device, workers=workers, allow_code=allow_code)
+    elif not measuring.report:
+        options = Options(device=device, workers=measuring.workers, allow_code=allow_code)
         try:
-            failed = measure(plan, output, options=options, overwrite=overwrite, console=console)
+            failed = measure(plan, output, options=options, overwrite=measuring.overwrite, console=console)
         except KeyboardInterrupt:
             console.print("What is finished is kept. The same command goes on.")
             raise

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli import options as o
+from loraflow.cli.sources import MethodOptions
+from loraflow.cli.values import parse_method_options
 from loraflow.errors import SandboxError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for the fusion, the data and every answer.")] = Path(
         "loraflow-demo"
     ),
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
+    method_option: MethodOptions = [],  # noqa: B006 (typer reads the default)
     seed: Annotated[int, typer.Option(help="Of the examples' order while fitting.")] = 0,
     problems: Annotated[int, typer.Option(min=1, max=500, help="How many of the 500 test problems to answer.")] = 500,
     allow_code: Annotated[
@@ -56,7 +57,7 @@ def demo(
         check_available()
     console = Console()
     run.write_task(chosen, output / "data")
-    method = get_method("lora-flow", chosen.adapters, o.parse_method_options(method_option))
+    method = get_method("lora-flow", chosen.adapters, parse_method_options(method_option))
     model = run.load_task_model(chosen, method)
     console.print(f"[bold]{task}[/]: {chosen.skill} asked and answered in {chosen.language}, from two adapters:")
     console.print(f"  {chosen.adapters[0]} (chat, no {chosen.skill}) and {chosen.adapters[1]} (English {chosen.skill})")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraflow.cli import options as o
-from loraflow.cli import training_options as t
+from loraflow.cli.groups import panel, with_groups
+from loraflow.cli.recipe import Overwrite
+from loraflow.cli.sources import FusionSource
+from loraflow.cli.texts import FieldNames
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
@@ -16,11 +19,21 @@ if TYPE_CHECKING:
 
 _FORMATS = ("peft",)
 _DTYPES = ("float32", "bfloat16", "float16")
-_MEAN = "Dynamic fusions"
+_mean = panel("Dynamic fusions")
 
 
+@dataclass(frozen=True)
+class MeanFields(FieldNames):
+    """The fields of the examples that weights are averaged on."""
+
+    prompt_field: Annotated[str | None, _mean("--prompt-field", help="Field of the examples that is the prompt.")] = (
+        None
+    )
+    completion_field: Annotated[str | None, _mean("--completion-field", help="Field that is the completion.")] = None
+
+
+@with_groups
 def export(
-    fusion: o.Fusion = None,
     *,
     to: Annotated[str, typer.Option("--to", help="Format: peft.")] = "peft",
     output: Annotated[Path, typer.Option("--output", help="Directory for the adapter.")],
@@ -33,33 +46,18 @@ def export(
     adapter_dtype: Annotated[
         str, typer.Option("--adapter-dtype", help="Precision of the saved adapter: float32, bfloat16, float16.")
     ] = "float32",
-    overwrite: o.Overwrite = False,
+    overwrite: Overwrite = False,
     mean_weights_on: Annotated[
         Path | None,
-        typer.Option(
+        _mean(
             "--mean-weights-on",
             help="Export the mean of a dynamic fusion's weights on these examples (JSON lines, as for fit), and print "
             "the loss with it and with the fusion.",
-            rich_help_panel=_MEAN,
         ),
     ] = None,
-    prompt_field: Annotated[
-        str | None,
-        typer.Option("--prompt-field", help="Field of the examples that is the prompt.", rich_help_panel=_MEAN),
-    ] = None,
-    completion_field: Annotated[
-        str | None,
-        typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=_MEAN),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward.", rich_help_panel=_MEAN)] = 4,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    names: MeanFields,
+    batch_size: Annotated[int, _mean(min=1, help="Examples in a forward.")] = 4,
+    source: FusionSource,
 ) -> None:
     """Write a fusion as one ordinary PEFT adapter, for PEFT, transformers, vLLM and whatever else loads adapters.
 
@@ -79,7 +77,7 @@ def export(
         raise LoraflowError(f"`--to` is unknown: {to!r}. {did_you_mean(to, _FORMATS)}")
     if adapter_dtype not in _DTYPES:
         raise LoraflowError(f"`--adapter-dtype` is unknown: {adapter_dtype!r}. {did_you_mean(adapter_dtype, _DTYPES)}")
-    fields = t.fields(prompt_field, completion_field)
+    fields = names.fields()
     if fields is not None and mean_weights_on is None:
         raise LoraflowError("`--prompt-field` names a field of `--mean-weights-on`, which is missing. Give it too.")
     examples = None if mean_weights_on is None else read_examples(mean_weights_on, fields)
@@ -89,8 +87,7 @@ def export(
     from loraflow.export import export_peft
 
     console = Console(stderr=True)
-    placement = o.Placement(revision, dtype, device, quantization)
-    model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
+    model = source.open()
     report = export_peft(
         model,
         output,

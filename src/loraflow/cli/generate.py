@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from loraflow.cli import options as o
+from loraflow.cli.groups import with_groups
+from loraflow.cli.sources import FusionSource
 from loraflow.errors import LoraflowError
 
 
+@with_groups
 def generate(
-    fusion: o.Fusion = None,
+    *,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="The question. Without it and --data, standard input is read.")
     ] = None,
@@ -32,14 +34,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts of --data answered together.")] = 16,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    source: FusionSource,
 ) -> None:
     """Answer prompts with a fusion; one answer is streamed as it comes.
 
@@ -47,8 +42,7 @@ def generate(
     `--method base`; without a fusion: `--base B --lora-modules zh=path math=path --method average`.
     """
     records = _read_prompts(data, prompt_field) if data is not None else []
-    placement = o.Placement(revision, dtype, device, quantization)
-    model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
+    model = source.open()
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
 
     from transformers import set_seed

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli import options as o
-from loraflow.cli import training_options as t
+from loraflow.cli.groups import Given, options_of, panel, with_groups
+from loraflow.cli.sources import DTYPES, FusionSource, MethodChoice, Sources
+from loraflow.cli.texts import FieldNames
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
@@ -17,47 +19,51 @@ if TYPE_CHECKING:
 
     from loraflow.adapters import Adapter
     from loraflow.analysis.weights import WeightStatistics, WeightSummary
+    from loraflow.bases import BaseOptions
 
-_STATS = "How it weighs (--stats, which loads the base)"
+_stat = panel("How it weighs (--stats, which loads the base)")
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "bnb-8bit": 1.0, "bnb-4bit": 0.55}
 
 
+@dataclass(frozen=True)
+class StatsFields(FieldNames):
+    """The fields of the examples that are weighed."""
+
+    prompt_field: Annotated[str | None, _stat("--prompt-field", help="Field that is the prompt.")] = None
+    completion_field: Annotated[str | None, _stat("--completion-field", help="Field that is the completion.")] = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How a fusion weighs its adapters on examples: which, and what is shown."""
+
+    data: Annotated[Path | None, _stat("--data", help="JSON lines of prompts and completions, as for fit.")] = None
+    examples: Annotated[int | None, _stat("--examples", min=1, help="Only the first so many.  [default: all]")] = None
+    modules: Annotated[bool, _stat("--modules", help="Every module's gate, where each has one.")] = False
+    json_file: Annotated[Path | None, _stat("--json", help="Write the numbers there.")] = None
+    names: StatsFields = field(default_factory=StatsFields)
+    batch_size: Annotated[int, _stat(min=1, help="Examples in a forward.")] = 8
+
+    def read(self) -> list[Any]:
+        """The examples.
+
+        Raises:
+            LoraflowError: if there is no file of them.
+        """
+        from loraflow.examples import read_examples
+
+        if self.data is None:
+            raise LoraflowError("`--stats` reads examples. Give --data, a file of JSON lines of prompt and completion.")
+        return read_examples(self.data, self.names.fields())[: self.examples]
+
+
+@with_groups
 def info(
-    fusion: o.Fusion = None,
     *,
-    stats: Annotated[
-        bool,
-        typer.Option("--stats", help="Report the weights on --data, and gates that collapsed.", rich_help_panel=_STATS),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="JSON lines of prompts and completions, as for fit.", rich_help_panel=_STATS),
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option("--examples", min=1, help="Only the first so many.  [default: all]", rich_help_panel=_STATS),
-    ] = None,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="Every module's gate, where each has one.", rich_help_panel=_STATS)
-    ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers there.", rich_help_panel=_STATS)
-    ] = None,
-    prompt_field: Annotated[
-        str | None, typer.Option("--prompt-field", help="Field that is the prompt.", rich_help_panel=_STATS)
-    ] = None,
-    completion_field: Annotated[
-        str | None, typer.Option("--completion-field", help="Field that is the completion.", rich_help_panel=_STATS)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward.", rich_help_panel=_STATS)] = 8,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    given: Given,
+    stats: Annotated[bool, _stat("--stats", help="Report the weights on --data, and gates that collapsed.")] = False,
+    statistics: Statistics,
+    source: FusionSource,
 ) -> None:
     """Check which adapters fit a base, and count parameters and memory, without loading the base's weights.
 
@@ -67,36 +73,16 @@ def info(
     Examples: `loraflow info zh-math`; `loraflow info --base B --lora-modules zh=path math=path`;
     `loraflow info zh-math --stats --data dev.jsonl`
     """  # noqa: DOC501 (it is the --help text)
-    of_stats = {
-        "--data": data,
-        "--examples": examples,
-        "--modules": modules,
-        "--json": json_file,
-        "--prompt-field": prompt_field,
-        "--method": method,
-        "--method-option": method_option,
-    }
-    for flag, value in of_stats.items():
-        if value and not stats:
-            raise LoraflowError(f"`{flag}` belongs to --stats. Say --stats too.")
-    if stats and data is None:
-        raise LoraflowError("`--stats` reads examples. Give --data, a file of JSON lines of prompt and completion.")
-    read = _read(data, prompt_field, completion_field)[:examples] if data is not None else []
-    _describe(fusion, base, lora_modules, revision, dtype, quantization)
+    idle = () if stats else (*options_of(Statistics), *options_of(MethodChoice), "device")
+    for flag in given.flags(idle):
+        raise LoraflowError(f"`{flag}` belongs to --stats. Say --stats too.")
+    examples = statistics.read() if stats else []
+    _describe(source.fusion, source.sources)
     if stats:
-        placement = o.Placement(revision, dtype, device, quantization)
-        model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
-        _show_statistics(model, read, batch_size, json_file, modules=modules)
+        _show_statistics(source.open(), examples, statistics)
 
 
-def _describe(
-    fusion: str | None,
-    base: str | None,
-    lora_modules: Sequence[str],
-    revision: str | None,
-    dtype: str,
-    quantization: str | None,
-) -> None:
+def _describe(fusion: str | None, given: Sources) -> None:
     """Print what can be said without the base's weights.
 
     Raises:
@@ -109,18 +95,19 @@ def _describe(
     from loraflow.errors import AdapterError
 
     console = Console()
+    options = given.placement.options()
     if fusion is not None:
-        base, sources = _describe_fusion(fusion, base, o.parse_adapters(lora_modules), console)
+        base, sources = _describe_fusion(fusion, given.base, given.adapters(), console)
     else:
-        if base is None or not lora_modules:
+        if given.base is None or not given.lora_modules:
             raise LoraflowError("Give a saved fusion, or --base and --lora-modules name=path ...")
-        sources = {name: AdapterSource.parse(path) for name, path in o.parse_adapters(lora_modules).items()}
+        base, sources = given.base, {name: AdapterSource.parse(path) for name, path in given.adapters().items()}
 
     from loraflow.adapters import match_adapter
     from loraflow.bases import BaseOptions, load_empty_base
     from loraflow.core.architecture import check_inside_layers, find_decoder_layers
 
-    model = load_empty_base(base, BaseOptions(revision=revision))
+    model = load_empty_base(base, BaseOptions(revision=options.revision))
     layers = find_decoder_layers(model)
     fitting: list[Adapter] = []
     refused: list[str] = []
@@ -140,7 +127,7 @@ def _describe(
         console.print("[bold red]does not fit:[/] ", end="")
         print(message)
     if fitting:
-        _count(model, layers, fitting, dtype, quantization, console)
+        _count(model, layers, fitting, options, console)
     if refused:
         raise typer.Exit(1)
 
@@ -220,18 +207,18 @@ def _adapter_table(adapters: list[Adapter], console: Console) -> None:
     console.print(table)
 
 
-def _count(
-    model: Any, layers: Any, adapters: list[Adapter], dtype: str, quantization: str | None, console: Console
-) -> None:
+def _count(model: Any, layers: Any, adapters: list[Adapter], options: BaseOptions, console: Console) -> None:
     import torch
 
     from loraflow.core.attach import attach
     from loraflow.methods import LoraFlow
 
     total = sum(parameter.numel() for parameter in model.parameters())
-    precision = str(model.config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
+    stored = str(model.config.dtype or torch.float32).removeprefix("torch.")
+    precision = stored if options.dtype == "auto" else str(options.dtype)
     if precision not in _BYTES:
-        raise LoraflowError(f"`--dtype` is unknown: {dtype!r}. {did_you_mean(dtype, o.DTYPES)}")
+        raise LoraflowError(f"`--dtype` is unknown: {precision!r}. {did_you_mean(precision, DTYPES)}")
+    quantization = None if options.quantization == "none" else options.quantization
     names = [adapter.name for adapter in adapters]
     if any(adapter.uses_dora for adapter in adapters):
         # DoRA needs the base's real weights, which are not here; its gates are counted without it.
@@ -252,15 +239,7 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _read(data: Path, prompt_field: str | None, completion_field: str | None) -> list[Any]:
-    from loraflow.examples import read_examples
-
-    return read_examples(data, t.fields(prompt_field, completion_field))
-
-
-def _show_statistics(
-    model: Any, examples: list[Any], batch_size: int, json_file: Path | None, *, modules: bool
-) -> None:
+def _show_statistics(model: Any, examples: list[Any], asked: Statistics) -> None:
     """Print how a fusion weighs its adapters on examples, and write the numbers.
 
     Raises:
@@ -275,7 +254,7 @@ def _show_statistics(
     from loraflow.analysis.weights import weight_statistics
     from loraflow.files import write_atomically
 
-    if modules and model.method.place != "module":
+    if asked.modules and model.method.place != "module":
         raise LoraflowError(
             f"`--modules` shows gates of single modules, and those of {model.method.name!r} stand at each "
             f"{model.method.place}. Leave it out."
@@ -283,12 +262,12 @@ def _show_statistics(
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("reading", total=len(examples))
         found = weight_statistics(
-            model, examples, batch_size=batch_size, on_batch=lambda count: progress.advance(task, count)
+            model, examples, batch_size=asked.batch_size, on_batch=lambda count: progress.advance(task, count)
         )
     console = Console()
     for line in _introduction(found):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(_weight_table(found, modules=modules))
+    console.print(_weight_table(found, modules=asked.modules))
     if found.prompts is not None:
         means = zip(found.adapters, found.prompts.mean.mean(dim=0).tolist(), strict=True)
         shown = ", ".join(f"{name} {mean:+.2f}" for name, mean in means)
@@ -298,9 +277,9 @@ def _show_statistics(
     for finding in findings(found):
         loud = finding.kind in ("constant", "collapsed", "unused")
         console.print(f"- {finding.text}", style="bold red" if loud else None, soft_wrap=True, markup=False)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json_file, json.dumps(report_json(found), ensure_ascii=False).encode())
+    if asked.json_file is not None:
+        asked.json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(asked.json_file, json.dumps(report_json(found), ensure_ascii=False).encode())
 
 
 def _introduction(found: WeightStatistics) -> list[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli import options as o
-from loraflow.cli import training_options as t
+from loraflow.cli.groups import panel, with_groups
+from loraflow.cli.sources import FusionSource
+from loraflow.cli.texts import FieldNames, data_option
 from loraflow.errors import DataError, LoraflowError
 
 if TYPE_CHECKING:
@@ -25,64 +25,75 @@ plot = typer.Typer(
     "each token, `transfer` what a gate does on other tasks. Needs `pip install 'loraflow[plots]'`.",
 )
 
-_FIGURE = "Figure"
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        help="The figure's file, ending in .png, .svg or .pdf; without an ending, .png and .svg are both written.",
-        rich_help_panel=_FIGURE,
-    ),
-]
-Title = Annotated[str | None, typer.Option("--title", help="Text above the figure.", rich_help_panel=_FIGURE)]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the numbers of the figure there.", rich_help_panel=_FIGURE)
-]
-Data = Annotated[
-    Path,
-    typer.Option(
-        "--data",
-        help="JSON lines with a `prompt` each (or `messages`); with --completions a `completion` too.",
-        rich_help_panel=t.DATA,
-    ),
-]
-Examples = Annotated[
-    int | None,
-    typer.Option("--examples", min=1, help="Only the first so many.  [default: all]", rich_help_panel=t.DATA),
-]
-Completions = Annotated[
-    bool,
-    typer.Option(
-        "--completions",
-        help="Read the given answers instead of generating: one forward each, which is quick, but shows the weights on "
-        "text that the fusion might not have written.",
-        rich_help_panel=t.DATA,
-    ),
-]
+_figure = panel("Figure")
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest generated answer, in tokens.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a forward.")]
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """Which answers' weights a figure shows, as the command line says it."""
+class FigureFile:
+    """Where a figure goes, and what else is written."""
 
-    data: Path
-    examples: int | None
-    completions: bool
-    prompt_field: str | None
-    completion_field: str | None
-    max_new_tokens: int
-    batch_size: int
+    output: Annotated[
+        Path,
+        _figure(
+            "--output",
+            help="The figure's file, ending in .png, .svg or .pdf; without an ending, .png and .svg are both written.",
+        ),
+    ]
+    title: Annotated[str | None, _figure("--title", help="Text above the figure.")] = None
+    json_file: Annotated[Path | None, _figure("--json", help="Write the numbers of the figure there.")] = None
 
-    def weigh(self, output: Path, open_model: Callable[[], FusedModel]) -> WeightStatistics:
-        """The statistics of a model's weights on the answers; what else is wrong is told before it is loaded."""
+    def check(self) -> None:
+        """Check, before any work, that figures can be drawn, and this one be saved."""
         from loraflow.visual.figures import check_figure_path, require_matplotlib
 
         require_matplotlib()
-        check_figure_path(output)
+        check_figure_path(self.output)
+
+    def save(self, figure: Any, numbers: dict[str, Any]) -> None:
+        """Write both, and tell the figure's files."""
+        import json
+
+        from loraflow.files import write_atomically
+        from loraflow.visual.figures import save_figure
+
+        for file in save_figure(figure, self.output):
+            print(file)
+        if self.json_file is not None:
+            self.json_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.json_file, json.dumps(numbers, ensure_ascii=False).encode())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Which answers' weights a figure shows."""
+
+    data: Annotated[
+        Path,
+        data_option(
+            "--data", help="JSON lines with a `prompt` each (or `messages`); with --completions a `completion` too."
+        ),
+    ]
+    examples: Annotated[
+        int | None, data_option("--examples", min=1, help="Only the first so many.  [default: all]")
+    ] = None
+    completions: Annotated[
+        bool,
+        data_option(
+            "--completions",
+            help="Read the given answers instead of generating: one forward each, which is quick, but shows the "
+            "weights on text that the fusion might not have written.",
+        ),
+    ] = False
+    names: FieldNames = field(default_factory=FieldNames)
+    max_new_tokens: MaxNewTokens = 256
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward.")] = 8
+
+    def weigh(self, figure: FigureFile, source: FusionSource) -> WeightStatistics:
+        """The statistics of a model's weights on the answers; what else is wrong is told before it is loaded."""
+        figure.check()
         examples = self._read()
-        return self._weigh(open_model(), examples)
+        return self._weigh(source.open(), examples)
 
     def _read(self) -> list[Any]:
         """The examples; where answers are generated, only their prompts need to be there.
@@ -93,14 +104,14 @@ class _Answers:
         from loraflow.examples import Fields, parse_example, read_examples, read_records
 
         if self.completions:
-            return read_examples(self.data, t.fields(self.prompt_field, self.completion_field))[: self.examples]
-        if self.completion_field is not None:
+            return read_examples(self.data, self.names.fields())[: self.examples]
+        if self.names.completion_field is not None:
             raise LoraflowError("`--completion-field` names what --completions reads. Say --completions too.")
         found = []
         for origin, record in read_records(self.data):
-            named = self.prompt_field is not None or not (isinstance(record, dict) and "messages" in record)
-            field = self.prompt_field or "prompt"
-            found.append(parse_example(record, origin, Fields(field, field) if named else None))
+            name = self.names.prompt_field
+            named = name is not None or not (isinstance(record, dict) and "messages" in record)
+            found.append(parse_example(record, origin, Fields(*[name or "prompt"] * 2) if named else None))
         return found[: self.examples]
 
     def _weigh(self, model: FusedModel, examples: list[Any]) -> WeightStatistics:
@@ -133,27 +144,12 @@ class _Answers:
 
 
 @plot.command()
+@with_groups
 def layers(
-    fusion: o.Fusion = None,
     *,
-    data: Data,
-    output: Output,
-    title: Title = None,
-    json_file: JsonFile = None,
-    examples: Examples = None,
-    completions: Completions = False,
-    prompt_field: t.PromptField = None,
-    completion_field: t.CompletionField = None,
-    max_new_tokens: MaxNewTokens = 256,
-    batch_size: BatchSize = 8,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    answers: Answers,
+    figure: FigureFile,
+    source: FusionSource,
 ) -> None:
     """Draw the mean weight of each adapter in every layer, with the middle 80 % of its weights (the paper's figure 3).
 
@@ -162,37 +158,20 @@ def layers(
 
     Example: `loraflow plot layers zh-math --data test.jsonl --output layers.svg`
     """
-    from loraflow.visual.figures import layers_figure, save_figure
+    from loraflow.visual.figures import layers_figure
 
-    answers = _Answers(data, examples, completions, prompt_field, completion_field, max_new_tokens, batch_size)
-    placement = o.Placement(revision, dtype, device, quantization)
-    found = answers.weigh(output, lambda: o.open_model(fusion, base, lora_modules, method, method_option, placement))
-    _report(save_figure(layers_figure(found, title), output))
-    _write_json(json_file, {**_heading("layers", found), "layers": found.layers, **found.answers.as_json()})
+    found = answers.weigh(figure, source)
+    numbers = {**_heading("layers", found), "layers": found.layers, **found.answers.as_json()}
+    figure.save(layers_figure(found, figure.title), numbers)
 
 
 @plot.command()
+@with_groups
 def decoding(
-    fusion: o.Fusion = None,
     *,
-    data: Data,
-    output: Output,
-    title: Title = None,
-    json_file: JsonFile = None,
-    examples: Examples = None,
-    completions: Completions = False,
-    prompt_field: t.PromptField = None,
-    completion_field: t.CompletionField = None,
-    max_new_tokens: MaxNewTokens = 256,
-    batch_size: BatchSize = 8,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    answers: Answers,
+    figure: FigureFile,
+    source: FusionSource,
 ) -> None:
     """Draw the mean weight of each adapter in every tenth of the answers (the paper's figure 4).
 
@@ -201,35 +180,24 @@ def decoding(
 
     Example: `loraflow plot decoding zh-math --data test.jsonl --examples 50 --output decoding`
     """
-    from loraflow.visual.figures import decoding_figure, save_figure
+    from loraflow.visual.figures import decoding_figure
 
-    answers = _Answers(data, examples, completions, prompt_field, completion_field, max_new_tokens, batch_size)
-    placement = o.Placement(revision, dtype, device, quantization)
-    found = answers.weigh(output, lambda: o.open_model(fusion, base, lora_modules, method, method_option, placement))
-    _report(save_figure(decoding_figure(found, title), output))
-    _write_json(json_file, {**_heading("decoding", found), **found.tenths.as_json()})
+    found = answers.weigh(figure, source)
+    numbers = {**_heading("decoding", found), **found.tenths.as_json()}
+    figure.save(decoding_figure(found, figure.title), numbers)
 
 
 @plot.command()
+@with_groups
 def answer(
-    fusion: o.Fusion = None,
     *,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
     given: Annotated[
         str | None, typer.Option("--answer", help="Show this answer.  [default: the one that the fusion generates]")
     ] = None,
-    output: Output,
-    title: Title = None,
-    json_file: JsonFile = None,
+    figure: FigureFile,
     max_new_tokens: MaxNewTokens = 256,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006 (typer reads the default)
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    source: FusionSource,
 ) -> None:
     """Draw each adapter's weight at every token of one answer (the paper's figure 5).
 
@@ -239,33 +207,28 @@ def answer(
     Example: `loraflow plot answer zh-math --prompt "..." --output answer.png`
     """
     from loraflow.cli.trace import trace_answer
-    from loraflow.visual.figures import answer_figure, check_figure_path, require_matplotlib, save_figure
+    from loraflow.visual.figures import answer_figure
 
-    require_matplotlib()
-    check_figure_path(output)
-    placement = o.Placement(revision, dtype, device, quantization)
-    model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
-    traced = trace_answer(model, prompt, given, max_new_tokens)
-    _report(save_figure(answer_figure(traced, title=title), output))
+    figure.check()
+    traced = trace_answer(source.open(), prompt, given, max_new_tokens)
     answered = slice(traced.prompt_length, None)
-    content = {
+    numbers = {
         "figure": "answer",
         "adapters": traced.adapters,
         "tokens": traced.tokens[0][answered],
         "weights": traced.token_weights()[answered].tolist(),
     }
-    _write_json(json_file, content)
+    figure.save(answer_figure(traced, title=figure.title), numbers)
 
 
 @plot.command()
+@with_groups
 def transfer(
+    *,
     report: Annotated[
         Path, typer.Argument(help="What `loraflow compare` wrote: its report.json, or the directory with it.")
     ],
-    *,
-    output: Output,
-    title: Title = None,
-    json_file: JsonFile = None,
+    figure: FigureFile,
 ) -> None:
     """Draw what gates that were fitted on one task gain on all tasks, over the comparison's reference (figure 6).
 
@@ -273,22 +236,13 @@ def transfer(
 
     Example: `loraflow plot transfer results/report.json --output transfer.svg`
     """
-    from dataclasses import asdict
+    from loraflow.visual.figures import transfer_figure, transfer_gains
 
-    from loraflow.visual.figures import (
-        check_figure_path,
-        require_matplotlib,
-        save_figure,
-        transfer_figure,
-        transfer_gains,
-    )
-
-    require_matplotlib()
-    check_figure_path(output)
+    figure.check()
     content = _read_report(report)
-    _report(save_figure(transfer_figure(content, title), output))
+    drawn = transfer_figure(content, figure.title)
     gains = [{**asdict(gain), "own": gain.own} for gain in transfer_gains(content)]
-    _write_json(json_file, {"figure": "transfer", "reference": content["reference"], "gains": gains})
+    figure.save(drawn, {"figure": "transfer", "reference": content["reference"], "gains": gains})
 
 
 def _read_report(path: Path) -> Any:
@@ -310,18 +264,3 @@ def _read_report(path: Path) -> Any:
 
 def _heading(figure: str, found: WeightStatistics) -> dict[str, Any]:
     return {"figure": figure, "method": found.method, "adapters": found.adapters, "examples": found.examples}
-
-
-def _report(files: list[Path]) -> None:
-    for file in files:
-        print(file)
-
-
-def _write_json(path: Path | None, content: Any) -> None:
-    import json
-
-    from loraflow.files import write_atomically
-
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())

@@ -7,18 +7,24 @@ import os
 import shlex
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraflow.cli import options as o
+from loraflow.cli.groups import Given, options_of, panel, with_groups
+from loraflow.cli.sources import Sources
 from loraflow.errors import LoraflowError
+from loraflow.serving.config import EngineLimits, ServerConfig
 
-_NETWORK = "Network"
-_LIMITS = "Limits"
-_LOADING = "Loading while it runs"
-_VLLM = "vLLM (--engine vllm)"
+if TYPE_CHECKING:
+    from loraflow.serving.catalog import Catalog
+
+_network = panel("Network")
+_limit = panel("Limits")
+_loading = panel("Loading while it runs")
+_vllm = panel("vLLM (--engine vllm)")
 
 
 class Engine(enum.StrEnum):
@@ -28,8 +34,114 @@ class Engine(enum.StrEnum):
     VLLM = "vllm"
 
 
+@dataclass(frozen=True)
+class Network:
+    """Where requests come in, and who may send them."""
+
+    host: Annotated[str, _network("--host")] = "127.0.0.1"
+    port: Annotated[int, _network("--port", min=0, max=65535)] = 8000
+    api_key: Annotated[
+        list[str],
+        _network(
+            "--api-key",
+            help="Requests must bring one of these; better in LORAFLOW_API_KEY, where no process list shows them.",
+            envvar="LORAFLOW_API_KEY",
+            show_default=False,
+        ),
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the server does at once, and what may be loaded into it."""
+
+    max_requests: Annotated[int, _limit(help="Answers in a batch at the same time.")] = EngineLimits.requests
+    max_waiting: Annotated[int, _limit(help="Answers at the same time, those that wait included; more get a 429.")] = (
+        ServerConfig.max_waiting
+    )
+    max_new_tokens: Annotated[int, _limit(help="Longest answer.")] = ServerConfig.max_new_tokens
+    cache_tokens: Annotated[int, _limit(help="Tokens in the cache, of all answers together.")] = (
+        EngineLimits.cache_tokens
+    )
+    batch_tokens: Annotated[int, _limit(help="Tokens in one step; longer prompts are read in several.")] = (
+        EngineLimits.batch_tokens
+    )
+    timeout_s: Annotated[float, _limit("--timeout", help="Longest time of a request, in seconds.")] = (
+        ServerConfig.timeout_s
+    )
+    admin_key: Annotated[
+        list[str],
+        _loading(
+            "--admin-key",
+            help="Allows /v1/load_lora_adapter and /v1/unload_lora_adapter; better in LORAFLOW_ADMIN_KEY.",
+            envvar="LORAFLOW_ADMIN_KEY",
+            show_default=False,
+        ),
+    ] = field(default_factory=list)
+    load_from: Annotated[
+        list[Path],
+        _loading(
+            "--load-from",
+            help="A folder whose adapters and fusions may be loaded; give it again for more.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What is for vLLM alone."""
+
+    vllm_args: Annotated[str, _vllm(help="Further options of `vllm serve`, in one word.", metavar="'--OPTION ...'")] = (
+        ""
+    )
+    request_weights: Annotated[
+        bool, _vllm("--request-weights", help="Let requests bring weights of their own (vllm_xargs).")
+    ] = False
+    unverified: Annotated[
+        bool, _vllm("--unverified", help="Serve what has not been compared with transformers too.")
+    ] = False
+    print_command: Annotated[bool, _vllm("--print-command", help="Print vLLM's command instead of running it.")] = False
+
+    def command(self, fusions: Mapping[str, str], sources: Sources, network: Network) -> list[str]:
+        """The command that starts vLLM's server; options that `--vllm-args` names are its.
+
+        Raises:
+            LoraflowError: if there is not exactly one fusion.
+        """
+        from loraflow.serving.vllm.command import vllm_command
+
+        if len(fusions) != 1:
+            raise LoraflowError(f"vLLM serves one fusion at a time; {len(fusions)} were given. Give one.")
+        ((name, path),) = fusions.items()
+        arguments = shlex.split(self.vllm_args)
+        own = {argument.partition("=")[0] for argument in arguments}
+        composed = {
+            "--served-model-name": name,
+            "--host": network.host,
+            "--port": str(network.port),
+            "--revision": sources.placement.revision,
+            "--dtype": None if sources.placement.dtype == "auto" else sources.placement.dtype,
+        }
+        for option, value in composed.items():
+            if value is not None and option not in own:
+                arguments += [option, value]
+        return vllm_command(
+            path,
+            arguments,
+            base=sources.base,
+            adapters=sources.adapters(),
+            request_weights=self.request_weights,
+            unverified=self.unverified,
+        )
+
+
+@with_groups
 def serve(
-    context: typer.Context,
+    *,
+    given: Given,
     fusions: Annotated[
         list[str] | None,
         typer.Argument(
@@ -38,92 +150,17 @@ def serve(
             metavar="[FUSION]...",
         ),
     ] = None,
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006 (typer reads the default)
+    sources: Sources,
     served_model_name: Annotated[
         str | None, typer.Option("--served-model-name", help="What requests call the base.  [default: its name]")
     ] = None,
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
-    host: Annotated[str, typer.Option("--host", rich_help_panel=_NETWORK)] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, rich_help_panel=_NETWORK)] = 8000,
-    api_key: Annotated[
-        list[str],
-        typer.Option(
-            "--api-key",
-            help="Requests must bring one of these; better in LORAFLOW_API_KEY, where no process list shows them.",
-            envvar="LORAFLOW_API_KEY",
-            rich_help_panel=_NETWORK,
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006 (typer reads the default)
-    max_requests: Annotated[
-        int, typer.Option(help="Answers in a batch at the same time.", rich_help_panel=_LIMITS)
-    ] = 32,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            help="Answers at the same time, those that wait included; more get a 429.", rich_help_panel=_LIMITS
-        ),
-    ] = 256,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", rich_help_panel=_LIMITS)] = 1024,
-    cache_tokens: Annotated[
-        int, typer.Option(help="Tokens in the cache, of all answers together.", rich_help_panel=_LIMITS)
-    ] = 16384,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Tokens in one step; longer prompts are read in several.", rich_help_panel=_LIMITS)
-    ] = 512,
-    timeout_s: Annotated[
-        float, typer.Option("--timeout", help="Longest time of a request, in seconds.", rich_help_panel=_LIMITS)
-    ] = 600.0,
-    admin_key: Annotated[
-        list[str],
-        typer.Option(
-            "--admin-key",
-            help="Allows /v1/load_lora_adapter and /v1/unload_lora_adapter; better in LORAFLOW_ADMIN_KEY.",
-            envvar="LORAFLOW_ADMIN_KEY",
-            rich_help_panel=_LOADING,
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006
-    load_from: Annotated[
-        list[Path],
-        typer.Option(
-            "--load-from",
-            help="A folder whose adapters and fusions may be loaded; give it again for more.",
-            rich_help_panel=_LOADING,
-            exists=True,
-            file_okay=False,
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006
+    network: Network,
+    limits: Limits,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log too.")] = False,
     engine: Annotated[
         Engine, typer.Option("--engine", help="Answer here, or start vLLM's own server on one fusion.")
     ] = Engine.LORAFLOW,
-    vllm_args: Annotated[
-        str,
-        typer.Option(
-            help="Further options of `vllm serve`, in one word.", rich_help_panel=_VLLM, metavar="'--OPTION ...'"
-        ),
-    ] = "",
-    request_weights: Annotated[
-        bool,
-        typer.Option(
-            "--request-weights", help="Let requests bring weights of their own (vllm_xargs).", rich_help_panel=_VLLM
-        ),
-    ] = False,
-    unverified: Annotated[
-        bool,
-        typer.Option(
-            "--unverified", help="Serve what has not been compared with transformers too.", rich_help_panel=_VLLM
-        ),
-    ] = False,
-    print_command: Annotated[
-        bool, typer.Option("--print-command", help="Print vLLM's command instead of running it.", rich_help_panel=_VLLM)
-    ] = False,
+    vllm: VllmOptions,
 ) -> None:
     """Serve fusions over one base, as OpenAI's API does; requests of all of them run in the same batch.
 
@@ -134,57 +171,47 @@ def serve(
     `loraflow serve --base B --lora-modules zh=path math=path`; `loraflow serve zh-math --engine vllm`
     """  # noqa: DOC501 (it is the --help text)
     named = _named(fusions or [])
-    given = _given(context)
     _check_engine(engine, given)
     if engine is Engine.VLLM:
-        _become_vllm(
-            _vllm_command(
-                named,
-                base,
-                o.parse_adapters(lora_modules),
-                {
-                    "--host": host,
-                    "--port": str(port),
-                    "--revision": revision,
-                    "--dtype": None if dtype == "auto" else dtype,
-                },
-                shlex.split(vllm_args),
-                request_weights=request_weights,
-                unverified=unverified,
-            ),
-            api_key,
-            only_print=print_command,
-        )
+        _become_vllm(vllm.command(named, sources, network), network.api_key, only_print=vllm.print_command)
         return
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from loraflow.serving.app import make_app
+        from loraflow.serving.app import make_app  # noqa: F401
     except ImportError as error:
         raise LoraflowError(f"Serving needs some packages ({error}): pip install 'loraflow[serve]'") from error
+    from loraflow.serving.catalog import Catalog
 
+    config = ServerConfig(
+        limits=EngineLimits(
+            requests=limits.max_requests, batch_tokens=limits.batch_tokens, cache_tokens=limits.cache_tokens
+        ),
+        api_keys=tuple(network.api_key),
+        max_waiting=limits.max_waiting,
+        max_new_tokens=limits.max_new_tokens,
+        timeout_s=limits.timeout_s,
+        log_prompts=log_prompts,
+        admin_keys=tuple(limits.admin_key),
+        load_from=tuple(limits.load_from),
+    )
+    listener = _listen(network.host, network.port)
+    catalog = Catalog.open(
+        sources.base, sources.adapters(), named, base_id=served_model_name, options=sources.placement.options()
+    )
+    _answer(catalog, config, listener)
+
+
+def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> None:
+    """Answer requests until the process is told to end."""
     import logging
     import signal
 
-    from loraflow.serving.catalog import Catalog
-    from loraflow.serving.engine import Limits
-    from loraflow.serving.service import ServerConfig, Service
+    import uvicorn
 
-    placement = o.Placement(revision, dtype, device, quantization)
-    config = ServerConfig(
-        limits=Limits(requests=max_requests, batch_tokens=batch_tokens, cache_tokens=cache_tokens),
-        api_keys=tuple(api_key),
-        max_waiting=max_waiting,
-        max_new_tokens=max_new_tokens,
-        timeout_s=timeout_s,
-        log_prompts=log_prompts,
-        admin_keys=tuple(admin_key),
-        load_from=tuple(load_from),
-    )
-    listener = _listen(host, port)
-    catalog = Catalog.open(
-        base, o.parse_adapters(lora_modules), named, base_id=served_model_name, options=placement.options()
-    )
+    from loraflow.serving.app import make_app
+    from loraflow.serving.service import Service
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("loraflow.serving").setLevel(logging.INFO)
     for served in catalog.served.values():
@@ -241,53 +268,20 @@ def _named(fusions: list[str]) -> dict[str, str]:
     return named
 
 
-_BOTH = {"fusions", "base", "lora_modules", "revision", "dtype", "host", "port", "api_key", "engine"}
-_ONLY_VLLM = {"vllm_args", "request_weights", "unverified", "print_command"}
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The parameters that are on the command line, rather than at their defaults or from the environment."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _check_engine(engine: Engine, given: set[str]) -> None:
+def _check_engine(engine: Engine, given: Given) -> None:
     """Refuse options that the engine would not heed.
 
     Raises:
         LoraflowError: if there are.
     """
-    other = given & _ONLY_VLLM if engine is Engine.LORAFLOW else given - _BOTH - _ONLY_VLLM
-    for name in sorted(other):
-        flag = "--" + {"timeout_s": "timeout"}.get(name, name).replace("_", "-")
-        if engine is Engine.LORAFLOW:
+    of_vllm = options_of(VllmOptions)
+    if engine is Engine.LORAFLOW:
+        for flag in given.flags(of_vllm):
             raise LoraflowError(f"`{flag}` is for vLLM. Say --engine vllm too, or leave it out.")
+        return
+    both = {"fusions", "engine", *options_of(Network), *options_of(Sources)} - {"device", "quantization"}
+    for flag in given.flags(set(given.names) - both - set(of_vllm)):
         raise LoraflowError(f"`{flag}` is for loraflow's own engine. Leave it out; vLLM's options go into --vllm-args.")
-
-
-def _vllm_command(
-    fusions: Mapping[str, str],
-    base: str | None,
-    adapters: Mapping[str, str],
-    options: Mapping[str, str | None],
-    extra_args: list[str],
-    *,
-    request_weights: bool,
-    unverified: bool,
-) -> list[str]:
-    from loraflow.serving.vllm.command import vllm_command
-
-    if len(fusions) != 1:
-        raise LoraflowError(f"vLLM serves one fusion at a time; {len(fusions)} were given. Give one.")
-    ((name, path),) = fusions.items()
-    given = {argument.partition("=")[0] for argument in extra_args}
-    composed = {"--served-model-name": name, **options}
-    for option, value in composed.items():
-        if value is not None and option not in given:
-            extra_args += [option, value]
-    return vllm_command(
-        path, extra_args, base=base, adapters=adapters, request_weights=request_weights, unverified=unverified
-    )
 
 
 def _become_vllm(command: list[str], api_keys: list[str], *, only_print: bool) -> None:

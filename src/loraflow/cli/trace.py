@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli import options as o
+from loraflow.cli.groups import with_groups
+from loraflow.cli.sources import FusionSource
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     _Other = tuple[FusionMethod, Mapping[str, Tensor]]
 
 
+@with_groups
 def trace(
-    fusion: o.Fusion = None,
     *,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
     answer: Annotated[
@@ -47,14 +48,7 @@ def trace(
         Path | None, typer.Option("--json", help="Write tokens and all weights (seq, layers, adapters) there.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.")] = 256,
-    method: o.Method = None,
-    method_option: o.MethodOptions = [],  # noqa: B006
-    base: o.Base = None,
-    lora_modules: o.LoraModules = [],  # noqa: B006
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    quantization: o.Quantization = None,
+    source: FusionSource,
 ) -> None:
     """Colour each token by the adapter that dominates it.
 
@@ -64,9 +58,8 @@ def trace(
     for flag, path in {"--html": html_file, "--json": json_file}.items():
         if path is not None:
             _check_file(flag, path)
-    placement = o.Placement(revision, dtype, device, quantization)
-    model = o.open_model(fusion, base, lora_modules, method, method_option, placement)
-    own = method or model.method.name
+    model = source.open()
+    own = source.choice.method or model.method.name
     others = _compared(model, own, compare)
 
     from rich.console import Console
@@ -87,7 +80,11 @@ def trace(
     if html_file is not None:
         from loraflow.visual.explorer import save_explorer
 
-        save_explorer(traces, html_file, title=f"Fusion weights: {Path(fusion).name}" if fusion else "Fusion weights")
+        save_explorer(
+            traces,
+            html_file,
+            title=f"Fusion weights: {Path(source.fusion).name}" if source.fusion else "Fusion weights",
+        )
         print(f"Wrote {html_file}; open it in a browser.")
 
 
@@ -121,6 +118,7 @@ def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, _O
     Raises:
         LoraflowError: if one has no weights, is named twice, or would have to be fitted.
     """
+    from loraflow.methods import get_method
     from loraflow.saved.storage import CONFIG_FILE
 
     found: dict[str, _Other] = {}
@@ -136,7 +134,7 @@ def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, _O
         if name == own or name in found:
             which = "the method that is traced anyway" if name == own else "a method twice"
             raise LoraflowError(f"`--compare` names {name!r}, {which}. Leave it out.")
-        method = o.resolve_method(name, model.adapter_names, [])
+        method = get_method(name, model.adapter_names)
         if method.learns:
             raise LoraflowError(
                 f"`--compare` names {name!r}, which must be fitted first, and what is opened here is {own!r}. Compare "

@@ -265,7 +265,7 @@ class CodeTests:
         if not self.allow_code:
             raise SandboxError(
                 "The scorer 'code-tests' runs programs that a model wrote. If you want that on this machine, in a "
-                "sandbox, say so: `get_scorer('code-tests', allow_code=True)`, or `--allow-code` on the command line."
+                "sandbox, say so: `allow_code=True`."
             )
 
     def check(self, example: Record) -> None:

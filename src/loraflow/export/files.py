@@ -116,9 +116,7 @@ def checked_target(model: FusedModel, directory: Path, overwrite: bool) -> Path:
     if found and not found & {CONFIG_FILE, WEIGHTS_FILE}:
         raise LoraflowError(f"{directory} holds {sorted(found)[0]!r} and no adapter. Give a new or an empty directory.")
     if found and not overwrite:
-        raise LoraflowError(
-            f"{directory} holds an adapter already. Give another directory, or say `overwrite` (--overwrite)."
-        )
+        raise LoraflowError(f"{directory} holds an adapter already. Give another directory, or say `overwrite=True`.")
     return target
 
 

@@ -108,8 +108,8 @@ def constant_weights(model: FusedModel) -> Weights:
         each = "token" if method.level == "token" else "prompt"
         raise MethodError(
             f"The method {method.name!r} weighs every {each} anew, and an adapter's weights are constant: no adapter "
-            "is this fusion. Export the mean of its weights on examples of the task (`mean_weights_on`, "
-            "--mean-weights-on data.jsonl), or use it as it is."
+            "is this fusion. Export the mean of its weights on examples of the task "
+            "(`mean_weights_on=examples`), or use it as it is."
         )
     if not model.gates:
         raise MethodError("The method in use is 'base', which has no fusion weights: there is nothing to export.")
@@ -149,7 +149,7 @@ def _export_mean(
     if model.method.level == "task":
         raise MethodError(
             f"The weights of the method {model.method.name!r} are constant as they are. "
-            "Leave `mean_weights_on` (--mean-weights-on) out."
+            "Leave `mean_weights_on=...` out."
         )
     data = tokenize(examples, require_tokenizer(model.tokenizer), model.prompt, longest_example(model))
     batches = split_batches(data, batch_size)

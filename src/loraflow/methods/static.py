@@ -97,8 +97,8 @@ class Static(Method):
         if not self.weights:
             example = json.dumps(dict.fromkeys(adapters, 0.5))
             raise MethodError(
-                f"`static` needs `weights`, by adapter name. Give them, as in Static({example}) or --method-option "
-                f"'weights={example}', or take 'base' or 'average'."
+                f"`static` needs `weights`, by adapter name. Give them, as in `weights={example}`, "
+                "or take 'base' or 'average'."
             )
         if isinstance(self.weights, Sequence) and not isinstance(self.weights, str):
             for layer in self.weights:

@@ -30,7 +30,7 @@ def check_admin_key(given: bytes, service: Service) -> None:
     """
     keys = service.config.admin_keys
     if not keys:
-        message = "Nothing can be loaded or unloaded: the server was started without --admin-key."
+        message = "Nothing can be loaded or unloaded: the server was started without an admin key."
         raise ApiError(403, message, kind="permission_error")
     if not is_key(given, keys):
         message = "Loading and unloading need the admin key. Send it as `Authorization: Bearer KEY`."
@@ -62,7 +62,7 @@ def permitted(path: Path, folders: Sequence[Path]) -> Path:
         if real and all(_inside(one, roots) for one in real):
             return found
     message = f"The directory {str(path)!r} is not there, or not inside the folders that the server may load from"
-    raise ApiError(403, f"{message} (--load-from).", kind="permission_error", param="lora_path")
+    raise ApiError(403, f"{message}.", kind="permission_error", param="lora_path")
 
 
 def _inside(path: Path, roots: Sequence[Path]) -> bool:

@@ -129,11 +129,11 @@ class Catalog:
             first = next(iter(saved.values()))
             base = resolve_source(first.config.base.path, first.directory)
             if not base:
-                raise FusionError(f"The fusion {first.name!r} does not know where its base model is. Give --base.")
+                raise FusionError(f"The fusion {first.name!r} does not know where its base model is. Give `base=...`.")
         union = {name: load_adapter(name, path) for name, path in (adapters or {}).items()}
         names_of = {name: fusion.adapters_in(union) for name, fusion in saved.items()}
         if not union:
-            raise LoraflowError("There are no adapters to serve. Give --lora-modules, or a fusion.")
+            raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
         model = FusedModel.from_adapters(base, union, "base", options=options)
         catalog = cls(model, base_id or _short(str(base)), str(base))
         for name, fusion in saved.items():

@@ -33,6 +33,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from loraflow.core.lanes import Gates, Lane, Lanes
 from loraflow.errors import LoraflowError
 from loraflow.methods import Method
+from loraflow.serving.config import EngineLimits
 from loraflow.serving.overflow import finite
 
 if TYPE_CHECKING:
@@ -42,32 +43,6 @@ FinishReason = Literal["stop", "length"]
 
 # Below, draws are as good as always the likeliest, and dividing by it may overflow.
 _COLDEST = 1e-6
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large the engine may become; nothing is inferred from the machine.
-
-    Attributes:
-        requests: requests in a batch at the same time.
-        batch_tokens: tokens in one step; longer prompts are read in several.
-        cache_tokens: tokens in the cache, of all running requests together.
-        page_tokens: tokens in one page of it.
-    """
-
-    requests: int = 32
-    batch_tokens: int = 512
-    cache_tokens: int = 16384
-    page_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("requests", "batch_tokens", "cache_tokens", "page_tokens"):
-            if getattr(self, name) < 1:
-                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
-        if self.cache_tokens < self.page_tokens:
-            raise LoraflowError(
-                f"`cache_tokens` (={self.cache_tokens}) must be at least `page_tokens` (={self.page_tokens})."
-            )
 
 
 @dataclass(frozen=True)
@@ -189,11 +164,11 @@ class Engine:
     """
 
     model: FusedModel
-    limits: Limits
+    limits: EngineLimits
 
-    def __init__(self, model: FusedModel, limits: Limits | None = None) -> None:
+    def __init__(self, model: FusedModel, limits: EngineLimits | None = None) -> None:
         self.model = model
-        self.limits = limits or Limits()
+        self.limits = limits or EngineLimits()
         attention = model.base_model.config._attn_implementation
         if attention == "eager":
             raise LoraflowError(
@@ -320,7 +295,7 @@ class _Router(OutputRouter):
 class _Manager(ContinuousBatchingManager):
     """transformers' manager, whose steps are weighed and sampled request by request."""
 
-    def __init__(self, model: FusedModel, limits: Limits, jobs: dict[str, Job]) -> None:
+    def __init__(self, model: FusedModel, limits: EngineLimits, jobs: dict[str, Job]) -> None:
         self._fused = model
         self._jobs = jobs
         self.batched = 0
@@ -507,7 +482,7 @@ def _token(logits: Float[Tensor, " vocabulary"], token: int, count: int | None) 
 
 
 @contextlib.contextmanager
-def running(model: FusedModel, limits: Limits | None = None) -> Iterator[Engine]:
+def running(model: FusedModel, limits: EngineLimits | None = None) -> Iterator[Engine]:
     """An engine inside a `with` block; what is in it at the end is answered first."""
     engine = Engine(model, limits)
     try:

@@ -10,8 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,7 +18,8 @@ from torch import Tensor
 from loraflow.answers import require_tokenizer
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Catalog, Served
-from loraflow.serving.engine import Engine, Failure, Job, Limits, Sampling, Token
+from loraflow.serving.config import ServerConfig
+from loraflow.serving.engine import Engine, Failure, Job, Sampling, Token
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.text import TextStream
@@ -39,45 +39,6 @@ def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
         return catalog.find(name)
     except LoraflowError as error:
         raise ApiError(404, str(error), param=param, code="model_not_found") from error
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What a server allows.
-
-    Attributes:
-        limits: how large the engine may become.
-        api_keys: keys of which requests must bring one; anybody may ask where there is none.
-        max_waiting: answers that may be in the engine at the same time, those that wait included.
-        max_new_tokens: the longest answer, and its length where a request says nothing.
-        max_body_bytes: the largest request.
-        timeout_s: the longest that a request may take.
-        drain_s: how long running requests may go on when the server stops.
-        log_prompts: whether logs have prompts and answers in them.
-        admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
-        load_from: folders that they may be loaded from.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    api_keys: tuple[str, ...] = ()
-    max_waiting: int = 256
-    max_new_tokens: int = 1024
-    max_body_bytes: int = 2 * 2**20
-    timeout_s: float = 600.0
-    drain_s: float = 60.0
-    log_prompts: bool = False
-    admin_keys: tuple[str, ...] = ()
-    load_from: tuple[Path, ...] = ()
-
-    def __post_init__(self) -> None:
-        if bool(self.admin_keys) != bool(self.load_from):
-            raise LoraflowError(
-                "Loading while the server runs needs both: an admin key, and folders to load from (--admin-key, "
-                "--load-from). Give both, or neither."
-            )
-        for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")
 
 
 @dataclass(frozen=True)

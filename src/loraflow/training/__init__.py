@@ -1,10 +1,25 @@
 """Fitting what a method learns."""
 
-from loraflow.training.config import FitConfig, FitResult, search_grid
-from loraflow.training.finetune import FinetuneResult, LoraSettings, finetune
-from loraflow.training.fit import fit, search
-from loraflow.training.loss import mean_loss
-from loraflow.training.run import remove_checkpoints
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraflow.training.config import FitConfig, FitResult, LoraSettings, search_grid
+
+if TYPE_CHECKING:
+    from loraflow.training.finetuning import FinetuneResult, finetune
+    from loraflow.training.fitting import fit, search
+    from loraflow.training.loss import mean_loss
+    from loraflow.training.run import remove_checkpoints
+
+_HOMES = {
+    "FinetuneResult": "finetuning",
+    "finetune": "finetuning",
+    "fit": "fitting",
+    "mean_loss": "loss",
+    "remove_checkpoints": "run",
+    "search": "fitting",
+}
 
 __all__ = [
     "FinetuneResult",
@@ -18,3 +33,12 @@ __all__ = [
     "search",
     "search_grid",
 ]
+
+
+def __getattr__(name: str):
+    """Import what trains when it is first used: recipes are read without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraflow.training' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"loraflow.training.{_HOMES[name]}"), name)

@@ -1,13 +1,19 @@
-"""The recipe of a fit, and what came out of it."""
+"""The recipe of a fit, what a new adapter is like, and what came out. Light: command lines read defaults here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraflow.errors import LoraflowError
-from loraflow.methods import Method
+
+if TYPE_CHECKING:
+    from loraflow.methods import Method
+
+# The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
+# model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
+LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,33 @@ def search_grid(method: Method) -> list[dict[str, Any]]:
     """The grid that the paper chooses from on its dev sets, at the method's own learning rate and a tenth of it."""
     rate = FitConfig.for_method(method).learning_rate
     return [{"learning_rate": lr, "batch_size": batch} for lr in (rate, rate / 10) for batch in (2, 4, 8)]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A new LoRA; the defaults are those of the paper's adapters.
+
+    Attributes:
+        r: rank.
+        alpha: the updates are multiplied by alpha / r.
+        dropout: on its input while it is trained.
+        target_modules: names of the linear modules that it adapts, or "all-linear".
+    """
+
+    r: int = 64
+    alpha: float = 16
+    dropout: float = 0.1
+    target_modules: str | Sequence[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise LoraflowError(f"`r` (={self.r!r}) must be a whole number of at least 1.")
+        if not self.alpha > 0:
+            raise LoraflowError(f"`alpha` (={self.alpha!r}) must be greater than 0.")
+        if not 0 <= self.dropout < 1:
+            raise LoraflowError(f"`dropout` (={self.dropout!r}) must be at least 0 and less than 1.")
+        if not self.target_modules:
+            raise LoraflowError('`target_modules` names no module. Give names, or "all-linear".')
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _known_losses(path: Path, identity: Mapping[str, Any]) -> list[float]:
         if recorded.get(key) != value:
             raise LoraflowError(
                 f"Cannot resume from {path}: its search had another `{key}`. Give the same arguments and data as then, "
-                "or start afresh without --resume."
+                "or start afresh without `resume=True`."
             )
     losses = []
     for line in rest:

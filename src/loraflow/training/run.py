@@ -272,7 +272,7 @@ def resumable_checkpoint(identity: Mapping[str, Any], directory: Path) -> Path |
         if recorded.get(key) != value:
             raise LoraflowError(
                 f"Cannot resume from {found[-1]}: its run had another `{key}`. Give the same arguments and data as "
-                "then, or start afresh without --resume."
+                "then, or start afresh without `resume=True`."
             )
     return found[-1]
 

@@ -309,7 +309,7 @@ def test_cells_that_were_measured_otherwise_are_told(
     for name, value in change.pop("setting", {}).items():
         changed[name] = {**changed[name], **value} if isinstance(value, dict) else value
     other = small_plan(changed, **{**content, **change})
-    said = rf"row.once\.json was measured with another `{key}`: .*, not .*\. Give another --output, or replace"
+    said = rf"row.once\.json was measured with another `{key}`: .*, not .*\. Give another directory, or replace"
     with pytest.raises(LoraflowError, match=said):
         run(other, tmp_path)
     assert cell_files(tmp_path) == before
@@ -480,9 +480,7 @@ class _DeadPool:
 
 def test_a_worker_that_dies_is_told(shorter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", _DeadPool)
-    with pytest.raises(
-        LoraflowError, match=r"A worker ended without a word: .* with fewer --workers; what is finished"
-    ):
+    with pytest.raises(LoraflowError, match=r"A worker ended without a word: .* with fewer workers; what is finished"):
         run(small_plan(shorter, CHEAP, tasks=["zh"], limit=1), tmp_path, workers=2)
 
 
@@ -571,7 +569,9 @@ def test_code_runs_only_with_permission(
         run(plan, tmp_path)
     # A task whose scorers ask for no permission, as those of a setting's own may, is refused all the same.
     monkeypatch.setattr(compare_module, "open_comparison", lambda plan, **_: open_comparison(plan, allow_code=True))
-    with pytest.raises(SandboxError, match=r"The task 'zh' runs generated code. Say --allow-code, or leave it out"):
+    with pytest.raises(
+        SandboxError, match=r"The task 'zh' runs generated code. Say `allow_code=True`, or leave it out"
+    ):
         run(plan, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert run(plan.model_copy(update={"tasks": ["es"]}), tmp_path)[0] == 0

@@ -234,9 +234,7 @@ def test_a_mistake_says_where_it_is(case: str) -> None:
 
 
 def test_a_plan_needs_a_setting() -> None:
-    with pytest.raises(
-        DataError, match=r"there is no `setting`. Name one there or with --setting, such as small-world"
-    ):
+    with pytest.raises(DataError, match=r"there is no `setting`. Name one there or with `setting='small-world'`"):
         read_plan("granularity")
 
 

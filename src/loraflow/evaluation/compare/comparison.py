@@ -182,7 +182,7 @@ def _check_tasks(comparison: Comparison, allow_code: bool) -> None:
     for name in dict.fromkeys(cell.task for cell in comparison.cells):
         task = comparison.setting.tasks[name]
         if task.runs_code and not allow_code:
-            raise SandboxError(f"The task {name!r} runs generated code. Say --allow-code, or leave it out.")
+            raise SandboxError(f"The task {name!r} runs generated code. Say `allow_code=True`, or leave it out.")
         runs_code |= task.runs_code
         if task.harness is not None:
             runs_code |= check_task(task.harness.name, allow_code=allow_code, include_path=task.harness.folder)
@@ -260,7 +260,8 @@ def _unfinished(
                 key = next(key for key in known if record.identity.get(key) != identity.get(key))
                 raise LoraflowError(
                     f"{store.record_path(cell)} was measured with another `{key}`: {_shown(record.identity.get(key))}, "
-                    f"not {_shown(identity.get(key))}. Give another --output, or replace such cells with --overwrite."
+                    f"not {_shown(identity.get(key))}. Give another directory, or replace such "
+                    "cells with `overwrite=True`."
                 )
             store.remove(cell)
             record = None
@@ -335,7 +336,7 @@ def _share(plan: Plan, jobs: Sequence[list[Cell]], store: Store, options: Option
     except concurrent.futures.BrokenExecutor as error:
         raise LoraflowError(
             "A worker ended without a word: it may have been killed for want of memory. Give the same command again, "
-            "with fewer --workers; what is finished is kept."
+            "with fewer workers; what is finished is kept."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -26,8 +26,8 @@ from loraflow.methods import Method, get_method
 from loraflow.model import FusedModel
 from loraflow.prompts import PromptFormat
 from loraflow.saved.storage import fetch_fusion, read_fusion
-from loraflow.training import FitConfig, fit, search
-from loraflow.training.finetune import LEARNING_RATE, LoraSettings, finetune
+from loraflow.training import FitConfig, LoraSettings, finetune, fit, search
+from loraflow.training.config import LEARNING_RATE
 from loraflow.training.trainer import complete_checkpoints
 
 FIT_FILE = "fit.json"

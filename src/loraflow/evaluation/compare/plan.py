@@ -291,7 +291,7 @@ def make_plan(content: Mapping[str, Any], origin: Path) -> Plan:
     """
     content = dict(content)
     if "setting" not in content:
-        raise DataError(f"{origin}: there is no `setting`. Name one there or with --setting, such as small-world.")
+        raise DataError(f"{origin}: there is no `setting`. Name one there or with `setting='small-world'`.")
     setting = content["setting"]
     # A setting named on the command line is relative to where the command runs, as any file there is.
     if isinstance(setting, str) and setting.endswith((".yaml", ".yml")):

@@ -164,7 +164,7 @@ def require_permission(task: str, allow_code: bool) -> None:
     if not allow_code:
         raise SandboxError(
             f"The task {task!r} runs programs that a model wrote. If you want that on this machine, in a sandbox, say "
-            "so: `allow_code=True`, or `--allow-code` on the command line."
+            "so: `allow_code=True`."
         )
     _check_available()
 

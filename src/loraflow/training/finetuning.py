@@ -34,7 +34,7 @@ from loraflow.examples import Example
 from loraflow.files import write_atomically
 from loraflow.prompts import PromptFormat
 from loraflow.saved.storage import base_record
-from loraflow.training.config import FitConfig
+from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 from loraflow.training.run import (
     RUN_FILE,
     RunData,
@@ -44,37 +44,6 @@ from loraflow.training.run import (
     resumable_checkpoint,
 )
 from loraflow.training.trainer import outcome_of
-
-# The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
-# model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
-LEARNING_RATE = 2e-4
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A new LoRA; the defaults are those of the paper's adapters.
-
-    Attributes:
-        r: rank.
-        alpha: the updates are multiplied by alpha / r.
-        dropout: on its input while it is trained.
-        target_modules: names of the linear modules that it adapts, or "all-linear".
-    """
-
-    r: int = 64
-    alpha: float = 16
-    dropout: float = 0.1
-    target_modules: str | Sequence[str] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise LoraflowError(f"`r` (={self.r!r}) must be a whole number of at least 1.")
-        if not self.alpha > 0:
-            raise LoraflowError(f"`alpha` (={self.alpha!r}) must be greater than 0.")
-        if not 0 <= self.dropout < 1:
-            raise LoraflowError(f"`dropout` (={self.dropout!r}) must be at least 0 and less than 1.")
-        if not self.target_modules:
-            raise LoraflowError('`target_modules` names no module. Give names, or "all-linear".')
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The library's messages, with its parameters as the command line spells them."""
+
+from __future__ import annotations
+
+import re
+
+# A message of the library gives a parameter as `name=value`; `{value}` is that value, and `{pairs}` a mapping as a=b.
+_FLAGS = {
+    "adapters": "--lora-modules {pairs}",
+    "admin_keys": "--admin-key",
+    "allow_code": "--allow-code",
+    "base": "--base",
+    "fields": "--prompt-field and --completion-field",
+    "load_from": "--load-from",
+    "mean_weights_on": "--mean-weights-on data.jsonl",
+    "overwrite": "--overwrite",
+    "resume": "--resume",
+    "setting": "--setting {value}",
+    "weights": "--method-option 'weights={value}'",
+}
+
+
+def with_flags(message: str) -> str:
+    """A message with flags in the places of the parameters that it proposes; `name=...` stands for the flag alone."""
+    return re.sub(r"`(\w+)=([^`]*)`", _flag, message)
+
+
+def _flag(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    if name not in _FLAGS:
+        return found[0]
+    if value == "...":
+        return _FLAGS[name].partition(" ")[0]
+    pairs = re.sub(r"[{}\"]", "", value).replace(": ", "=").replace(",", "")
+    return _FLAGS[name].format(value=value.strip("'"), pairs=pairs)

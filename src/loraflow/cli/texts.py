@@ -1,0 +1,97 @@
+"""Options that say which texts are read, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from loraflow.cli.groups import panel
+from loraflow.errors import LoraflowError
+
+if TYPE_CHECKING:
+    from loraflow.examples import Example, Fields
+    from loraflow.prompts import PromptFormat
+
+data_option = panel("Data")
+_reading = panel("How text is read")
+
+Dev = Annotated[Path | None, data_option("--dev", help="Examples on which the best checkpoint is chosen.")]
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """Which fields of a record are its prompt and its completion."""
+
+    prompt_field: Annotated[
+        str | None,
+        data_option("--prompt-field", help="Field that is the prompt; `data.0` is the first item of the list `data`."),
+    ] = None
+    completion_field: Annotated[str | None, data_option("--completion-field", help="Field that is the completion.")] = (
+        None
+    )
+
+    def fields(self) -> Fields | None:
+        """The two fields; None where they have their usual names."""
+        return _fields(self.prompt_field, self.completion_field)
+
+
+@dataclass(frozen=True)
+class DevExamples:
+    """Dev examples, and the fields of all examples."""
+
+    dev: Dev = None
+    names: FieldNames = field(default_factory=FieldNames)
+    dev_prompt_field: Annotated[
+        str | None, data_option("--dev-prompt-field", help="The same for --dev, where its fields differ.")
+    ] = None
+    dev_completion_field: Annotated[
+        str | None, data_option("--dev-completion-field", help="The same for --dev, where its fields differ.")
+    ] = None
+
+    def read(self) -> list[Example] | None:
+        """The dev examples, where there are any."""
+        from loraflow.examples import read_examples
+
+        prompt = self.dev_prompt_field or self.names.prompt_field
+        fields = _fields(prompt, self.dev_completion_field or self.names.completion_field)
+        return None if self.dev is None else read_examples(self.dev, fields)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How conversations become prompts."""
+
+    system_prompt: Annotated[
+        str | None, _reading("--system-prompt", help="Put before every conversation; saved with the fusion.")
+    ] = None
+    prompt_template: Annotated[
+        str | None,
+        _reading("--prompt-template", help="Plain prompt text with {prompt} and {system}; \\n is a new line."),
+    ] = None
+    chat_template: Annotated[
+        Path | None, _reading("--chat-template", help="File with a Jinja chat template, instead of the tokenizer's.")
+    ] = None
+
+    def format(self) -> PromptFormat:
+        """The prompt format that the options describe.
+
+        Raises:
+            LoraflowError: if the chat template's file cannot be read.
+        """
+        from loraflow.prompts import PromptFormat
+
+        try:
+            chat = self.chat_template.read_text(encoding="utf-8") if self.chat_template is not None else None
+        except OSError as error:
+            raise LoraflowError(f"`--chat-template`: {error}") from error
+        plain = self.prompt_template.replace("\\n", "\n") if self.prompt_template is not None else None
+        return PromptFormat(system_prompt=self.system_prompt, template=plain, chat_template=chat)
+
+
+def _fields(prompt: str | None, completion: str | None) -> Fields | None:
+    from loraflow.examples import Fields
+
+    if (prompt is None) != (completion is None):
+        raise LoraflowError("`--prompt-field` and `--completion-field` go together. Give both, or neither.")
+    return None if prompt is None or completion is None else Fields(prompt, completion)

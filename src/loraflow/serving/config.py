@@ -1,0 +1,73 @@
+"""What a server allows and how large its engine may become; light, for the command line reads the defaults here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loraflow.errors import LoraflowError
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How large the engine may become; nothing is inferred from the machine.
+
+    Attributes:
+        requests: requests in a batch at the same time.
+        batch_tokens: tokens in one step; longer prompts are read in several.
+        cache_tokens: tokens in the cache, of all running requests together.
+        page_tokens: tokens in one page of it.
+    """
+
+    requests: int = 32
+    batch_tokens: int = 512
+    cache_tokens: int = 16384
+    page_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "batch_tokens", "cache_tokens", "page_tokens"):
+            if getattr(self, name) < 1:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        if self.cache_tokens < self.page_tokens:
+            raise LoraflowError(
+                f"`cache_tokens` (={self.cache_tokens}) must be at least `page_tokens` (={self.page_tokens})."
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server allows.
+
+    Attributes:
+        limits: how large the engine may become.
+        api_keys: keys of which requests must bring one; anybody may ask where there is none.
+        max_waiting: answers that may be in the engine at the same time, those that wait included.
+        max_new_tokens: the longest answer, and its length where a request says nothing.
+        max_body_bytes: the largest request.
+        timeout_s: the longest that a request may take.
+        drain_s: how long running requests may go on when the server stops.
+        log_prompts: whether logs have prompts and answers in them.
+        admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
+        load_from: folders that they may be loaded from.
+    """
+
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    api_keys: tuple[str, ...] = ()
+    max_waiting: int = 256
+    max_new_tokens: int = 1024
+    max_body_bytes: int = 2 * 2**20
+    timeout_s: float = 600.0
+    drain_s: float = 60.0
+    log_prompts: bool = False
+    admin_keys: tuple[str, ...] = ()
+    load_from: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.admin_keys) != bool(self.load_from):
+            raise LoraflowError(
+                "Loading while the server runs needs both: an admin key, and folders to load from (`admin_keys=...`, "
+                "`load_from=...`). Give both, or neither."
+            )
+        for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")

@@ -135,6 +135,17 @@ def load_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenize
     return AutoTokenizer.from_pretrained(base, revision=options.revision, trust_remote_code=options.trust_remote_code)
 
 
+def find_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase | None:
+    """A base model's tokenizer, or None where there are no files of one.
+
+    Such a base is whole for callers that bring token ids; text needs `tokenizer=`, and says so.
+    """
+    try:
+        return load_tokenizer(base, options)
+    except (OSError, ValueError):
+        return None
+
+
 def _bitsandbytes_config(options: BaseOptions) -> Any:
     try:
         import bitsandbytes  # noqa: F401

@@ -17,9 +17,9 @@ from transformers.pipelines import base as pipelines
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.bases import BaseOptions, load_base, load_tokenizer
+from loraflow.bases import BaseOptions
 from loraflow.core.architecture import find_decoder_layers
-from loraflow.core.attach import Attachment, attach, check_plain
+from loraflow.core.attach import Attachment, attach, open_base
 from loraflow.core.fusion import Fusion
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, get_method, make_method, method_names
@@ -100,8 +100,8 @@ class FusedModel(Fusion):
         check_adapter_names(list(adapters))
         resolved = get_method(method, list(adapters))
         loaded = [_load(name, source) for name, source in adapters.items()]
-        model, record, tokenizer = _open_base(base, tokenizer, options)
-        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), record)
+        model, tokenizer = open_base(base, tokenizer, options)
+        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), base_record(model))
 
     @classmethod
     def from_pretrained(
@@ -158,7 +158,8 @@ class FusedModel(Fusion):
                 raise FusionError(f"The fusion {path} does not know where its base model is. Give it as `base`.")
         if not isinstance(base, nn.Module):
             options = _recorded_options(config.base, options, same_place=str(base) == config.base.path)
-        loaded_base, record, tokenizer = _open_base(base, tokenizer, options)
+        loaded_base, tokenizer = open_base(base, tokenizer, options)
+        record = base_record(loaded_base)
         check_base(config.base, record)
         model = cls._attached(loaded_base, list(loaded.values()), method, tokenizer, config.prompt, record)
         try:
@@ -327,22 +328,6 @@ def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str
     return loaded
 
 
-def _open_base(
-    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: BaseOptions | None
-) -> tuple[PreTrainedModel, BaseRecord, PreTrainedTokenizerBase | None]:
-    """The base model as it is before anything is attached, what tells it from others, and its tokenizer."""
-    if isinstance(base, nn.Module):
-        if options is not None:
-            raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
-        check_plain(base)
-        find_decoder_layers(base)
-        return base, base_record(base), tokenizer
-    options = options or BaseOptions()
-    model = load_base(base, options)
-    find_decoder_layers(model)
-    return model, base_record(model), tokenizer or _tokenizer_if_any(base, options)
-
-
 def _recorded_options(record: BaseRecord, options: BaseOptions | None, *, same_place: bool) -> BaseOptions:
     """Options with what they leave open as it was when the fusion was made."""
     options = options or BaseOptions()
@@ -352,14 +337,6 @@ def _recorded_options(record: BaseRecord, options: BaseOptions | None, *, same_p
         dtype=record.dtype if options.dtype == "auto" else options.dtype,
         quantization=record.quantization if options.quantization is None else options.quantization,
     )
-
-
-def _tokenizer_if_any(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase | None:
-    # A base without tokenizer files is whole for callers that bring token ids; text needs `tokenizer=`, and says so.
-    try:
-        return load_tokenizer(base, options)
-    except (OSError, ValueError):
-        return None
 
 
 def _announce_to_pipelines() -> None:

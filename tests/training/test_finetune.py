@@ -15,8 +15,9 @@ from loraflow import BaseOptions, FitConfig, FusedModel
 from loraflow.adapters import load_adapter
 from loraflow.cli import app
 from loraflow.errors import AdapterError, DataError, LoraflowError
-from loraflow.training.finetuning import LoraSettings, TrainedAdapter, finetune
-from loraflow.training.trainer import COMPLETE, complete_checkpoints
+from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
+from loraflow.training.config import LoraSettings
+from loraflow.training.learners.finetune import TrainedAdapter, finetune
 from tests.tiny import byte_tokenizer, number_tokenizer, peft_model, random_ids, save_adapter, tiny_model
 from tests.training.test_fit import reversals
 

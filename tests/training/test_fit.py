@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 
@@ -13,8 +14,10 @@ from loraflow import FitConfig, FusedModel, LoraFlow
 from loraflow.errors import DataError, LoraflowError, MethodError
 from loraflow.evaluation.sandbox import ExecutionResult
 from loraflow.evaluation.scoring import get_scorer
-from loraflow.training import fit, search
-from loraflow.training.trainer import COMPLETE, GateTrainer, complete_checkpoints
+from loraflow.training import fit, mean_loss, search
+from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
+from loraflow.training.data import prepare
+from loraflow.training.trainer import WholeCheckpointTrainer
 from tests.tiny import VOCAB, number_tokenizer, save_adapter, tiny_model
 
 QUICK = FitConfig(epochs=2, learning_rate=1e-2)
@@ -89,8 +92,7 @@ def test_keeps_the_best_checkpoint_on_dev(make_model, console):
     model = make_model()
     config = FitConfig(epochs=4, learning_rate=0.3)
     result = fit(model, reversals(24), dev=reversals(8, seed=1), config=config, console=console)
-    from loraflow.training import mean_loss
-    from loraflow.training.run import prepare
+    from loraflow.training.data import prepare
 
     dev = prepare(model, reversals(8, seed=1), None, QUICK).train
     assert mean_loss(model, dev, 8) == pytest.approx(result.dev_loss, rel=0.05)
@@ -154,7 +156,7 @@ def test_no_program_is_run_before_the_first_epoch(make_model, console, runs):
 def test_examples_that_cannot_be_scored_are_refused_at_once(
     make_model, console, monkeypatch, runs, learn, scorer, last, message
 ):
-    monkeypatch.setattr(GateTrainer, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(WholeCheckpointTrainer, "train", lambda *_, **__: pytest.fail("trained"))
     first, second = reversals(2, seed=1)
     dev = [*with_tests([first]), {**second, **last}]
     score = get_scorer(scorer, allow_code=True)
@@ -296,3 +298,30 @@ def test_fits_on_a_quantised_base(tmp_path, quantization):
     # With gradients bitsandbytes takes another kernel, which rounds otherwise.
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_setting_that_diverges_is_never_the_best(make_model, console, tmp_path):
+    grid = [{"learning_rate": 1e38}, {"learning_rate": 1e-3}]
+    model, dev = make_model(), reversals(4, seed=1)
+    result = search(model, reversals(8), dev=dev, config=QUICK, grid=grid, console=console, checkpoints=tmp_path)
+    assert not math.isfinite(result.search[0]["dev_loss"])
+    assert result.dev_loss == result.search[1]["dev_loss"]
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_a_grid_in_which_all_diverge_says_so(make_model, console):
+    model = make_model()
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grid = [{"learning_rate": 1e38}, {"learning_rate": 1e37}]
+    with pytest.raises(LoraflowError, match="None of the 2 settings gave a finite result"):
+        search(model, reversals(8), dev=reversals(4, seed=1), config=QUICK, grid=grid, console=console)
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_leaves_the_modes_as_they_are(make_model, training):
+    model = make_model().train(training)
+    model.base_model.lm_head.train(not training)
+    modes = [module.training for module in model.modules()]
+    mean_loss(model, prepare(model, reversals(4), None, QUICK).train, 4)
+    assert [module.training for module in model.modules()] == modes

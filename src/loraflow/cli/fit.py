@@ -25,15 +25,8 @@ if TYPE_CHECKING:
     from loraflow.model import FusedModel
     from loraflow.training import FitResult
 
-# What each way to learn cannot use.
-_BY_STEPS = ("epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "weight_decay")
-_OF_TRAINING = (*_BY_STEPS, "adapter_dropout", "gradient_checkpointing", "checkpoint_steps")
-_OF_TASK = ("search", "dev", "dev_metric", "score_max_new_tokens", "dev_prompt_field", "dev_completion_field")
-_UNUSED: dict[str, tuple[str, ...]] = {
-    "search": ("search", *_OF_TRAINING),
-    "experts": _OF_TASK,
-    "samples": (*_OF_TASK, *_OF_TRAINING, "resume", "batch_size", "max_length", "seed", "keep_checkpoints"),
-}
+# Parameters of a fit that the command line spells otherwise, or in several options.
+_SPELLED = {"dev": ("dev", "dev_prompt_field", "dev_completion_field"), "score": ("dev_metric",)}
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,9 @@ class TrainingData:
             LoraflowError: if they are not what it learns from, or an adapter is unknown or has none.
         """
         from loraflow.examples import read_examples
+        from loraflow.training.learners import learner_of
 
-        if method.learns not in ("experts", "samples"):
+        if learner_of(method).reads == "task":
             if self.data is None or self.adapter_data:
                 raise LoraflowError(
                     f"The method {method.name!r} learns from examples of the task. Give them with --data."
@@ -212,9 +206,10 @@ def _settings(given: Given) -> dict[str, Any]:
 
 
 def _refuse_unused(given: Given, method: FusionMethod) -> None:
-    if method.learns is None:
-        raise LoraflowError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
-    for flag in given.flags(_UNUSED.get(method.learns, ())):
+    from loraflow.training.learners import learner_of
+
+    idle = [option for name in learner_of(method).idle for option in _SPELLED.get(name, (name,))]
+    for flag in given.flags(idle):
         raise LoraflowError(f"The method {method.name!r} has no use for {flag}. Leave it out.")
 
 
@@ -237,10 +232,14 @@ def _refuse_idle(given: Given, decision: Decision) -> None:
 
 
 def _report(console: Console, model: FusedModel, result: FitResult, output: Path, count: int) -> None:
+    from loraflow.training.learners import learner_of
+
     start = ", ".join(f"{name} {weight:g}" for name, weight in result.start.items())
     parts = [f"started at {start}"] if start else []
-    unit = "evaluations" if model.method.learns == "search" else "steps"
-    parts.append(f"{result.steps} {unit} in {result.seconds:.0f} s" if result.steps else f"{result.seconds:.0f} s")
+    learner = learner_of(model.method)
+    parts.append(
+        f"{result.steps} {learner.step} in {result.seconds:.0f} s" if result.steps else f"{result.seconds:.0f} s"
+    )
     if result.train_loss is not None:
         parts.append(f"train loss {result.train_loss:.4f}")
     console.print("; ".join(parts))
@@ -250,7 +249,7 @@ def _report(console: Console, model: FusedModel, result: FitResult, output: Path
         console.print(f"weights: {shown}")
     if result.dev_loss is not None:
         score = f", score {result.dev_score:.3f}" if result.dev_score is not None else ""
-        kept = f"kept step {result.kept_step}: " if model.method.learns == "gradient" else ""
+        kept = f"kept step {result.kept_step}: " if learner.has_grid else ""
         console.print(f"{kept}dev loss {result.dev_loss:.4f}{score}")
     print_cut(console, result.truncated, count)
     console.print(f"saved to {output}; try: loraflow generate {output} --prompt '...'", soft_wrap=True)

@@ -7,16 +7,18 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import torch
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow.adapters import Adapter, LoraModule, match_adapter
-from loraflow.core.architecture import DecoderLayers, check_inside_layers, group_by_input
+from loraflow.bases import BaseOptions, find_tokenizer, load_base
+from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers, group_by_input
 from loraflow.core.context import LayerContext
 from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
@@ -263,6 +265,34 @@ def check_plain(model: nn.Module) -> None:
                 "Give the base as it was (PEFT's `unload()`, or a freshly loaded one) and name the adapters in "
                 "`adapters`; or merge them first (`merge_and_unload()`)."
             )
+
+
+def open_base(
+    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: BaseOptions | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A base model of a kind that can be fused, as it is before anything is attached, and its tokenizer.
+
+    Args:
+        base: Hub id, path, or a loaded transformers model.
+        tokenizer: by default the base's, where `base` is an id or path.
+        options: how a base given by id or path is loaded.
+
+    Returns:
+        Both; no tokenizer where there is none.
+
+    Raises:
+        LoraflowError: if options are given for a loaded model, or it has adapters in it.
+    """
+    if isinstance(base, nn.Module):
+        if options is not None:
+            raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
+        check_plain(base)
+        find_decoder_layers(base)
+        return base, tokenizer
+    options = options or BaseOptions()
+    model = load_base(base, options)
+    find_decoder_layers(model)
+    return model, tokenizer or find_tokenizer(base, options)
 
 
 def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> Attachment:

@@ -43,8 +43,8 @@ Place = Literal["model", "layer", "module"]
 Mixing = Literal["outputs", "parameters"]
 Learning = Literal["gradient", "search", "experts", "samples"]
 """How a method learns: by gradient or by gradient-free search on examples of the task at hand; or from each adapter's
-own data, by gradient with that adapter alone ("experts"), or by looking at it ("samples"). What the fit needs of the
-method and its gates beyond the contract is in `FITTING`."""
+own data, by gradient with that adapter alone ("experts"), or by looking at it ("samples"). What each needs of the
+method and its gates is in the protocols below; `loraflow.training.learners` has one file for each."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,6 @@ class KeepsSamples(Protocol):
     def set_samples(self, embeddings: Sequence[Float[Tensor, "samples hidden"]]) -> None:
         """Take over the embeddings of each adapter's samples, in the adapters' order."""
 
-
-FITTING: dict[Learning, tuple[type | None, type | None]] = {
-    "gradient": (None, None),
-    "search": (Searched, StartsAt),
-    "experts": (None, LearnsAlone),
-    "samples": (Embeds, KeepsSamples),
-}
-"""What each way to learn needs: of the method, and of its gates."""
 
 Measure = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "passes tokens hidden"]], Float[Tensor, " passes"]]
 """Compares one layer's states with the base alone with those with each adapter alone."""

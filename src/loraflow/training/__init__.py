@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 from loraflow.training.config import FitConfig, FitResult, LoraSettings, search_grid
 
 if TYPE_CHECKING:
-    from loraflow.training.finetuning import FinetuneResult, finetune
+    from loraflow.training.checkpoints import remove_checkpoints
     from loraflow.training.fitting import fit, search
+    from loraflow.training.learners.finetune import FinetuneResult, finetune
     from loraflow.training.loss import mean_loss
-    from loraflow.training.run import remove_checkpoints
 
 _HOMES = {
-    "FinetuneResult": "finetuning",
-    "finetune": "finetuning",
+    "FinetuneResult": "learners.finetune",
+    "finetune": "learners.finetune",
     "fit": "fitting",
     "mean_loss": "loss",
-    "remove_checkpoints": "run",
+    "remove_checkpoints": "checkpoints",
     "search": "fitting",
 }
 

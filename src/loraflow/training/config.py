@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
 
 from loraflow.errors import LoraflowError
 
-if TYPE_CHECKING:
-    from loraflow.methods import Method
+Score = Callable[[str, Mapping[str, Any]], float]
+"""Scores a generated answer against its example's record."""
 
 # The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
 # model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
 LEARNING_RATE = 2e-4
+
+
+class HasRecipe(Protocol):
+    """A method, as far as its recipe goes."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Fields of `FitConfig` that its own source changes."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +84,34 @@ class FitConfig:
             )
 
     @classmethod
-    def for_method(cls, method: Method, **settings: Any) -> FitConfig:
+    def for_method(cls, method: HasRecipe, **settings: Any) -> FitConfig:
         """The recipe of a method: the paper's, with what the method's own source changes, and then these settings."""
         return cls(**{**method.recipe, **settings})
 
 
-def search_grid(method: Method) -> list[dict[str, Any]]:
+def search_grid(method: HasRecipe) -> list[dict[str, Any]]:
     """The grid that the paper chooses from on its dev sets, at the method's own learning rate and a tenth of it."""
     rate = FitConfig.for_method(method).learning_rate
     return [{"learning_rate": lr, "batch_size": batch} for lr in (rate, rate / 10) for batch in (2, 4, 8)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one fit is run.
+
+    Attributes:
+        config: the recipe.
+        directory: where its checkpoints are.
+        resume: whether it goes on from what is there.
+        console: where progress is shown.
+        score: what decides on dev examples instead of their loss.
+    """
+
+    config: FitConfig
+    directory: Path
+    resume: bool
+    console: Console
+    score: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -130,14 +160,14 @@ class FitResult:
         search: dev results by setting, where a grid was searched.
     """
 
-    start: Mapping[str, float]
-    start_losses: Mapping[str, float]
-    steps: int
-    train_loss: float | None
-    dev_loss: float | None
-    dev_score: float | None
-    kept_step: int
-    seconds: float
-    truncated: list[str]
-    log: list[tuple[int, float]]
+    start: Mapping[str, float] = field(default_factory=dict)
+    start_losses: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    train_loss: float | None = None
+    dev_loss: float | None = None
+    dev_score: float | None = None
+    kept_step: int = 0
+    seconds: float = 0.0
+    truncated: list[str] = field(default_factory=list)
+    log: list[tuple[int, float]] = field(default_factory=list)
     search: list[dict[str, Any]] = field(default_factory=list)

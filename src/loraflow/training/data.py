@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from loraflow.answers import require_tokenizer
 from loraflow.errors import DataError
-from loraflow.examples import Example
+from loraflow.examples import Example, parse_examples
 from loraflow.prompts import PromptFormat
+from loraflow.training.config import FitConfig
 
 IGNORED = -100
 
@@ -70,6 +75,34 @@ def tokenize(
 
 
 @dataclass(frozen=True)
+class FitData:
+    """The examples of a fit.
+
+    Attributes:
+        train: training examples as token ids.
+        dev: dev examples as token ids, where there are some.
+        dev_examples: the same as they were given.
+        digest: SHA-256 of all token ids.
+    """
+
+    train: TokenExamples
+    dev: TokenExamples | None
+    dev_examples: Sequence[Example]
+    digest: str
+
+
+def prepare(model: Any, examples: Any, dev: Any, config: FitConfig) -> FitData:
+    """Check examples and turn them into token ids, by the tokenizer and in the prompt format of a model."""
+    tokenizer = require_tokenizer(model.tokenizer)
+    max_length = config.max_length or longest_example(model)
+    train = tokenize(parse_examples(examples), tokenizer, model.prompt, max_length)
+    dev_examples = parse_examples(dev) if dev is not None else []
+    dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length) if dev_examples else None
+    rows = [[dataclasses.astuple(row) for row in split.rows] for split in (train, dev_rows) if split is not None]
+    return FitData(train, dev_rows, dev_examples, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
+
+
+@dataclass(frozen=True)
 class Collator:
     """Pads rows on the right."""
 
@@ -87,3 +120,9 @@ class Collator:
             "attention_mask": torch.tensor([pad([1] * len(row.input_ids), 0) for row in rows]),
             "labels": torch.tensor([pad(row.labels, IGNORED) for row in rows]),
         }
+
+
+def split_batches(data: TokenExamples, batch_size: int) -> list[TokenExamples]:
+    """The examples in batches of similar length."""
+    rows = sorted(data.rows, key=lambda row: len(row.input_ids))
+    return [TokenExamples(rows[start : start + batch_size], []) for start in range(0, len(rows), batch_size)]

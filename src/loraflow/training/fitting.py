@@ -1,44 +1,32 @@
-"""Learning what a method learns: by gradient, with resume and grid search, or as `training.other_ways` does."""
+"""Fitting what a method learns, once or for each setting of a grid."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import torch
 from rich.console import Console
+from torch import Tensor
 
-from loraflow.errors import DataError, LoraflowError, MethodError, did_you_mean
+from loraflow.core.fusion import Fusion
+from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import parse_examples
-from loraflow.methods.base import FITTING
-from loraflow.training.config import FitConfig, FitResult, search_grid
-from loraflow.training.loss import mean_loss
-from loraflow.training.other_ways import fit_samples, search_weights
-from loraflow.training.run import (
-    Examples,
-    RunData,
-    Score,
-    check_score,
-    identity_of,
-    keep_finished,
-    load_finished,
-    make_scorer,
-    prepare,
-    remove_checkpoints,
-    run_trainer,
-    training_record,
-)
-
-if TYPE_CHECKING:
-    from loraflow.model import FusedModel
+from loraflow.training.checkpoints import identity_of, keep_finished, load_finished
+from loraflow.training.config import FitConfig, FitResult, Run, Score, search_grid
+from loraflow.training.data import prepare
+from loraflow.training.learners import learner_of
+from loraflow.training.learners.base import Examples
+from loraflow.training.learners.gradient import fit_gates, training_record
+from loraflow.training.scores import check_score
 
 
 def fit(
-    model: FusedModel,
+    model: Fusion,
     examples: Examples | Mapping[str, Examples],
     *,
     dev: Examples | None = None,
@@ -65,151 +53,21 @@ def fit(
         Losses, time, and which examples were cut.
 
     Raises:
-        DataError: if the examples are not what the method learns from.
-        LoraflowError: if `score` comes without `dev`, or a resumed run differs from the interrupted one.
-        MethodError: if the method learns nothing.
+        LoraflowError: if `score` comes without `dev`.
     """
-    method = model.method
-    config = config or FitConfig.for_method(method)
-    console = console or Console(stderr=True)
-    if method.learns is None:
-        raise MethodError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
+    model.attachment.check_attached()
+    learner = learner_of(model.method)
     if score is not None and dev is None:
         raise LoraflowError("Choosing by a score needs dev examples. Give `dev`.")
-    _check_fitting(model)
-    with contextlib.ExitStack() as stack:
-        directory = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
-        if method.learns in ("experts", "samples"):
-            own = _own_examples(model, examples, dev)
-            if method.learns == "experts":
-                return _fit_experts(model, own, config, directory, resume, console)
-            return fit_samples(model, own, console)
-        if isinstance(examples, Mapping):
-            raise DataError(f"The method {method.name!r} learns from examples of the task. Give a list of them.")
-        data = prepare(model, examples, dev, config)
-        if score is not None:
-            check_score(score, data.dev_examples)
-        if method.learns == "search":
-            identity = identity_of(model, data, config, score)
-            result = search_weights(model, data.train, identity, config, directory, resume, console)
-            result = _with_dev(model, data, config, score, result)
-        else:
-            result = run_trainer(model, data, config, score, directory, resume, console, "fitting gates")
-    model.training_record = training_record(config, data, result)
-    return result
-
-
-def _check_fitting(model: FusedModel) -> None:
-    """Check that a method, perhaps of another package, has what its way to learn needs.
-
-    Raises:
-        MethodError: if it has not.
-    """
-    method = model.method
-    if method.learns not in FITTING:
-        raise MethodError(
-            f"The method {method.name!r} learns by {method.learns!r}. {did_you_mean(str(method.learns), FITTING)}"
-        )
-    of_method, of_gates = FITTING[method.learns]
-    gates = [] if of_gates is None else [(gate, of_gates) for gate in model.gates.values()]
-    for thing, needed in [*gates, *([] if of_method is None else [(method, of_method)])]:
-        if not isinstance(thing, needed):
-            raise MethodError(
-                f"The method {method.name!r} learns by {method.learns!r}, for which its {type(thing).__name__} must be "
-                f"as `loraflow.methods.base.{needed.__name__}` says. Add what is missing."
-            )
-
-
-def _own_examples(model: FusedModel, examples: Any, dev: Any) -> dict[str, Sequence[Any]]:
-    """Each adapter's own examples, in the adapters' order.
-
-    Raises:
-        DataError: if they are not given by adapter, or dev examples are given.
-    """
-    name = model.method.name
-    if dev is not None:
-        raise DataError(f"The method {name!r} learns from the adapters' own data, not from a task. Leave `dev` out.")
-    if not isinstance(examples, Mapping):
-        raise DataError(
-            f"The method {name!r} learns from each adapter's own data. Give examples by adapter name: "
-            f"{{{', '.join(f'{adapter!r}: [...]' for adapter in model.adapter_names)}}}."
-        )
-    for adapter in examples:
-        if adapter not in model.adapter_names:
-            raise DataError(
-                f"Examples are given for the unknown adapter {adapter!r}. {did_you_mean(adapter, model.adapter_names)}"
-            )
-    missing = [adapter for adapter in model.adapter_names if adapter not in examples]
-    if missing:
-        raise DataError(f"The method {name!r} learns from each adapter's own data; there is none for {missing[0]!r}.")
-    return {adapter: examples[adapter] for adapter in model.adapter_names}
-
-
-def _fit_experts(
-    model: FusedModel,
-    examples: Mapping[str, Sequence[Any]],
-    config: FitConfig,
-    directory: Path,
-    resume: bool,
-    console: Console,
-) -> FitResult:
-    """Train each adapter's part of the gates on its own data, with no other adapter at work."""
-    results, records = [], {}
-    model.set_method(model.method)
-    prepared = {name: prepare(model, own, None, config) for name, own in examples.items()}
-    digests = {name: data.digest for name, data in prepared.items()}
-    if not resume:
-        remove_checkpoints(directory)
-    for position, (name, data) in enumerate(prepared.items()):
-        cell = directory / f"expert-{position}"
-        # A finished cell holds the experts before it too: all data must be as they were.
-        identity = {**identity_of(model, data, config, None), "data": digests, "expert": name}
-        result = load_finished(model, identity, cell) if resume else None
-        if result is None:
-            label = f"fitting {name} on its own data ({position + 1}/{len(examples)})"
-            with _expert(model, position):
-                result = run_trainer(model, data, config, None, cell, resume, console, label, fresh=False)
-            keep_finished(model, identity, result, cell)
-        results.append(result)
-        records[name] = training_record(config, data, result)
-    model.training_record = {"experts": records}
-    losses = [result.train_loss for result in results if result.train_loss is not None]
-    return FitResult(
-        start={},
-        start_losses={},
-        steps=sum(result.steps for result in results),
-        train_loss=sum(losses) / len(losses),
-        dev_loss=None,
-        dev_score=None,
-        kept_step=results[-1].kept_step,
-        seconds=sum(result.seconds for result in results),
-        truncated=[origin for result in results for origin in result.truncated],
-        log=[entry for result in results for entry in result.log],
-    )
-
-
-@contextlib.contextmanager
-def _expert(model: FusedModel, position: int) -> Iterator[None]:
-    gates = [cast(Any, gate) for gate in model.gates.values()]
-    try:
-        for gate in gates:
-            gate.expert = position
-        yield
-    finally:
-        for gate in gates:
-            gate.expert = None
-
-
-def _with_dev(model: FusedModel, data: RunData, config: FitConfig, score: Score | None, result: FitResult) -> FitResult:
-    """A result with the loss, and the score, on the dev examples, where there are some."""
-    if data.dev is None:
-        return result
-    dev_score = None if score is None else make_scorer(model, data.dev_examples, config, score)()
-    return dataclasses.replace(result, dev_loss=mean_loss(model, data.dev, config.batch_size), dev_score=dev_score)
+    learner.check_method(model)
+    read = learner.check_examples(model, examples, dev)
+    config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
+    with _directory(checkpoints) as directory:
+        return learner.learn(model, read, dev, Run(config, directory, resume, console, score))
 
 
 def search(
-    model: FusedModel,
+    model: Fusion,
     examples: Examples,
     *,
     dev: Examples,
@@ -238,46 +96,79 @@ def search(
         The best setting's result, with all settings' dev results in `search`.
 
     Raises:
+        LoraflowError: if no setting gave a finite result.
         MethodError: if the method does not learn by gradient on examples of a task.
     """
-    config = config or FitConfig.for_method(model.method)
-    console = console or Console(stderr=True)
-    if model.method.learns != "gradient":
+    model.attachment.check_attached()
+    if model.method.learns is None or not learner_of(model.method).has_grid:
         raise MethodError(
             f"The grid is of learning rates and batch sizes, and the method {model.method.name!r} does not learn by "
             "gradient on examples of a task. Fit it without a search."
         )
+    check_score(score, parse_examples(dev))
+    config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
     grid = search_grid(model.method) if grid is None else grid
-    if score is not None:
-        check_score(score, parse_examples(dev))
     table: list[dict[str, Any]] = []
-    best: tuple[float, FitResult, dict[str, torch.Tensor], dict[str, Any]] | None = None
-    with contextlib.ExitStack() as stack:
-        root = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
+    best: _Best | None = None
+    with _directory(checkpoints) as root:
         for number, setting in enumerate(grid, start=1):
-            cell = dataclasses.replace(config, **setting)
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
-            data = prepare(model, examples, dev, cell)
-            label = f"search {number}/{len(grid)}, " + ", ".join(f"{key} {value}" for key, value in setting.items())
-            identity = identity_of(model, data, cell, score)
-            result = load_finished(model, identity, directory) if resume else None
-            if result is None:
-                result = run_trainer(model, data, cell, score, directory, resume, console, label)
-                keep_finished(model, identity, result, directory)
-            merit = result.dev_score if score is not None else -_known(result.dev_loss)
-            console.print(
-                f"{label}: dev loss {_known(result.dev_loss):.4f}" + (f", score {merit:.4f}" if score else "")
-            )
+            run = Run(dataclasses.replace(config, **setting), directory, resume, console, score)
+            named = ", ".join(f"{key} {value}" for key, value in setting.items())
+            result, record = _fit_cell(model, examples, dev, run, f"search {number}/{len(grid)}, {named}")
             table.append({**setting, "dev_loss": result.dev_loss, "dev_score": result.dev_score})
-            if best is None or _known(merit) > best[0]:
-                gates = {name: value.clone() for name, value in model.state_dict().items()}
-                best = (_known(merit), result, gates, training_record(cell, data, result))
-    assert best is not None
-    model.load_state_dict(best[2])
-    model.training_record = {**best[3], "search": table}
-    return dataclasses.replace(best[1], search=table)
+            merit = _merit(result, score)
+            # What is not finite is no result, were it the only one.
+            if math.isfinite(merit) and (best is None or merit > best.merit):
+                best = _Best(merit, result, {name: value.clone() for name, value in model.state_dict().items()}, record)
+    if best is None:
+        model.set_method(model.method)
+        raise LoraflowError(
+            f"None of the {len(grid)} settings gave a finite result on the dev examples: the training diverged in all "
+            "of them. Try lower learning rates, and look for NaN in the data and the base's precision."
+        )
+    model.load_state_dict(best.gates)
+    model.training_record = {**best.record, "search": table}
+    return dataclasses.replace(best.result, search=table)
 
 
-def _known(value: float | None) -> float:
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """The best setting so far."""
+
+    merit: float
+    result: FitResult
+    gates: Mapping[str, Tensor]
+    record: dict[str, Any]
+
+
+def _fit_cell(
+    model: Fusion, examples: Examples, dev: Examples, run: Run, label: str
+) -> tuple[FitResult, dict[str, Any]]:
+    """Fit one setting, or take it from where it is finished; its gates are the model's then."""
+    data = prepare(model, examples, dev, run.config)
+    identity = identity_of(model, data, run)
+    result = load_finished(model, identity, run.directory) if run.resume else None
+    if result is None:
+        result = fit_gates(model, data, run, label)
+        keep_finished(model, identity, result, run.directory)
+    scored = f", score {_merit(result, run.score):.4f}" if run.score is not None else ""
+    run.console.print(f"{label}: dev loss {-_merit(result, None):.4f}{scored}")
+    return result, training_record(run.config, data, result)
+
+
+def _merit(result: FitResult, score: Score | None) -> float:
+    """How good a result is on the dev examples: its score, or else minus its loss."""
+    value = result.dev_score if score is not None else result.dev_loss
     assert value is not None
-    return value
+    return value if score is not None else -value
+
+
+@contextlib.contextmanager
+def _directory(checkpoints: str | Path | None) -> Iterator[Path]:
+    """Where checkpoints are kept; a temporary place where none is named."""
+    if checkpoints is not None:
+        yield Path(checkpoints)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)

@@ -1,24 +1,148 @@
-"""transformers' `Trainer`, with checkpoints that are whole or absent and, on request, a score instead of a loss."""
+"""One training run: transformers' `Trainer`, with whole checkpoints and resume; a score may decide, not the loss."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-COMPLETE = "COMPLETE"
+from loraflow.answers import padding_id, require_tokenizer
+from loraflow.files import write_atomically
+from loraflow.training.checkpoints import (
+    COMPLETE,
+    RUN_FILE,
+    complete_checkpoints,
+    remove_checkpoints,
+    resumable_checkpoint,
+)
+from loraflow.training.config import FitConfig, Run
+from loraflow.training.data import Collator, FitData
+from loraflow.training.progress import RichProgress
+from loraflow.training.scores import make_scorer
+
 _KEEP = 2
 
 
-class GateTrainer(Trainer):
-    """Trains a fused model's gates.
+def train(
+    model: Any,
+    data: FitData,
+    run: Run,
+    identity: Mapping[str, Any],
+    label: str,
+    start: Callable[[], Mapping[str, Any]] = dict,
+) -> tuple[Outcome, dict[str, Any]]:
+    """Train what a model's `state_dict` holds, or go on with a training that was interrupted.
 
-    A checkpoint holds the gates and the trainer's state, never the base, since that is what a fused model's
-    `state_dict` gives. It counts only once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
+    Args:
+        model: a module with the base's `forward`, `tokenizer` and `prompt`, whose `state_dict` is what is learned.
+        data: its examples.
+        run: the recipe, and where it is run.
+        identity: what makes two runs the same one, as JSON values.
+        label: what the progress bar says.
+        start: brings the model to where training starts; what it gives is kept with the run.
+
+    Returns:
+        What the training did, and what is kept of the run.
+    """
+    checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
+    if checkpoint is None:
+        remove_checkpoints(run.directory)
+        run.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
+    recorded = json.loads((run.directory / RUN_FILE).read_text())
+    trainer = make_trainer(model, data, run, label)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return outcome_of(trainer, has_dev=data.dev is not None), recorded
+
+
+@contextlib.contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """Give back, after the block, what the Trainer changes of a model: its mode, cache, and checkpointing."""
+    base: Any = getattr(model, "base_model", model)
+    training, checkpointing = model.training, base.is_gradient_checkpointing
+    use_cache = getattr(base.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if use_cache is not None:
+            base.config.use_cache = use_cache
+        if base.is_gradient_checkpointing and not checkpointing:
+            base.gradient_checkpointing_disable()
+        model.train(training)
+
+
+def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckpointTrainer:
+    """transformers' trainer, set to a recipe."""
+    score = None
+    if run.score is not None:
+        score = make_scorer(model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+    trainer = WholeCheckpointTrainer(
+        model=model,
+        args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
+        train_dataset=data.train,
+        eval_dataset=data.dev,
+        data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
+        callbacks=[RichProgress(run.console, label)],
+        score=score,
+    )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
+
+
+def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool, scored: bool) -> TrainingArguments:
+    strategy = "epoch" if config.checkpoint_steps is None else "steps"
+    on_cpu = model.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size // config.gradient_accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_eval_batch_size=config.batch_size // config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        # Below 1 this is a share of all steps.
+        warmup_steps=config.warmup,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        logging_steps=1,
+        save_strategy=strategy,
+        save_steps=config.checkpoint_steps or 500,
+        eval_strategy=strategy if has_dev else "no",
+        eval_steps=config.checkpoint_steps or 500,
+        load_best_model_at_end=has_dev,
+        metric_for_best_model="eval_score" if scored else "eval_loss",
+        greater_is_better=scored,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # One process, one replica: several GPUs hold the layers of one model (device_map), not copies of it.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+class WholeCheckpointTrainer(Trainer):
+    """Trains what a model's `state_dict` holds.
+
+    A checkpoint holds that (a fusion's gates, or an adapter) and the trainer's state, never the base. It counts only
+    once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
     """
 
     def __init__(self, *args: Any, score: Callable[[], float] | None = None, **kwargs: Any) -> None:
@@ -87,12 +211,6 @@ def outcome_of(trainer: Trainer, *, has_dev: bool) -> Outcome:
         kept_step=kept,
         log=losses,
     )
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a directory, oldest first."""
-    found = [mark.parent for mark in directory.glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def logged(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

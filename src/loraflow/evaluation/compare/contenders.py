@@ -27,8 +27,9 @@ from loraflow.model import FusedModel
 from loraflow.prompts import PromptFormat
 from loraflow.saved.storage import fetch_fusion, read_fusion
 from loraflow.training import FitConfig, LoraSettings, finetune, fit, search
+from loraflow.training.checkpoints import complete_checkpoints
 from loraflow.training.config import LEARNING_RATE
-from loraflow.training.trainer import complete_checkpoints
+from loraflow.training.learners import Learner, learner_of
 
 FIT_FILE = "fit.json"
 IDENTITY_FILE = "identity.json"
@@ -79,16 +80,24 @@ class Contender:
             return None
         return get_method(self.spec.method, self.adapters(task), self.spec.options)
 
-    def learns(self, task: Task) -> str | None:
-        """How it learns, where it does."""
-        if self.spec.finetune is not None:
-            return "finetune"
+    def learner(self, task: Task) -> Learner | None:
+        """How its method learns, where it does."""
         method = self.method(task)
-        return None if method is None else method.learns
+        return None if method is None or method.learns is None else learner_of(method)
+
+    def learns(self, task: Task) -> bool:
+        """Whether it learns anything."""
+        return self.spec.finetune is not None or self.learner(task) is not None
+
+    def reads_adapters(self, task: Task) -> bool:
+        """Whether it learns from its adapters' own data, and not from the task's."""
+        learner = self.learner(task)
+        return learner is not None and learner.reads == "adapters"
 
     def seeded(self, task: Task) -> bool:
         """Whether seeds make a difference to it."""
-        return self.learns(task) in ("gradient", "search", "experts", "finetune")
+        learner = self.learner(task)
+        return self.spec.finetune is not None or (learner is not None and learner.seeded)
 
     def fit_task(self, task: Task) -> Task:
         """The task that it learns on when a task is answered.
@@ -142,19 +151,17 @@ class Contender:
 
     def fit_identity(self, task: Task, seed: int | None) -> dict[str, Any]:
         """What makes two fits the same one, as JSON values; empty where nothing is learned."""
-        learns = self.learns(task)
-        if learns is None:
+        if not self.learns(task):
             return {}
         source = self.fit_task(task)
         config, lora = self.config(source, seed)
-        own = learns in ("experts", "samples")
         identity = {
             "kind": self.spec.short() | {"fitted_on": None},
             "adapters": self.adapters(source),
             "config": dataclasses.asdict(config),
             "lora": None if lora is None else dataclasses.asdict(lora),
             "data": [self.setting.adapter_digest(name) for name in self.adapters(source)]
-            if own
+            if self.reads_adapters(source)
             else source.train_digest(self.spec.examples),
         }
         plain: dict[str, Any] = json.loads(json.dumps(identity))
@@ -167,25 +174,25 @@ class Contender:
             DataError: if data that it learns from are missing.
             MethodError: if it is given `search` or `fitted_on` and cannot use it.
         """
-        learns = self.learns(task)
         source = self.fit_task(task)
         if self.spec.fusion is not None:
             read_fusion(fetch_fusion(self.spec.fusion, None))
         if isinstance(self.spec.finetune, int | str) and self.spec.finetune != NEW_LORA:
             self._adapter(self.spec.finetune, source)
-        if learns is None:
+        if not self.learns(task):
             for name in ("fit", "search", "examples", "fitted_on"):
                 if getattr(self.spec, name):
                     raise MethodError(f"The row {self.name!r} learns nothing here. Leave `{name}` out.")
             return
         self.config(source, 0)
-        if self.spec.search and learns != "gradient":
+        learner = self.learner(task)
+        if self.spec.search and (learner is None or not learner.has_grid):
             raise MethodError(f"The row {self.name!r} does not learn by gradient on a task. Leave `search` out.")
-        if learns == "finetune" and self.spec.fitted_on is not None:
+        if self.spec.finetune is not None and self.spec.fitted_on is not None:
             raise MethodError(
                 f"The row {self.name!r} is fine-tuned. `fitted_on` is for gates, which fit any adapters; leave it out."
             )
-        if learns in ("experts", "samples"):
+        if self.reads_adapters(source):
             if self.spec.examples is not None:
                 raise MethodError(f"The row {self.name!r} learns from its adapters' own data. Leave `examples` out.")
             for adapter in self.adapters(source):
@@ -332,8 +339,7 @@ def prepare(
         if task.prompt != PromptFormat():
             model.prompt = task.prompt.resolve(bench.tokenizer)
         return Prepared(model, model.num_learned_parameters())
-    learns = contender.learns(task)
-    if learns is None:
+    if not contender.learns(task):
         model = bench.fused(_paths(bench, contender.adapters(task)), cast(Method, contender.method(task)))
         model.prompt = task.prompt.resolve(bench.tokenizer)
         return Prepared(model)
@@ -349,14 +355,14 @@ def prepare(
         before = complete_checkpoints(directory / "checkpoints")
         tell("learning" if not before else f"learning goes on from {before[-1].name}")
         prompt = (source.train_prompt or source.prompt).resolve(bench.tokenizer)
-        learn = _finetune if learns == "finetune" else _fit
+        learn = _fit if contender.spec.finetune is None else _finetune
         facts = learn(bench, contender, source, seed, prompt, directory, _console(tell))
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         facts["fit_s"] = stopwatch.seconds()
         write_atomically(directory / FIT_FILE, json.dumps(facts).encode())
         stopwatch.forget()
     facts = json.loads((directory / FIT_FILE).read_text(encoding="utf-8"))
-    if learns == "finetune":
+    if contender.spec.finetune is not None:
         model = bench.fused({TUNED: directory / "adapter"}, TUNED)
     else:
         model = bench.fused(_paths(bench, contender.adapters(task)), cast(Method, contender.method(task)))
@@ -438,7 +444,7 @@ def _fit(
         assert dev is not None
         result = search(model, train, dev=dev, **shared)
         examples = len(train)
-    elif contender.learns(task) in ("experts", "samples"):
+    elif contender.reads_adapters(task):
         own = {name: list(cast(Any, bench.setting).adapter_examples(name)) for name in model.adapter_names}
         result = fit(model, own, **shared)
         examples = sum(map(len, own.values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +14,10 @@ from loraflow.errors import DataError, LoraflowError, MethodError
 from loraflow.methods.learned_static import LearnedWeights
 from loraflow.methods.static import ConstantGate
 from loraflow.training import fit, mean_loss, search, search_grid
-from loraflow.training.run import make_trainer, prepare, run_trainer
+from loraflow.training.config import Run
+from loraflow.training.data import prepare
+from loraflow.training.learners.gradient import fit_gates
+from loraflow.training.trainer import make_trainer
 from tests.tiny import tiny_model
 from tests.training.test_fit import QUICK, adapters, console, make_model, reversals
 
@@ -110,7 +112,7 @@ def test_what_the_search_is_told_and_where_it_may_look(make_model, console, monk
 def test_the_published_recipe_reaches_the_optimiser(make_model, console, tmp_path):
     model = make_model()
     data = prepare(model, reversals(8), None, FitConfig())
-    made = make_trainer(model, data, FitConfig(), None, tmp_path, console, "fitting").args
+    made = make_trainer(model, data, Run(FitConfig(), tmp_path, False, console), "fitting").args
     assert (made.num_train_epochs, made.learning_rate, made.per_device_train_batch_size) == (5, 1e-3, 4)
     assert (made.adam_beta1, made.adam_beta2, made.adam_epsilon, made.weight_decay) == (0.9, 0.95, 1e-5, 0.1)
     assert (made.max_grad_norm, made.lr_scheduler_type, made.warmup_steps) == (1.0, "cosine", 0.2)
@@ -140,7 +142,9 @@ def test_a_seed_gives_the_same_search_and_an_interrupted_one_goes_on(make_model,
     # As a crash leaves it: half of the last line.
     path.write_text("".join(lines[:7]) + lines[7][:9])
     calls = []
-    monkeypatch.setattr("loraflow.training.other_ways.mean_loss", lambda *args: calls.append(1) or mean_loss(*args))
+    monkeypatch.setattr(
+        "loraflow.training.learners.search.mean_loss", lambda *args: calls.append(1) or mean_loss(*args)
+    )
     assert searched(tmp_path / "again", resume=True) == whole
     # Six were known; six, and the loss of the result, were not.
     assert len(calls) == 7
@@ -207,15 +211,15 @@ def test_experts_go_on_after_an_interruption(make_model, console, tmp_path, monk
     config = FitConfig.for_method(Phatgoose(), max_steps=3)
     whole, broken = make_model(Phatgoose()), make_model(Phatgoose())
     fit(whole, OWN, config=config, console=console)
-    real, seen = run_trainer, []
+    real, seen = fit_gates, []
 
     def failing(*args, **kwargs):
-        seen.append(args[7])
+        seen.append(args[3])
         if len(seen) == 2:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["loraflow.training.fitting"], "run_trainer", failing)
+    monkeypatch.setattr("loraflow.training.learners.experts.fit_gates", failing)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, OWN, config=config, console=console, checkpoints=tmp_path)
     assert all(gate.expert is None for gate in broken.gates.values())

@@ -26,24 +26,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter
 from loraflow.answers import require_tokenizer
-from loraflow.bases import BaseOptions, load_base, load_tokenizer
-from loraflow.core.architecture import find_decoder_layers
-from loraflow.core.attach import check_plain
+from loraflow.bases import BaseOptions
+from loraflow.core.attach import open_base
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import write_atomically
 from loraflow.prompts import PromptFormat
 from loraflow.saved.storage import base_record
-from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
-from loraflow.training.run import (
-    RUN_FILE,
-    RunData,
-    make_trainer,
-    prepare,
-    remove_checkpoints,
-    resumable_checkpoint,
-)
-from loraflow.training.trainer import outcome_of
+from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings, Run
+from loraflow.training.data import prepare
+from loraflow.training.trainer import as_it_was, train
 
 
 @dataclass(frozen=True)
@@ -120,23 +112,36 @@ def finetune(
     old = load_adapter("adapter", adapter) if adapter is not None else None
     if old is not None and output.resolve() == Path(old.source.path).resolve():
         raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")
-    model, tokenizer = _open(base, tokenizer, options)
+    model, tokenizer = open_base(base, tokenizer, options)
+    tokenizer = require_tokenizer(tokenizer)
     prompt = (prompt or PromptFormat()).resolve(tokenizer)
     if old is not None:
         match_adapter(old, model)
-    lora = None if old is not None else lora or LoraSettings()
-    console = console or Console(stderr=True)
+    described = old or lora or LoraSettings()
     identity = {
         "base": base_record(model).model_dump(exclude={"path", "revision"}),
-        "adapter": old.digest if old is not None else dataclasses.asdict(cast(LoraSettings, lora)),
+        "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:
         directory = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
+        run = Run(config, directory, resume, console or Console(stderr=True))
         set_seed(config.seed)
-        adapted = stack.enter_context(_adapted(model, old or cast(LoraSettings, lora)))
+        adapted = stack.enter_context(_adapted(model, described))
         trained = TrainedAdapter(adapted, tokenizer, prompt)
-        data = prepare(cast(Any, trained), examples, dev, config)
-        result = _train(trained, data, config, identity, directory, resume, console, output, started)
+        data = prepare(trained, examples, dev, config)
+        identity |= {"data": data.digest, "config": dataclasses.asdict(config)}
+        outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
+        result = FinetuneResult(
+            output=output,
+            parameters=sum(parameter.numel() for parameter in trained.learned().values()),
+            steps=outcome.steps,
+            train_loss=outcome.train_loss,
+            dev_loss=outcome.dev_loss,
+            kept_step=outcome.kept_step,
+            seconds=time.perf_counter() - started,
+            truncated=data.train.truncated,
+            log=outcome.log,
+        )
         _save(adapted, output)
     return result
 
@@ -222,43 +227,21 @@ def _check_arguments(output: Path, adapter: Any, lora: LoraSettings | None, conf
         raise LoraflowError(f"`output` (={str(output)!r}) is a file. Give a directory.")
 
 
-def _open(
-    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: BaseOptions | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer."""
-    if isinstance(base, nn.Module):
-        if options is not None:
-            raise LoraflowError("`options` say how a base is loaded, but `base` is a loaded model. Leave them out.")
-        check_plain(base)
-        find_decoder_layers(base)
-        return base, require_tokenizer(tokenizer)
-    options = options or BaseOptions()
-    model = load_base(base, options)
-    find_decoder_layers(model)
-    return model, tokenizer or load_tokenizer(base, options)
-
-
 @contextlib.contextmanager
 def _adapted(model: PreTrainedModel, adapter: Adapter | LoraSettings) -> Iterator[PeftModel]:
     """The model with a trainable adapter inside the block, and afterwards as it was before."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training, checkpointing = model.training, model.is_gradient_checkpointing
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        adapted = _existing(model, adapter) if isinstance(adapter, Adapter) else _new(model, adapter)
+    with as_it_was(model):
         try:
-            yield adapted
+            adapted = _existing(model, adapter) if isinstance(adapter, Adapter) else _new(model, adapter)
+            try:
+                yield adapted
+            finally:
+                adapted.unload()
         finally:
-            adapted.unload()
-    finally:
-        _remove_layers(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        if model.is_gradient_checkpointing and not checkpointing:
-            model.gradient_checkpointing_disable()
-        model.train(training)
+            _remove_layers(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name])
 
 
 def _remove_layers(model: PreTrainedModel) -> None:
@@ -293,39 +276,6 @@ def _existing(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
         path = f"{user}/{repo}"
         where = {"subfolder": "/".join(folders) or None, "revision": adapter.source.revision}
     return PeftModel.from_pretrained(model, path, is_trainable=True, **cast(Any, where))
-
-
-def _train(
-    trained: TrainedAdapter,
-    data: RunData,
-    config: FitConfig,
-    identity: Mapping[str, Any],
-    directory: Path,
-    resume: bool,
-    console: Console,
-    output: Path,
-    started: float,
-) -> FinetuneResult:
-    identity = json.loads(json.dumps({**identity, "data": data.digest, "config": dataclasses.asdict(config)}))
-    checkpoint = resumable_checkpoint(identity, directory) if resume else None
-    if checkpoint is None:
-        remove_checkpoints(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / RUN_FILE, json.dumps(identity).encode())
-    trainer = make_trainer(cast(Any, trained), data, config, None, directory, console, "fine-tuning")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    outcome = outcome_of(trainer, has_dev=data.dev is not None)
-    return FinetuneResult(
-        output=output,
-        parameters=sum(parameter.numel() for parameter in trained.learned().values()),
-        steps=outcome.steps,
-        train_loss=outcome.train_loss,
-        dev_loss=outcome.dev_loss,
-        kept_step=outcome.kept_step,
-        seconds=time.perf_counter() - started,
-        truncated=data.train.truncated,
-        log=outcome.log,
-    )
 
 
 def _save(adapted: PeftModel, output: Path) -> None:

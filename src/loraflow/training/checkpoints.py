@@ -1,0 +1,111 @@
+"""What a fit keeps on disk while it runs: what makes it this fit, whole checkpoints, and finished parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+
+from loraflow.core.fusion import Fusion
+from loraflow.errors import LoraflowError
+from loraflow.files import write_atomically
+from loraflow.training.config import FitResult, Run
+from loraflow.training.data import FitData
+
+RUN_FILE = "run.json"
+SEARCH_FILE = "search.jsonl"
+COMPLETE = "COMPLETE"
+"""A checkpoint counts only once this file stands in it."""
+_RESULT_FILE = "result.json"
+_GATES_FILE = "gates.safetensors"
+
+
+def identity_of(fusion: Fusion, data: FitData, run: Run) -> dict[str, Any]:
+    """What makes two fits the same one, as JSON values."""
+    score = run.score
+    identity = {
+        "method": {"name": fusion.method.name, **fusion.method.parameters()},
+        "base": fusion.base_record.model_dump(exclude={"path", "revision"}),
+        "adapters": {adapter.name: adapter.digest for adapter in fusion.adapters},
+        "data": data.digest,
+        "dev metric": "loss" if score is None else getattr(score, "__name__", type(score).__name__),
+        "config": dataclasses.asdict(run.config),
+    }
+    return json.loads(json.dumps(identity))
+
+
+def check_same(recorded: Mapping[str, Any], identity: Mapping[str, Any], place: Path, what: str) -> None:
+    """Check that what was recorded is of the fit that is to go on.
+
+    Raises:
+        LoraflowError: if it is another's.
+    """
+    for key, value in identity.items():
+        if recorded.get(key) != value:
+            raise LoraflowError(
+                f"Cannot resume from {place}: its {what} had another `{key}`. Give the same arguments and data as "
+                "then, or start afresh, without `resume=True`."
+            )
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The whole checkpoints of a directory, oldest first."""
+    found = [mark.parent for mark in directory.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def resumable_checkpoint(identity: Mapping[str, Any], directory: Path) -> Path | None:
+    """The newest whole checkpoint of this very run; None where there is none yet.
+
+    Raises:
+        LoraflowError: if the checkpoints are another run's.
+    """
+    found = complete_checkpoints(directory)
+    if not found or not (directory / RUN_FILE).is_file():
+        return None
+    recorded = json.loads((directory / RUN_FILE).read_text())
+    check_same(recorded, identity, found[-1], "run")
+    return found[-1]
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Remove what a run left in its checkpoint directory, those of a search included, and nothing else.
+
+    Raises:
+        LoraflowError: if there are checkpoints that no run of this library made.
+    """
+    for cell in directory.glob(f"*/{RUN_FILE}"):
+        remove_checkpoints(cell.parent)
+    (directory / SEARCH_FILE).unlink(missing_ok=True)
+    checkpoints = list(directory.glob("checkpoint-*"))
+    if checkpoints and not (directory / RUN_FILE).is_file():
+        raise LoraflowError(f"{checkpoints[0]} is no checkpoint of this library. Give another directory.")
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    for name in (_RESULT_FILE, _GATES_FILE, RUN_FILE):
+        (directory / name).unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def keep_finished(fusion: Fusion, identity: Mapping[str, Any], result: FitResult, directory: Path) -> None:
+    """Keep a finished setting of a search; its result is written last, and counts once it is there."""
+    write_atomically(directory / _GATES_FILE, save({k: v.cpu().contiguous() for k, v in fusion.state_dict().items()}))
+    text = json.dumps({"identity": identity, "result": dataclasses.asdict(result)})
+    write_atomically(directory / _RESULT_FILE, text.encode())
+
+
+def load_finished(fusion: Fusion, identity: Mapping[str, Any], directory: Path) -> FitResult | None:
+    """A finished setting of this very search, its gates loaded; None where it is not finished."""
+    if not (directory / _RESULT_FILE).is_file():
+        return None
+    saved = json.loads((directory / _RESULT_FILE).read_text())
+    if saved["identity"] != identity:
+        return None
+    fusion.load_state_dict(load((directory / _GATES_FILE).read_bytes()))
+    return FitResult(**saved["result"])

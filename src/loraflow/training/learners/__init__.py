@@ -1,0 +1,30 @@
+"""The ways to learn: the contract in `base`, and one file for each; `finetune` is what they are compared with."""
+
+from __future__ import annotations
+
+from loraflow.errors import MethodError, did_you_mean
+from loraflow.methods import Method
+from loraflow.training.learners.base import Learner
+from loraflow.training.learners.experts import Experts
+from loraflow.training.learners.gradient import Gradient
+from loraflow.training.learners.samples import Samples
+from loraflow.training.learners.search import Search
+
+LEARNERS: dict[str, Learner] = {learner.name: learner for learner in (Gradient(), Search(), Experts(), Samples())}
+
+__all__ = ["LEARNERS", "Learner", "learner_of"]
+
+
+def learner_of(method: Method) -> Learner:
+    """The learner of a method.
+
+    Raises:
+        MethodError: if the method learns nothing, or in an unknown way.
+    """
+    if method.learns is None:
+        raise MethodError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
+    if method.learns not in LEARNERS:
+        raise MethodError(
+            f"The method {method.name!r} learns by {method.learns!r}. {did_you_mean(str(method.learns), LEARNERS)}"
+        )
+    return LEARNERS[method.learns]

@@ -1,0 +1,110 @@
+"""The contract of a learner: a way in which methods learn, known by the name in their `learns`.
+
+A learner is one class in one file. It says whose examples it reads, what it needs of a method and its gates beyond
+their contract, and which settings of a fit it has no use for; `learn` does the work. What fits, compares and talks to
+people goes by these facts, never by a learner's name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from loraflow.core.fusion import Fusion
+from loraflow.errors import DataError, MethodError, did_you_mean
+from loraflow.examples import Example
+from loraflow.training.config import FitResult, Run
+
+Examples = Sequence[Mapping[str, Any] | Example]
+
+# Settings of an optimiser's steps, and all that only a training uses.
+STEPS = frozenset({"epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "weight_decay"})
+TRAINING = STEPS | {"adapter_dropout", "gradient_checkpointing", "checkpoint_steps"}
+# What decides on examples of a task.
+DECIDING = frozenset({"dev", "score", "search", "score_max_new_tokens"})
+
+
+class Learner(ABC):
+    """A way to learn.
+
+    Attributes:
+        name: what methods call it in `learns`.
+        reads: whose examples it learns from: the task's, or each adapter's own.
+        needs_method: the protocol that a method must keep for it, or None.
+        needs_gates: the protocol that the method's gates must keep, or None.
+        seeded: whether another seed may give something else.
+        has_grid: whether a grid of learning rates and batch sizes can be searched.
+        idle: parameters of `fit`, and fields of `FitConfig`, that it has no use for.
+        step: what the steps of its results are.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[Literal["task", "adapters"]] = "task"
+    needs_method: ClassVar[type | None] = None
+    needs_gates: ClassVar[type | None] = None
+    seeded: ClassVar[bool] = True
+    has_grid: ClassVar[bool] = False
+    idle: ClassVar[frozenset[str]] = frozenset()
+    step: ClassVar[str] = "steps"
+
+    @abstractmethod
+    def learn(self, fusion: Fusion, examples: Any, dev: Examples | None, run: Run) -> FitResult:
+        """Learn what a fusion's method learns, and note it in `training_record`; base and adapters stay as they are.
+
+        Args:
+            fusion: its gates are changed in place.
+            examples: as `check_examples` gave them.
+            dev: examples that decide between checkpoints.
+            run: the recipe, and where it is run.
+
+        Returns:
+            What was learned how.
+        """
+
+    def check_method(self, fusion: Fusion) -> None:
+        """Check that a method, perhaps of another package, and its gates have what the learner needs.
+
+        Raises:
+            MethodError: if they have not.
+        """
+        needs = [(gate, self.needs_gates) for gate in fusion.gates.values()]
+        for thing, needed in [*needs, (fusion.method, self.needs_method)]:
+            if needed is not None and not isinstance(thing, needed):
+                raise MethodError(
+                    f"The method {fusion.method.name!r} learns by {self.name!r}, for which its {type(thing).__name__} "
+                    f"must be as `loraflow.methods.base.{needed.__name__}` says. Add what is missing."
+                )
+
+    def check_examples(self, fusion: Fusion, examples: Any, dev: Any) -> Any:
+        """The examples as `learn` takes them: a list, or by adapter in the adapters' order.
+
+        Raises:
+            DataError: if they are not what the learner reads.
+        """
+        name = fusion.method.name
+        if self.reads == "task":
+            if isinstance(examples, Mapping):
+                raise DataError(f"The method {name!r} learns from examples of the task. Give a list of them.")
+            return examples
+        adapters = fusion.adapter_names
+        if dev is not None:
+            raise DataError(
+                f"The method {name!r} learns from the adapters' own data, not from a task. Leave `dev` out."
+            )
+        if not isinstance(examples, Mapping):
+            wanted = ", ".join(f"{adapter!r}: [...]" for adapter in adapters)
+            raise DataError(
+                f"The method {name!r} learns from each adapter's own data. Give examples by adapter name: {{{wanted}}}."
+            )
+        for adapter in examples:
+            if adapter not in adapters:
+                raise DataError(
+                    f"Examples are given for the unknown adapter {adapter!r}. {did_you_mean(adapter, adapters)}"
+                )
+        missing = [adapter for adapter in adapters if adapter not in examples]
+        if missing:
+            raise DataError(
+                f"The method {name!r} learns from each adapter's own data; there is none for {missing[0]!r}."
+            )
+        return {adapter: examples[adapter] for adapter in adapters}

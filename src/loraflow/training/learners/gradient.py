@@ -1,0 +1,106 @@
+"""Training gates by gradient on examples of the task."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from transformers import set_seed
+
+from loraflow.core.fusion import Fusion
+from loraflow.methods.base import StartsAt
+from loraflow.training.checkpoints import identity_of
+from loraflow.training.config import FitConfig, FitResult, Run
+from loraflow.training.data import FitData, TokenExamples, prepare
+from loraflow.training.learners.base import Examples, Learner
+from loraflow.training.loss import mean_loss
+from loraflow.training.scores import check_score
+from loraflow.training.trainer import as_it_was, train
+
+
+class Gradient(Learner):
+    """Trains all gates, from the method's start."""
+
+    name: ClassVar[str] = "gradient"
+    has_grid: ClassVar[bool] = True
+
+    def learn(self, fusion: Fusion, examples: Examples, dev: Examples | None, run: Run) -> FitResult:  # noqa: D102
+        data = prepare(fusion, examples, dev, run.config)
+        check_score(run.score, data.dev_examples)
+        result = fit_gates(fusion, data, run, "fitting gates")
+        fusion.training_record = training_record(run.config, data, result)
+        return result
+
+
+def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: bool = True) -> FitResult:
+    """One run of the trainer over a fusion's gates.
+
+    Args:
+        fusion: the fusion.
+        data: its examples.
+        run: the recipe, and where it is run.
+        label: what the progress bar says.
+        fresh: whether training starts from the method's start, and not from the gates as they are.
+
+    Returns:
+        What the training did.
+    """
+    started = time.perf_counter()
+    fusion.training_record = None
+
+    def start() -> dict[str, Any]:
+        return {"start_losses": _set_start(fusion, data.train, run.config) if fresh else {}}
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_it_was(fusion))
+        stack.enter_context(fusion.attachment.dropping(run.config.adapter_dropout))
+        outcome, recorded = train(fusion, data, run, identity_of(fusion, data, run), label, start)
+    return FitResult(
+        start=_start_weights(fusion, recorded["start_losses"]),
+        start_losses=recorded["start_losses"],
+        seconds=time.perf_counter() - started,
+        truncated=data.train.truncated,
+        **dataclasses.asdict(outcome),
+    )
+
+
+def _set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dict[str, float]:
+    """Bring the gates to where training starts; gives each adapter's loss where those decide."""
+    losses: dict[str, float] = {}
+    if fusion.method.starts_at_best:
+        for name in fusion.adapter_names:
+            with fusion.using(name):
+                losses[name] = mean_loss(fusion, examples, config.batch_size // config.gradient_accumulation)
+    # Gates with random parts start from the seed too.
+    set_seed(config.seed)
+    fusion.set_method(fusion.method)
+    start = _start_weights(fusion, losses)
+    for gate in fusion.gates.values() if start else ():
+        cast(StartsAt, gate).start_at(list(start.values()))
+    return losses
+
+
+def _start_weights(fusion: Fusion, losses: Mapping[str, float]) -> dict[str, float]:
+    best = min(losses, key=losses.__getitem__) if losses else None
+    weights = fusion.method.start_weights(fusion.adapter_names, best)
+    return {} if weights is None else dict(zip(fusion.adapter_names, weights, strict=True))
+
+
+def training_record(config: FitConfig, data: FitData, result: FitResult) -> dict[str, Any]:
+    """What a fusion's configuration and model card say of its training."""
+    return {
+        "examples": len(data.train),
+        "dev_examples": len(data.dev) if data.dev is not None else None,
+        "data_sha256": data.digest,
+        "truncated_examples": len(result.truncated),
+        "started_at": dict(result.start),
+        "steps": result.steps,
+        "kept_step": result.kept_step,
+        "train_loss": result.train_loss,
+        "dev_loss": result.dev_loss,
+        "dev_score": result.dev_score,
+        "recipe": dataclasses.asdict(config),
+    }

@@ -1,0 +1,55 @@
+"""Looking at samples of each adapter's own data, without any training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+
+from loraflow.answers import require_tokenizer
+from loraflow.core.fusion import Fusion
+from loraflow.core.probe import Prompt
+from loraflow.examples import parse_examples
+from loraflow.methods.base import Embeds, KeepsSamples
+from loraflow.training.config import FitResult, Run
+from loraflow.training.learners.base import DECIDING, TRAINING, Examples, Learner
+from loraflow.training.progress import counting_progress
+
+
+class Samples(Learner):
+    """Gives a method's gate the embeddings of each adapter's own prompts."""
+
+    name: ClassVar[str] = "samples"
+    reads: ClassVar[Literal["task", "adapters"]] = "adapters"
+    needs_method: ClassVar[type | None] = Embeds
+    needs_gates: ClassVar[type | None] = KeepsSamples
+    seeded: ClassVar[bool] = False
+    idle: ClassVar[frozenset[str]] = (
+        DECIDING | TRAINING | {"batch_size", "max_length", "seed", "resume", "keep_checkpoints"}
+    )
+
+    @torch.no_grad()
+    def learn(  # noqa: D102
+        self, fusion: Fusion, examples: Mapping[str, Sequence[Any]], dev: Examples | None, run: Run
+    ) -> FitResult:
+        started = time.perf_counter()
+        method = cast(Embeds, fusion.method)
+        tokenizer = require_tokenizer(fusion.tokenizer)
+        parsed = {name: parse_examples(own) for name, own in examples.items()}
+        fusion.set_method(fusion.method)
+        gate = cast(Any, fusion.gates["model"])
+        embeddings = []
+        with fusion.evaluating(), counting_progress(run.console) as progress:
+            bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
+            for own in parsed.values():
+                of_one = []
+                for example in own:
+                    ids = torch.tensor(fusion.prompt.prompt_ids(tokenizer, example.messages), device=fusion.device)
+                    of_one.append(method.embed(Prompt(fusion.attachment, ids, tokenizer), gate))
+                    progress.advance(bar)
+                embeddings.append(torch.stack(of_one))
+        gate.set_samples(embeddings)
+        fusion.training_record = {"samples": {name: len(own) for name, own in parsed.items()}}
+        return FitResult(seconds=time.perf_counter() - started)

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from loraflow import FusedModel, LoraFlow
 from loraflow.serving.app import make_app
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Limits
+from loraflow.serving.config import EngineLimits
 from loraflow.serving.service import ServerConfig, Service
 
 HOST = "127.0.0.1"
@@ -116,7 +116,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     pages = -(-(args.prompt_tokens + args.new_tokens) // page) + 1
     # transformers keeps a part of the cache free.
     cache = args.concurrent * pages * page * 2
-    limits = Limits(requests=args.concurrent, batch_tokens=512, cache_tokens=cache, page_tokens=page)
+    limits = EngineLimits(requests=args.concurrent, batch_tokens=512, cache_tokens=cache, page_tokens=page)
     return ServerConfig(limits=limits, max_waiting=args.concurrent, max_new_tokens=args.new_tokens)
 
 

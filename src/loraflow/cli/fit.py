@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraflow.cli.groups import Given, with_groups
-from loraflow.cli.recipe import Room, Run, Seed, Steps, check_output, print_cut, recipe_option
+from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
 from loraflow.cli.texts import DevExamples, PromptOptions, data_option
 from loraflow.cli.values import parse_adapters
@@ -152,7 +152,7 @@ def fit(
     score_max_new_tokens: Annotated[
         int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
-    seed: Seed = FitConfig.seed,
+    seed: Annotated[int, recipe_option(help="Of the examples' order, and of dropout.")] = FitConfig.seed,
     prompt: PromptOptions,
 ) -> None:
     """Learn a fusion of adapters from a few examples.

@@ -82,7 +82,7 @@ def info(
         _show_statistics(source.open(), examples, statistics)
 
 
-def _describe(fusion: str | None, given: Sources) -> None:
+def _describe(fusion: str | None, asked: Sources) -> None:
     """Print what can be said without the base's weights.
 
     Raises:
@@ -95,13 +95,13 @@ def _describe(fusion: str | None, given: Sources) -> None:
     from loraflow.errors import AdapterError
 
     console = Console()
-    options = given.placement.options()
+    options = asked.placement.options()
     if fusion is not None:
-        base, sources = _describe_fusion(fusion, given.base, given.adapters(), console)
+        base, sources = _describe_fusion(fusion, asked.base, asked.adapters(), console)
     else:
-        if given.base is None or not given.lora_modules:
+        if asked.base is None or not asked.lora_modules:
             raise LoraflowError("Give a saved fusion, or --base and --lora-modules name=path ...")
-        base, sources = given.base, {name: AdapterSource.parse(path) for name, path in given.adapters().items()}
+        base, sources = asked.base, {name: AdapterSource.parse(path) for name, path in asked.adapters().items()}
 
     from loraflow.adapters import match_adapter
     from loraflow.bases import BaseOptions, load_empty_base

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 recipe_option = panel("Recipe (the defaults are the papers')")
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result in --output.")]
-Seed = Annotated[int, recipe_option(help="Of the examples' order, and of dropout.")]
 
 
 @dataclass(frozen=True)

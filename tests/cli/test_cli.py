@@ -21,7 +21,7 @@ from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.cli.options import parse_method_options, spread_values
 from loraflow.errors import MethodError
-from loraflow.saved.storage import read_fusion
+from loraflow.saved.fusion import SavedFusion
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model, trained_tokenizer
 from tests.training.test_fit import reversals
 
@@ -306,7 +306,7 @@ def test_resumes_after_kill_9(world, tmp_path):
     assert not (killed / "fusion_config.json").exists()
     subprocess.run(command(killed, "--resume"), check=True, capture_output=True, timeout=300)
     assert final_loss(killed) == final_loss(whole)
-    expected, found = read_fusion(whole)[1], read_fusion(killed)[1]
+    expected, found = SavedFusion.open(whole).tensors, SavedFusion.open(killed).tensors
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -21,7 +21,7 @@ from loraflow.core.layers import LayerFusion
 from loraflow.errors import LoraflowError
 from loraflow.export.folding import Compression
 from loraflow.files import staged, write_atomically
-from loraflow.saved.storage import CARD_FILE
+from loraflow.saved.records import CARD_FILE
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel

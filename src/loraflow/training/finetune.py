@@ -33,7 +33,7 @@ from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import write_atomically
 from loraflow.prompts import PromptFormat
-from loraflow.saved.storage import base_record
+from loraflow.saved.base import base_record
 from loraflow.training.config import FitConfig
 from loraflow.training.run import (
     RUN_FILE,

@@ -293,7 +293,6 @@ def _show_statistics(
         loud = finding.kind in ("constant", "collapsed", "unused")
         console.print(f"- {finding.text}", style="bold red" if loud else None, soft_wrap=True, markup=False)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(json_file, json.dumps(report_json(found), ensure_ascii=False).encode())
 
 

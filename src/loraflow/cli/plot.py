@@ -323,5 +323,4 @@ def _write_json(path: Path | None, content: Any) -> None:
     from loraflow.files import write_atomically
 
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, ensure_ascii=False).encode())

@@ -207,7 +207,6 @@ def _write_json(traces: Mapping[str, Any], path: Path) -> None:
         **_weights(traces[first]),
         "compared": {name: _weights(traces[name]) for name in others},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
 
 

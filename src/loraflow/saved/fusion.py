@@ -175,7 +175,7 @@ class SavedFusion:
                 self._load(record, at_hand.get(record.digest, sources[record.name]), permit)
                 for record in self.config.adapters
             ]
-        except (LoraflowError, OSError):
+        except LoraflowError:
             later = SavedFusion(self.name, self.path, self.directory, *read_fusion(self.directory))
             if later.stamp == self.stamp:
                 raise
@@ -194,10 +194,11 @@ class SavedFusion:
                 if isinstance(source, AdapterSource):
                     source = AdapterSource(permit(source.path), source.revision)
                 adapter = load_adapter(record.name, source)
-            except AdapterError as error:
+            except (AdapterError, OSError) as error:
                 raise FusionError(
                     f"The adapter {record.name!r} of the fusion {self.name!r} cannot be read from where it was: "
-                    f'{error} Say where it is now: `adapters={{"{record.name}": ...}}`, or --lora-modules {record.name}=...'
+                    f'{error} Say where it is now: `adapters={{"{record.name}": ...}}`, or --lora-modules '
+                    f"{record.name}=..."
                 ) from error
         if adapter.digest != record.digest:
             raise FusionError(

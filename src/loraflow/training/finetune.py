@@ -31,7 +31,7 @@ from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import check_unfused
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
-from loraflow.files import write_atomically
+from loraflow.files import make_folder, write_atomically
 from loraflow.prompts import PromptFormat
 from loraflow.saved.base import base_record
 from loraflow.training.config import FitConfig
@@ -341,7 +341,6 @@ def _train(
     checkpoint = resumable_checkpoint(identity, directory) if resume else None
     if checkpoint is None:
         remove_checkpoints(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / RUN_FILE, json.dumps(identity).encode())
     trainer = make_trainer(cast(Any, trained), data, config, None, directory, console, "fine-tuning")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -369,7 +368,7 @@ def _save(adapted: PeftModel, output: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         # PEFT keeps a set, whose order changes from run to run.
         config["target_modules"].sort()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     write_atomically(output / WEIGHTS_FILE, weights)
     write_atomically(output / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())

@@ -67,7 +67,6 @@ def search_weights(
     model.set_method(model.method)
     gate: Any = model.gates["model"]
     known = _known_losses(directory / SEARCH_FILE, identity) if resume else []
-    directory.mkdir(parents=True, exist_ok=True)
     # The half of a line that a crash may have left goes; what is known stays.
     head = [json.dumps(identity), *(json.dumps({"loss": loss}) for loss in known)]
     write_atomically(directory / SEARCH_FILE, ("\n".join(head) + "\n").encode())

@@ -86,7 +86,6 @@ def run_trainer(
     model.training_record = None
     if checkpoint is None:
         remove_checkpoints(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         start_losses = _set_start(model, data.train, config) if fresh else {}
         write_atomically(directory / RUN_FILE, json.dumps({**identity, "start_losses": start_losses}).encode())
     run = json.loads((directory / RUN_FILE).read_text())

@@ -406,7 +406,6 @@ def _keep_only(directory: Path, identity: Mapping[str, Any]) -> None:
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == identity:
         return
     shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
     write_atomically(path, json.dumps(identity).encode())
 
 

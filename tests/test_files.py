@@ -59,21 +59,22 @@ def test_what_killed_writers_left_goes_at_the_next_save(tmp_path, folder):
 
 
 def test_writers_that_write_are_left_alone(tmp_path):
-    ready, over = fork.Event(), threading.Event()
+    ready, begun, over = fork.Event(), threading.Event(), threading.Event()
 
     def write_in_a_thread() -> None:
         with staged(tmp_path / "file") as temporary:
+            begun.set()
             over.wait(10)
             os.replace(temporary, tmp_path / "of the thread")
 
-    writer = fork.Process(target=hold, args=(tmp_path / "file", ready))
+    writer = fork.Process(target=hold, args=(tmp_path / "file", ready), daemon=True)
     writer.start()
     assert ready.wait(10)
-    thread = threading.Thread(target=write_in_a_thread)
+    thread = threading.Thread(target=write_in_a_thread, daemon=True)
     thread.start()
-    while len(names(tmp_path)) < 2:
-        pass
+    assert begun.wait(10)
     before = names(tmp_path)
+    assert len(before) == 2
     write_atomically(tmp_path / "file", b"new")
     assert names(tmp_path) == [*before, "file"]
     over.set()

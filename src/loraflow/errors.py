@@ -7,7 +7,8 @@ LoraflowError
 ├── DataError             a training or evaluation example is malformed
 ├── FusionError           a fusion on disk does not match what it is loaded with
 ├── MethodError           an unknown method, or a setting that it cannot take
-└── SandboxError          generated code cannot be run safely here
+├── SandboxError          generated code cannot be run safely here
+└── StorageError          a file or folder cannot be written
 ```
 
 All of them are `ValueError`s too, since each says that something handed to the library is not what it needs.
@@ -46,6 +47,10 @@ class MethodError(LoraflowError):
 
 class SandboxError(LoraflowError):
     """Generated code cannot be run safely on this machine."""
+
+
+class StorageError(LoraflowError):
+    """A file or folder cannot be written: no space, no permission, or something in its way."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

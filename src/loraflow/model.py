@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,30 +16,19 @@ from transformers.pipelines import base as pipelines
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.bases import BaseOptions
+from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import Attachment, attach, open_base
 from loraflow.core.fusion import Fusion
-from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.methods import Method, get_method, make_method, method_names
+from loraflow.errors import FusionError, LoraflowError
+from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
-from loraflow.saved.storage import (
-    AdapterRecord,
-    BaseRecord,
-    FusionConfig,
-    MethodRecord,
-    base_record,
-    check_base,
-    copy_adapter,
-    fetch_fusion,
-    read_fusion,
-    recorded_copies,
-    relative_source,
-    resolve_source,
-    tensors_digest,
-    write_fusion,
-)
+from loraflow.saved.digests import tensors_digest
+from loraflow.saved.fusion import SavedFusion
+from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord
+from loraflow.saved.sources import relative_source
+from loraflow.saved.writing import copy_adapter, write_fusion
 from loraflow.training import FitConfig, FitResult, fit
 
 
@@ -131,43 +119,21 @@ class FusedModel(Fusion):
         Raises:
             FusionError: if the base or an adapter is not the one that the fusion was made with.
         """
-        directory = fetch_fusion(path, revision)
-        config, tensors = read_fusion(directory)
-        moved = dict(adapters or {})
-        unknown = moved.keys() - {record.name for record in config.adapters}
-        if unknown:
-            raise FusionError(
-                f"The fusion {path} has no adapter {sorted(unknown)[0]!r}; it has {[a.name for a in config.adapters]}."
-            )
-        sources = {
-            a.name: moved.get(a.name, AdapterSource(resolve_source(a.path, directory), a.revision))
-            for a in config.adapters
-        }
-        try:
-            method = make_method(config.method.name, config.method.parameters)
-            method.check(list(sources))
-        except MethodError as error:
-            raise FusionError(
-                f"The fusion {path} was saved by loraflow {config.loraflow_version} with a method that this loraflow "
-                f"{__version__} cannot make: {error} Update loraflow, or install the method's package."
-            ) from error
-        loaded = _load_recorded(sources, config)
-        if base is None:
-            base = resolve_source(config.base.path, directory)
-            if not base:
-                raise FusionError(f"The fusion {path} does not know where its base model is. Give it as `base`.")
+        saved, loaded = SavedFusion.open(path, revision).load(adapters)
+        method = saved.method
+        base = saved.base if base is None else base
         if not isinstance(base, nn.Module):
-            options = _recorded_options(config.base, options, same_place=str(base) == config.base.path)
+            options = saved.base_options(base, options)
         loaded_base, tokenizer = open_base(base, tokenizer, options)
         record = base_record(loaded_base)
-        check_base(config.base, record)
-        model = cls._attached(loaded_base, list(loaded.values()), method, tokenizer, config.prompt, record)
+        check_base(saved.config.base, record)
+        model = cls._attached(loaded_base, loaded, method, tokenizer, saved.config.prompt, record)
         try:
-            model.load_state_dict(tensors)
+            model.load_state_dict(saved.tensors)
         except FusionError:
             model.unload()
             raise
-        model.training_record = config.training
+        model.training_record = saved.config.training
         return model
 
     @classmethod
@@ -234,15 +200,11 @@ class FusedModel(Fusion):
     def _save(self, directory: Path, *, copy_adapters: bool, publish: bool) -> None:
         if directory.is_file():
             raise FusionError(f"{directory} is a file. Give a directory.")
-        directory.mkdir(parents=True, exist_ok=True)
-        old_copies = recorded_copies(directory)
         config = self._config(directory, copy_adapters)
         if publish and config.base.path.startswith("."):
             # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
             config.base.path = ""
         write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
-        for copy in old_copies - recorded_copies(directory):
-            shutil.rmtree(copy, ignore_errors=True)
 
     def _config(self, directory: Path, copy_adapters: bool) -> FusionConfig:
         base = self.base_record.model_copy(update={"path": relative_source(self.base_record.path, directory)})
@@ -305,38 +267,6 @@ def check_adapter_names(names: Sequence[str]) -> None:
 
 def _load(name: str, source: str | Path | AdapterSource | Adapter) -> Adapter:
     return dataclasses.replace(source, name=name) if isinstance(source, Adapter) else load_adapter(name, source)
-
-
-def _load_recorded(sources: Mapping[str, Any], config: FusionConfig) -> dict[str, Adapter]:
-    loaded = {}
-    for record in config.adapters:
-        source = sources[record.name]
-        try:
-            adapter = _load(record.name, source)
-        except AdapterError as error:
-            raise FusionError(
-                f"The fusion's adapter {record.name!r} cannot be read from where it was: {error} Say where it is now: "
-                f'`adapters={{"{record.name}": ...}}`.'
-            ) from error
-        if adapter.digest != record.digest:
-            raise FusionError(
-                f"Adapter {record.name!r} ({adapter.source.path}) is not the one that the fusion was made with: its "
-                f"weights or scaling have the digest {adapter.digest[:19]}..., not {record.digest[:19]}... "
-                "Restore it, or fit again."
-            )
-        loaded[record.name] = adapter
-    return loaded
-
-
-def _recorded_options(record: BaseRecord, options: BaseOptions | None, *, same_place: bool) -> BaseOptions:
-    """Options with what they leave open as it was when the fusion was made."""
-    options = options or BaseOptions()
-    return dataclasses.replace(
-        options,
-        revision=options.revision or (record.revision if same_place else None),
-        dtype=record.dtype if options.dtype == "auto" else options.dtype,
-        quantization=record.quantization if options.quantization is None else options.quantization,
-    )
 
 
 def _announce_to_pipelines() -> None:

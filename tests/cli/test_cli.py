@@ -24,7 +24,7 @@ from loraflow.cli import app
 from loraflow.cli.values import parse_method_options, spread_values
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import METHODS, LearnedStatic
-from loraflow.saved.storage import read_fusion
+from loraflow.saved.fusion import SavedFusion
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model, trained_tokenizer
 from tests.training.test_fit import reversals
 
@@ -341,7 +341,7 @@ def test_resumes_after_kill_9(world, tmp_path):
     assert not (killed / "fusion_config.json").exists()
     subprocess.run(command(killed, "--resume"), check=True, capture_output=True, timeout=300)
     assert final_loss(killed) == final_loss(whole)
-    expected, found = read_fusion(whole)[1], read_fusion(killed)[1]
+    expected, found = SavedFusion.open(whole).tensors, SavedFusion.open(killed).tensors
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

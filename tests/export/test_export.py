@@ -19,7 +19,7 @@ from loraflow import Arrow, Average, FusedModel, LearnedStatic, LoraFlow, LoraHu
 from loraflow.adapters import load_adapter
 from loraflow.core.linear import dense_weight
 from loraflow.core.reference import merged_weight
-from loraflow.errors import LoraflowError, MethodError
+from loraflow.errors import LoraflowError, MethodError, StorageError
 from loraflow.examples import parse_examples
 from loraflow.export import Compression, ExportReport, constant_weights, export_peft
 from loraflow.export.files import rank_pattern, target_modules
@@ -451,7 +451,7 @@ def test_a_crash_leaves_no_half_adapter(adapters, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr("loraflow.export.files.os.replace", crash)
-    with pytest.raises(OSError, match="crash"):
+    with pytest.raises(StorageError, match="crash"):
         export_peft(fuse(adapters, method="zh"), out, overwrite=True)
     assert not (out / "adapter_config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

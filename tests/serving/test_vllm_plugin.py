@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loraflow import FusedModel
-from loraflow.bases import BaseOptions, load_base, load_empty_base
+from loraflow.bases import BaseOptions, base_record, files_digest, load_base, load_empty_base
 from loraflow.core.linear import stack_adapters
 from loraflow.core.reference import reference_linear
 from loraflow.errors import AdapterError, ArchitectureError, FusionError, LoraflowError, MethodError
@@ -37,13 +37,12 @@ from loraflow.methods import (
 )
 from loraflow.methods.static import ConstantGate
 from loraflow.prompts import PromptFormat
-from loraflow.saved.base_files import files_digest
-from loraflow.saved.storage import base_record, read_fusion
+from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.vllm.checks import ARCHITECTURES, check_engine, check_plan
 from loraflow.serving.vllm.command import chat_template, vllm_command
 from loraflow.serving.vllm.delta import FusedDelta, GivenWeights, LayerWeights, Stream
 from loraflow.serving.vllm.options import FusionOptions
-from loraflow.serving.vllm.plan import FusionPlan, check_digest, fusion_digest, read_plan
+from loraflow.serving.vllm.plan import FusionPlan, check_digest, read_plan
 from loraflow.serving.vllm.request_weights import KEY, check_request, fusion_of, parse_weights, processor_name
 from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, cut, even_parts
 from tests.tiny import ALL_LLAMA, edit_config, random_adapter, save_adapter, set_random_gates, tiny_model
@@ -304,12 +303,12 @@ class TestPlan:
         adapter = save_adapter(base, tmp_path / "zh", ["q_proj"])
         save(world, tmp_path / "fusion", "average", zh=adapter)
         edit_config(adapter, lora_alpha=1)
-        with pytest.raises(FusionError, match=r"not the one that the fusion was made with"):
+        with pytest.raises(FusionError, match=r"not the one that the fusion '.*' was made with"):
             read_plan(tmp_path / "fusion", world.base)
 
     def test_the_digest_follows_what_was_learned_and_what_was_fused(self, world, tmp_path):
         digests = {
-            fusion_digest(read_fusion(save(world, tmp_path / name, method, **adapters))[0])
+            SavedFusion.open(save(world, tmp_path / name, method, **adapters)).digest
             for name, method, adapters in (
                 ("one", LoraFlow(), {}),
                 ("two", LoraFlow(temperature=2.0), {}),
@@ -512,7 +511,7 @@ class TestCommand:
         assert Path(command[0]).name == "vllm"
         assert command[1:5] == ["serve", world.base, "--load-format", "loraflow"]
         loader = json.loads(command[command.index("--model-loader-extra-config") + 1])
-        assert loader == {"fusion": str(fusion.resolve()), "digest": fusion_digest(read_fusion(fusion)[0])}
+        assert loader == {"fusion": str(fusion.resolve()), "digest": SavedFusion.open(fusion).digest}
         assert command[command.index("--dtype") + 1] == "float32"
         assert command[command.index("--served-model-name") + 1] == "my-fusion"
         assert command[-2:] == ["--port", "8001"]

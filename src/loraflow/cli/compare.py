@@ -15,6 +15,7 @@ from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
     from loraflow.evaluation.compare.plan import Plan
+    from loraflow.saved.fusion import SavedFusion
 
 _row = panel("What is compared")
 _task = panel("On what")
@@ -253,48 +254,47 @@ def _base(sources: Sources, fusions: list[str]) -> dict[str, Any]:
         "quantization": placement.quantization,
     }
     if fusions:
+        from loraflow.saved.fusion import SavedFusion
+
+        saved = [SavedFusion.open(fusion) for fusion in fusions]
         # All rows are asked in the format that the fusions were made for: else prompts would be compared, not methods.
-        own["prompt"] = _prompt_of(fusions)
-    if fusions and (own["base"] is None or not own["adapters"]):
-        own = {**own, **{key: value for key, value in _of_fusion(fusions[0]).items() if not own[key]}}
+        own = {**own, "prompt": _prompt_of(saved)}
+        if own["base"] is None or not own["adapters"]:
+            own = {**own, **_missing_of(saved[0], own)}
     for key, flag in (("base", "--base"), ("adapters", "--lora-modules")):
         if not own[key]:
             raise LoraflowError(f"`{flag}` is missing. Give --base and --lora-modules, --fusions, or a --setting.")
     return _known(**own)
 
 
-def _of_fusion(fusion: str) -> dict[str, Any]:
-    from loraflow.saved.storage import fetch_fusion, read_fusion, resolve_source
-
-    directory = fetch_fusion(fusion, None)
-    config, _ = read_fusion(directory)
-    return {
-        "base": resolve_source(config.base.path, directory),
-        "revision": config.base.revision,
-        "quantization": config.base.quantization,
+def _missing_of(saved: SavedFusion, own: dict[str, Any]) -> dict[str, Any]:
+    """What a fusion says of a setting where no flag does."""
+    found = {
+        "base": own["base"] or saved.base,
+        "revision": saved.config.base.revision,
+        "quantization": saved.config.base.quantization,
         "adapters": {
-            record.name: resolve_source(record.path, directory) + (f"@{record.revision}" if record.revision else "")
-            for record in config.adapters
+            name: source.path + (f"@{source.revision}" if source.revision else "")
+            for name, source in saved.recorded_sources.items()
         },
     }
+    return {key: value for key, value in found.items() if not own[key]}
 
 
-def _prompt_of(fusions: list[str]) -> dict[str, Any]:
+def _prompt_of(fusions: list[SavedFusion]) -> dict[str, Any]:
     """The prompt format of fusions.
 
     Raises:
         LoraflowError: if they have several.
     """
-    from loraflow.saved.storage import fetch_fusion, read_fusion
-
-    formats = [read_fusion(fetch_fusion(fusion, None))[0].prompt for fusion in fusions]
-    for fusion, other in zip(fusions, formats, strict=True):
-        if other != formats[0]:
+    first, *others = fusions
+    for other in others:
+        if other.config.prompt != first.config.prompt:
             raise LoraflowError(
-                f"The fusions {fusions[0]} and {fusion} were made with different prompt formats. Compare them in a "
+                f"The fusions {first.name} and {other.name} were made with different prompt formats. Compare them in a "
                 "plan that says which one is used."
             )
-    return formats[0].model_dump(exclude_none=True)
+    return first.config.prompt.model_dump(exclude_none=True)
 
 
 def _made(content: dict[str, Any]) -> Plan:

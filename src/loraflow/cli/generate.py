@@ -118,5 +118,4 @@ def _answer_all(
     if output is None:
         sys.stdout.write(lines)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, lines.encode())

@@ -136,11 +136,11 @@ def _describe_fusion(
     fusion: str, base: str | None, moved: dict[str, str], console: Console
 ) -> tuple[str, dict[str, Any]]:
     from loraflow.adapters import AdapterSource
-    from loraflow.saved.storage import fetch_fusion, read_fusion, resolve_source
+    from loraflow.saved.fusion import SavedFusion
 
-    directory = fetch_fusion(fusion, None)
-    config, tensors = read_fusion(directory)
-    learned = sum(tensor.numel() for tensor in tensors.values())
+    saved = SavedFusion.open(fusion)
+    config = saved.config
+    learned = sum(tensor.numel() for tensor in saved.tensors.values())
     console.print(
         f"fusion: {fusion}, method {_method_text(config.method.name, config.method.parameters)}, "
         f"{learned:,} learned values",
@@ -157,13 +157,7 @@ def _describe_fusion(
         if own:
             summary = "on each adapter's own data, " + ", ".join(f"{name} {count}" for name, count in own.items())
         console.print(f"trained: {summary}")
-    sources = {
-        record.name: AdapterSource.parse(moved[record.name])
-        if record.name in moved
-        else AdapterSource(resolve_source(record.path, directory), record.revision)
-        for record in config.adapters
-    }
-    return base or resolve_source(config.base.path, directory), sources
+    return base or saved.base, saved.sources({name: AdapterSource.parse(path) for name, path in moved.items()})
 
 
 def _method_text(name: str, parameters: Mapping[str, Any]) -> str:
@@ -278,7 +272,6 @@ def _show_statistics(model: Any, examples: list[Any], asked: Statistics) -> None
         loud = finding.kind in ("constant", "collapsed", "unused")
         console.print(f"- {finding.text}", style="bold red" if loud else None, soft_wrap=True, markup=False)
     if asked.json_file is not None:
-        asked.json_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(asked.json_file, json.dumps(report_json(found), ensure_ascii=False).encode())
 
 

@@ -119,7 +119,7 @@ def _compared(model: FusedModel, own: str, names: Sequence[str]) -> dict[str, _O
         LoraflowError: if one has no weights, is named twice, or would have to be fitted.
     """
     from loraflow.methods import get_method
-    from loraflow.saved.storage import CONFIG_FILE
+    from loraflow.saved.records import CONFIG_FILE
 
     found: dict[str, _Other] = {}
     for name in names:
@@ -150,17 +150,17 @@ def _saved(model: FusedModel, directory: Path) -> _Other:
     Raises:
         LoraflowError: if its adapters are others.
     """
-    from loraflow.methods import make_method
-    from loraflow.saved.storage import check_base, read_fusion
+    from loraflow.bases import check_base
+    from loraflow.saved.fusion import SavedFusion
 
-    config, tensors = read_fusion(directory)
-    check_base(config.base, model.base_record)
-    if [adapter.digest for adapter in config.adapters] != [adapter.digest for adapter in model.adapters]:
+    saved = SavedFusion.open(directory)
+    check_base(saved.config.base, model.base_record)
+    if [record.digest for record in saved.config.adapters] != [adapter.digest for adapter in model.adapters]:
         raise LoraflowError(
-            f"The fusion {directory} has the adapters {[adapter.name for adapter in config.adapters]}, and those that "
-            f"are traced are {model.adapter_names}, or the same in another order. Compare fusions of the same ones."
+            f"The fusion {directory} has the adapters {saved.adapter_names}, and those that are traced are "
+            f"{model.adapter_names}, or the same in another order. Compare fusions of the same ones."
         )
-    return make_method(config.method.name, config.method.parameters), tensors
+    return saved.method, saved.tensors
 
 
 def _trace_all(model: FusedModel, own: str, others: Mapping[str, _Other], traced: Any) -> dict[str, Any]:
@@ -205,7 +205,6 @@ def _write_json(traces: Mapping[str, Any], path: Path) -> None:
         **_weights(traces[first]),
         "compared": {name: _weights(traces[name]) for name in others},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
 
 

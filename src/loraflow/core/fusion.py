@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from loraflow.adapters import Adapter
 from loraflow.answers import pad_prompts, require_tokenizer
+from loraflow.bases import BaseRecord
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import (
     RowMethod,
@@ -62,7 +63,7 @@ class Fusion(nn.Module):
     prompt: PromptFormat
     method: Method
     attachment: Attachment
-    base_record: Any
+    base_record: BaseRecord
     training_record: dict[str, Any] | None
 
     def __init__(
@@ -71,7 +72,7 @@ class Fusion(nn.Module):
         method: Method,
         tokenizer: PreTrainedTokenizerBase | None,
         prompt: PromptFormat,
-        base_record: Any,
+        base_record: BaseRecord,
     ) -> None:
         super().__init__()
         self.base_model = attachment.model

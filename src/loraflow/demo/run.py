@@ -71,7 +71,6 @@ def as_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
 
 def write_task(task: Task, directory: Path) -> None:
     """Write a task's three splits as JSON lines."""
-    directory.mkdir(parents=True, exist_ok=True)
     for split, problems in (("train", task.train), ("dev", task.dev), ("test", task.test)):
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in as_records(problems))
         write_atomically(directory / f"{split}.jsonl", lines.encode())
@@ -98,7 +97,6 @@ def evaluate(
         for p, i, r, s in zip(task.test, measured.items, right, spoken, strict=False)
     ]
     if answers_file is not None:
-        answers_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(answers_file, ("\n".join(lines) + "\n").encode())
     return Result(method, right, spoken, measured.seconds)
 

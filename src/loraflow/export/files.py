@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraModule
 from loraflow.core.layers import LayerFusion
 from loraflow.errors import LoraflowError
 from loraflow.export.folding import Compression
-from loraflow.files import write_atomically
-from loraflow.saved.storage import CARD_FILE
+from loraflow.files import staged, write_atomically
+from loraflow.saved.records import CARD_FILE
 
 if TYPE_CHECKING:
     from loraflow.model import FusedModel
@@ -123,22 +122,17 @@ def checked_target(model: FusedModel, directory: Path, overwrite: bool) -> Path:
 def write_adapter(model: FusedModel, modules: Mapping[str, LoraModule], report: ExportReport) -> None:
     """Write beside the directory first, so that a crash leaves no adapter there that is only in part the new one."""
     target = report.directory
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    staged.mkdir()
-    try:
-        _config(model, modules, report).save_pretrained(str(staged))
-        write_atomically(staged / WEIGHTS_FILE, save(_tensors(modules), metadata={"format": "pt"}))
-        write_atomically(staged / CARD_FILE, _card(model, report).encode())
+    with staged(target, folder=True) as folder:
+        _config(model, modules, report).save_pretrained(str(folder))
+        write_atomically(folder / WEIGHTS_FILE, save(_tensors(modules), metadata={"format": "pt"}))
+        write_atomically(folder / CARD_FILE, _card(model, report).encode())
         if not target.exists() or not any(target.iterdir()):
-            os.replace(staged, target)
+            os.replace(folder, target)
             return
         # Without a configuration, weights are no adapter: old and new can never be taken for one.
         (target / CONFIG_FILE).unlink(missing_ok=True)
         for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
-            os.replace(staged / name, target / name)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+            os.replace(folder / name, target / name)
 
 
 def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:

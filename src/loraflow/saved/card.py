@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loraflow.saved.storage import FusionConfig
+from loraflow.saved.records import FusionConfig
 
 _CARD = """---
 library_name: loraflow

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.bases import BaseOptions
+from loraflow.adapters import Adapter, load_adapter
+from loraflow.bases import BaseOptions, check_base
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import constant_weights, is_constant, weigh_prompts
 from loraflow.core.lanes import Gates
@@ -24,21 +23,12 @@ from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, m
 from loraflow.methods.base import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
-from loraflow.saved.storage import (
-    CONFIG_FILE,
-    FusionConfig,
-    check_base,
-    fetch_fusion,
-    read_fusion,
-    resolve_source,
-    tensors_digest,
-)
+from loraflow.saved.digests import fusion_digest, tensors_digest
+from loraflow.saved.fusion import Permit, SavedFusion
+from loraflow.saved.records import CONFIG_FILE, FusionConfig
 from loraflow.serving.engine import Weigher
 
 Kind = Literal["base", "adapter", "fusion"]
-
-Permit = Callable[[str], str]
-"""Gives the directory that is meant, and raises where it may not be read."""
 
 # Methods whose gates are kept for further requests; parameters are the clients' to choose.
 _KEPT = 16
@@ -122,22 +112,19 @@ class Catalog:
             FusionError: if a fusion was made with another base.
             LoraflowError: if there is no base, nothing to serve, or a name comes twice.
         """
-        saved = {name: _Saved.read(name, path) for name, path in (fusions or {}).items()}
+        saved = [SavedFusion.open(path, name=name) for name, path in (fusions or {}).items()]
         if base is None:
             if not saved:
                 raise LoraflowError("There is nothing to serve. Give a fusion, or a base and adapters.")
-            first = next(iter(saved.values()))
-            base = resolve_source(first.config.base.path, first.directory)
-            if not base:
-                raise FusionError(f"The fusion {first.name!r} does not know where its base model is. Give `base=...`.")
+            base = saved[0].base
         union = {name: load_adapter(name, path) for name, path in (adapters or {}).items()}
-        names_of = {name: fusion.adapters_in(union) for name, fusion in saved.items()}
+        with_names = [_add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
         model = FusedModel.from_adapters(base, union, "base", options=options)
         catalog = cls(model, base_id or _short(str(base)), str(base))
-        for name, fusion in saved.items():
-            catalog._offer(catalog._make_saved(fusion, names_of[name]))
+        for fusion, names in with_names:
+            catalog._offer(catalog._make_saved(fusion, names))
         return catalog
 
     def load(self, name: str, path: str, permit: Permit = lambda path: path) -> Served:
@@ -164,14 +151,14 @@ class Catalog:
         known = {adapter.name: adapter for adapter in before}
         if name in known:
             raise LoraflowError(f"The adapter {name!r} was unloaded, and requests still use it. Try again later.")
-        fusion = _Saved.read(name, path) if (Path(path) / CONFIG_FILE).is_file() else None
+        fusion = SavedFusion.open(path, name=name) if (Path(path) / CONFIG_FILE).is_file() else None
         own: list[str] = []
         if fusion is None:
             known[name] = load_adapter(name, path)
         else:
-            _check_reads_nothing_else(fusion.config)
             check_base(fusion.config.base, self.model.base_record)
-            own = fusion.adapters_in(known, permit)
+            fusion, own = _add_adapters(fusion, known, permit)
+            _check_reads_nothing_else(fusion.config)
             if name in known:
                 raise LoraflowError(f"The fusion {name!r} has an adapter of the same name. Give it another.")
         new = list(known.values())[len(before) :]
@@ -234,11 +221,10 @@ class Catalog:
         alone = Static({adapter.name: 1.0})
         return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, self.model.prompt)
 
-    def _make_saved(self, fusion: _Saved, adapters: Sequence[str]) -> Served:
-        config = fusion.config
-        check_base(config.base, self.model.base_record)
-        method = make_method(config.method.name, config.method.parameters)
-        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), method, config.prompt, fusion.tensors)
+    def _make_saved(self, fusion: SavedFusion, adapters: Sequence[str]) -> Served:
+        check_base(fusion.config.base, self.model.base_record)
+        names, prompt = tuple(adapters), fusion.config.prompt
+        return self._make(fusion.name, "fusion", fusion.path, names, fusion.method, prompt, fusion.tensors)
 
     def add_fusion(
         self,
@@ -300,13 +286,7 @@ class Catalog:
     def _digest(
         self, adapters: Sequence[str], parts: Sequence[str], method: Method, tensors: Mapping[str, Tensor]
     ) -> str:
-        facts = {
-            "base": self.model.base_record.model_dump(exclude={"path"}),
-            "adapters": [[name, digest] for name, digest in zip(adapters, parts, strict=True)],
-            "method": [method.name, method.parameters()],
-            "learned": tensors_digest(tensors),
-        }
-        return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return fusion_digest(self.model.base_record, zip(adapters, parts, strict=True), method, tensors_digest(tensors))
 
     def find(self, name: str) -> Served:
         """A model by its name.
@@ -432,43 +412,22 @@ def _load_gates(name: str, gates: Gates, tensors: Mapping[str, Tensor]) -> None:
         gate.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A fusion as it lies on disk."""
+def _add_adapters(
+    fusion: SavedFusion, known: dict[str, Adapter], permit: Permit = lambda path: path
+) -> tuple[SavedFusion, list[str]]:
+    """A fusion with the names of its adapters among all, to which those that are missing are added.
 
-    name: str
-    path: str
-    directory: Path
-    config: FusionConfig
-    tensors: Mapping[str, Tensor]
-
-    @classmethod
-    def read(cls, name: str, path: str) -> _Saved:
-        directory = fetch_fusion(path, None)
-        return cls(name, path, directory, *read_fusion(directory))
-
-    def adapters_in(self, known: dict[str, Adapter], permit: Permit = lambda path: path) -> list[str]:
-        """The names of its adapters among all, to which those that are missing are added.
-
-        Equal ones under several names are one; another one of the same name gets the fusion's name before its own.
-
-        Raises:
-            FusionError: if an adapter is not the one that the fusion was made with.
-        """
-        names = []
-        for record in self.config.adapters:
-            name = next((name for name, adapter in known.items() if adapter.digest == record.digest), None)
-            if name is None:
-                name = record.name if record.name not in known else f"{self.name}.{record.name}"
-                source = AdapterSource(permit(resolve_source(record.path, self.directory)), record.revision)
-                known[name] = load_adapter(name, source)
-                if known[name].digest != record.digest:
-                    raise FusionError(
-                        f"Adapter {record.name!r} ({source.path}) is not the one that the fusion {self.name!r} was "
-                        "made with. Restore it, or fit again."
-                    )
-            names.append(name)
-        return names
+    Equal ones under several names are one; another one of the same name gets the fusion's name before its own.
+    """
+    fusion, adapters = fusion.load(loaded=known.values(), permit=permit)
+    names = []
+    for adapter in adapters:
+        name = next((name for name, other in known.items() if other.digest == adapter.digest), None)
+        if name is None:
+            name = adapter.name if adapter.name not in known else f"{fusion.name}.{adapter.name}"
+            known[name] = dataclasses.replace(adapter, name=name)
+        names.append(name)
+    return fusion, names
 
 
 def _short(base: str) -> str:

@@ -54,7 +54,6 @@ def train(
     checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
     if checkpoint is None:
         remove_checkpoints(run.directory)
-        run.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
     recorded = json.loads((run.directory / RUN_FILE).read_text())
     trainer = make_trainer(model, data, run, label)

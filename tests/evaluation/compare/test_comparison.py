@@ -43,7 +43,7 @@ from loraflow.evaluation.compare.plan import Plan, read_plan
 from loraflow.evaluation.compare.store import Cell, Record, Store, file_name
 from loraflow.evaluation.compare.tasks import HarnessTask, Task
 from loraflow.methods import Static
-from loraflow.saved.storage import read_fusion
+from loraflow.saved.fusion import SavedFusion
 from loraflow.training import fit
 from tests.evaluation.compare.small import FLOW, QUICK, small_plan, write_setting
 from tests.tiny import edit_tensors
@@ -226,10 +226,10 @@ def test_mean_weights_are_the_methods_own(everything: Everything) -> None:
 
 def test_what_was_learned_elsewhere_is_used_here(everything: Everything) -> None:
     output = everything[1]
-    config, elsewhere = read_fusion(output / "learned" / file_name("of es") / "es" / "seed-0" / "fusion")
-    assert [adapter.name for adapter in config.adapters] == ["es-chat", "math"]
-    here = read_fusion(output / "learned" / "lora-flow" / "zh" / "seed-0" / "fusion")[1]
-    assert not all(torch.equal(here[name], value) for name, value in elsewhere.items())
+    elsewhere = SavedFusion.open(output / "learned" / file_name("of es") / "es" / "seed-0" / "fusion")
+    assert elsewhere.adapter_names == ["es-chat", "math"]
+    here = SavedFusion.open(output / "learned" / "lora-flow" / "zh" / "seed-0" / "fusion").tensors
+    assert not all(torch.equal(here[name], value) for name, value in elsewhere.tensors.items())
     # The gates of the other task answer with this task's adapters.
     prompt = Store(output).read_items(Cell("zh", "of es", 0))[0].prompt
     assert prompt == Store(output).read_items(Cell("zh", "base", None))[0].prompt
@@ -690,7 +690,8 @@ def test_a_killed_fit_goes_on(shorter: dict[str, Any], tmp_path: Path, kill_when
     assert run(plan, killed)[0] == run(plan, tmp_path / "whole")[0] == 0
     assert os.stat(learned / "identity.json").st_ino == begun, "the interrupted fit was forgotten"
     fusions = [
-        read_fusion(root / "learned" / "row" / "zh" / "seed-0" / "fusion")[1] for root in (killed, tmp_path / "whole")
+        SavedFusion.open(root / "learned" / "row" / "zh" / "seed-0" / "fusion").tensors
+        for root in (killed, tmp_path / "whole")
     ]
     assert all(torch.equal(fusions[0][name], value) for name, value in fusions[1].items())
     assert not (learned / "checkpoints").exists()

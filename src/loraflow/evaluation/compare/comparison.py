@@ -34,8 +34,8 @@ from loraflow.evaluation.compare.store import Cell, Record, Store
 from loraflow.evaluation.compare.tasks import Setting, load_setting
 from loraflow.evaluation.harness.evaluate import check_task
 from loraflow.evaluation.sandbox import check_available
-from loraflow.files import write_atomically
-from loraflow.saved.storage import fetch_fusion, read_fusion
+from loraflow.files import make_folder, write_atomically
+from loraflow.saved.fusion import SavedFusion
 
 PLAN_FILE = "plan.yaml"
 # Answers to a task of lm-evaluation-harness, as far as the progress bar knows before the task is loaded.
@@ -160,7 +160,7 @@ def compare(
     read_base_config(comparison.setting.base, BaseOptions(comparison.setting.revision))
     wanted = identities(comparison)
     store = Store(output)
-    store.root.mkdir(parents=True, exist_ok=True)
+    make_folder(store.root)
     with _alone(store.root):
         missing = _unfinished(wanted, store, overwrite=overwrite, weights=plan.weights)
         text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), allow_unicode=True, sort_keys=False)
@@ -234,7 +234,7 @@ def identities(comparison: Comparison) -> dict[Cell, dict[str, Any]]:
 
 
 def _fusion_identity(fusion: str) -> dict[str, Any]:
-    config, _ = read_fusion(fetch_fusion(fusion, None))
+    config = SavedFusion.open(fusion).config
     return {
         "adapters": [[adapter.name, adapter.digest] for adapter in config.adapters],
         "method": config.method.model_dump(mode="json"),

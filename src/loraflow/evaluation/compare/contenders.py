@@ -25,7 +25,7 @@ from loraflow.files import write_atomically
 from loraflow.methods import Method, get_method
 from loraflow.model import FusedModel
 from loraflow.prompts import PromptFormat
-from loraflow.saved.storage import fetch_fusion, read_fusion
+from loraflow.saved.fusion import SavedFusion
 from loraflow.training import FitConfig, LoraSettings, finetune, fit, search
 from loraflow.training.checkpoints import complete_checkpoints
 from loraflow.training.config import LEARNING_RATE
@@ -176,7 +176,7 @@ class Contender:
         """
         source = self.fit_task(task)
         if self.spec.fusion is not None:
-            read_fusion(fetch_fusion(self.spec.fusion, None))
+            SavedFusion.open(self.spec.fusion)
         if isinstance(self.spec.finetune, int | str) and self.spec.finetune != NEW_LORA:
             self._adapter(self.spec.finetune, source)
         if not self.learns(task):
@@ -366,7 +366,7 @@ def prepare(
         model = bench.fused({TUNED: directory / "adapter"}, TUNED)
     else:
         model = bench.fused(_paths(bench, contender.adapters(task)), cast(Method, contender.method(task)))
-        model.load_state_dict(read_fusion(directory / "fusion")[1])
+        model.load_state_dict(SavedFusion.open(directory / "fusion").tensors)
     model.prompt = task.prompt.resolve(bench.tokenizer)
     return Prepared(model, facts["parameters"], facts["examples"], facts["fit_s"], facts["details"])
 
@@ -412,7 +412,6 @@ def _keep_only(directory: Path, identity: Mapping[str, Any]) -> None:
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == identity:
         return
     shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
     write_atomically(path, json.dumps(identity).encode())
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loraflow.errors import LoraflowError
-from loraflow.files import write_atomically
+from loraflow.files import make_folder, write_atomically
 
 # File systems take 255 bytes, some of which are temporary files' endings.
 _LONGEST = 120
@@ -137,7 +137,7 @@ class Store:
     def write(self, record: Record, items: Sequence[Item]) -> None:
         """Keep a finished cell; a crash leaves it unfinished or whole."""
         path = self.record_path(record.cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         lines = "".join(json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n" for item in items)
         write_atomically(self.answers_path(record.cell), lines.encode())
         write_atomically(path, json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=1).encode())

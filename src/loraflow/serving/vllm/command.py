@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraflow.errors import FusionError, LoraflowError
-from loraflow.methods import make_method
+from loraflow.errors import LoraflowError
 from loraflow.prompts import PromptFormat
-from loraflow.saved.storage import FusionConfig, fetch_fusion, read_fusion, resolve_source
+from loraflow.saved.fusion import SavedFusion
+from loraflow.saved.records import FusionConfig
 from loraflow.serving.vllm import LOAD_FORMAT
-from loraflow.serving.vllm.plan import fusion_digest
 from loraflow.serving.vllm.request_weights import processor_name
 
 _OURS = ("--load-format", "--model-loader-extra-config", "--logits-processors")
@@ -43,28 +42,25 @@ def vllm_command(
         The program and its arguments.
 
     Raises:
-        FusionError: if the fusion does not know where its base is.
         LoraflowError: if `extra_args` has an option that is composed here.
     """
-    directory = fetch_fusion(fusion, None).resolve()
-    config, _ = read_fusion(directory)
+    saved = SavedFusion.open(fusion)
+    directory = saved.directory.resolve()
     given = {argument.partition("=")[0] for argument in extra_args if argument.startswith("--")}
     for option in _OURS:
         if option in given:
             raise LoraflowError(f"`{option}` is composed from the fusion. Leave it out.")
-    base = base or resolve_source(config.base.path, directory)
-    if not base:
-        raise FusionError(f"The fusion {fusion} does not know where its base model is. Give it as `base`.")
-    if make_method(config.method.name, config.method.parameters).level == "query":
+    base = base or saved.base
+    if saved.method.level == "query":
         request_weights = True
-    loader: dict[str, Any] = {"fusion": str(directory), "digest": fusion_digest(config)}
+    loader: dict[str, Any] = {"fusion": str(directory), "digest": saved.digest}
     loader |= {"adapters": dict(adapters)} if adapters else {}
     loader |= {"unverified": True} if unverified else {}
     command = [_program(), "serve", base, "--load-format", LOAD_FORMAT]
     command += ["--model-loader-extra-config", json.dumps(loader)]
     if request_weights:
         command += ["--logits-processors", processor_name(str(directory))]
-    for option, value in _defaults(config, base, directory, request_weights).items():
+    for option, value in _defaults(saved.config, base, directory, request_weights).items():
         if option not in given and value is not None:
             command += [option, value] if value else [option]
     return [*command, *extra_args]

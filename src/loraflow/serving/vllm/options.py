@@ -16,7 +16,7 @@ class FusionOptions:
 
     Attributes:
         fusion: directory or Hub id of the saved fusion.
-        digest: the fusion's digest (`plan.fusion_digest`), where a fusion that has changed since is to be refused.
+        digest: the fusion's digest (`SavedFusion.digest`), where a fusion that has changed since is to be refused.
         adapters: other places of the adapters, by name.
         load_format: how the base itself is loaded; one of vLLM's own load formats.
         unverified: whether bases that have not been compared with transformers are served too.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,14 +10,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
-from loraflow.bases import BaseOptions, load_empty_base
+from loraflow.bases import BaseOptions, base_record, check_base, check_base_files, load_empty_base
 from loraflow.core.lanes import Gates
 from loraflow.errors import FusionError
 from loraflow.methods import Method
 from loraflow.methods.base import Site
 from loraflow.model import FusedModel
-from loraflow.saved.base_files import check_base_files
-from loraflow.saved.storage import FusionConfig, fetch_fusion, read_fusion
+from loraflow.saved.fusion import SavedFusion
+from loraflow.saved.records import FusionConfig
 
 Updates = Mapping[str, tuple[LoraModule | None, ...]]
 """Each adapter's update of a layer's linears, by their name within the layer; None where one does not target it."""
@@ -63,22 +61,23 @@ def read_plan(
     Returns:
         The plan; every file of the fusion has been compared with the digest that was recorded for it.
     """
-    directory = fetch_fusion(fusion, None)
-    config, tensors = read_fusion(directory)
+    saved, loaded = SavedFusion.open(fusion).load(adapters)
     with warnings.catch_warnings():
         # torch warns of each learned tensor that it is not copied into a model without weights: it is not needed there.
         warnings.filterwarnings("ignore", message=".*is a no-op.*")
         empty = load_empty_base(base, options or BaseOptions())
-        model = FusedModel.from_pretrained(directory, base=empty, adapters=adapters)
-    check_base_files(config.base, base, empty)
+        check_base(saved.config.base, base_record(empty))
+        model = FusedModel.from_adapters(empty, {adapter.name: adapter for adapter in loaded}, saved.method)
+        model.load_state_dict(saved.tensors)
+    check_base_files(saved.config.base, base, empty)
     sites = model.attachment.sites
     return FusionPlan(
-        config=config,
+        config=saved.config,
         method=model.method,
         adapters=tuple(model.adapter_names),
         layers=tuple(site.updates for site in sites["layer"].values()),
-        gates={} if model.method.level == "query" else _gates(model.method, sites[model.method.place], tensors),
-        digest=fusion_digest(config),
+        gates={} if model.method.level == "query" else _gates(model.method, sites[model.method.place], saved.tensors),
+        digest=saved.digest,
     )
 
 
@@ -91,17 +90,6 @@ def _gates(method: Method, sites: Mapping[str, Site], tensors: Mapping[str, Tens
             gate.load_state_dict({key: tensors[f"{name}.{key}"] for key in gate.state_dict()})
             gates[name] = gate.float().eval().requires_grad_(False)
     return gates
-
-
-def fusion_digest(config: FusionConfig) -> str:
-    """What tells a fusion from every other: its adapters' digests in order, its method, and what that learned."""
-    parts = {
-        "base": config.base.model_dump(include={"model_type", "hidden_size", "num_hidden_layers", "digest"}),
-        "adapters": [(adapter.name, adapter.digest) for adapter in config.adapters],
-        "method": config.method.model_dump(),
-        "weights": config.weights_digest,
-    }
-    return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
 
 def check_digest(plan: FusionPlan, pinned: str | None) -> None:

@@ -20,8 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from loraflow.core.swap import swap_class
 from loraflow.errors import LoraflowError
-from loraflow.methods import make_method
-from loraflow.saved.storage import fetch_fusion, read_fusion
+from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.vllm import LOAD_FORMAT
 from loraflow.serving.vllm.request_weights import KEY, PROCESSOR_PREFIX, check_request, fusion_of, parse_weights
 
@@ -213,13 +212,12 @@ def requested_fusion(processors: Sequence[Any] | None) -> str | None:
 
 @functools.lru_cache
 def _processor(fusion: str) -> type[RequestWeights]:
-    config, _ = read_fusion(fetch_fusion(fusion, None))
-    method = make_method(config.method.name, config.method.parameters)
+    saved = SavedFusion.open(fusion)
     members = {
         "fusion": fusion,
-        "adapters": tuple(adapter.name for adapter in config.adapters),
-        "layers": config.base.num_hidden_layers,
-        "required": method.level == "query",
+        "adapters": tuple(saved.adapter_names),
+        "layers": saved.config.base.num_hidden_layers,
+        "required": saved.method.level == "query",
         "__module__": __name__,
         "__doc__": RequestWeights.__doc__,
     }

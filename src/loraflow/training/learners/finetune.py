@@ -26,13 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter
 from loraflow.answers import require_tokenizer
-from loraflow.bases import BaseOptions
+from loraflow.bases import BaseOptions, base_record
 from loraflow.core.attach import open_base
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
-from loraflow.files import write_atomically
+from loraflow.files import make_folder, write_atomically
 from loraflow.prompts import PromptFormat
-from loraflow.saved.storage import base_record
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings, Run
 from loraflow.training.data import prepare
 from loraflow.training.trainer import as_it_was, train
@@ -288,7 +287,7 @@ def _save(adapted: PeftModel, output: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         # PEFT keeps a set, whose order changes from run to run.
         config["target_modules"].sort()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     write_atomically(output / WEIGHTS_FILE, weights)
     write_atomically(output / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())

@@ -103,7 +103,6 @@ def _search(fusion: Fusion, data: TokenExamples, identity: Mapping[str, Any], ru
 @contextlib.contextmanager
 def _log(path: Path, identity: Mapping[str, Any], known: list[float]) -> Iterator[IO[str]]:
     """The file of losses, open at its end, with what is known in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The half of a line that a crash may have left goes; what is known stays.
     head = [json.dumps(identity), *(json.dumps({"loss": loss}) for loss in known)]
     write_atomically(path, ("\n".join(head) + "\n").encode())

@@ -34,10 +34,12 @@ from loraflow import (
     QaFlora,
     Static,
 )
+from loraflow.bases import base_record
 from loraflow.core.layers import FusedDecoderLayer
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.files import write_atomically
-from loraflow.saved.storage import base_record, fetch_fusion, relative_source, resolve_source, tensors_digest
+from loraflow.saved.digests import tensors_digest
+from loraflow.saved.sources import fetch_fusion, relative_source, resolve_source
 from tests.tiny import (
     edit_config,
     edit_tensors,
@@ -299,7 +301,7 @@ def crash(monkeypatch, number, save, *args, **kwargs):
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraflow.saved.storage.os.replace", replace_or_crash)
+        patch.setattr("loraflow.files.os.replace", replace_or_crash)
         with pytest.raises(Crash):
             save(*args, **kwargs)
 
@@ -375,7 +377,7 @@ def test_a_changed_adapter_is_refused(world):
     fusion = saved(world)
     edit_config(world / "adapters" / "zh", lora_alpha=9)
     message = refusal(fusion)
-    assert re.search(r"Adapter 'zh' \(.*adapters/zh\) is not the one that the fusion was made with", message)
+    assert re.search(r"Adapter 'zh' \(.*adapters/zh\) is not the one that the fusion '.*' was made with", message)
     assert re.search(r"digest sha256:\w{12}\.\.\., not sha256:\w{12}\.\.\. Restore it, or fit again\.", message)
 
 
@@ -527,7 +529,7 @@ class FakeHub:
 def test_a_pushed_fusion_is_whole(world, tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub")
     monkeypatch.setattr("loraflow.model.HfApi", hub.api)
-    monkeypatch.setattr("loraflow.saved.storage.snapshot_download", hub.snapshot)
+    monkeypatch.setattr("loraflow.saved.sources.snapshot_download", hub.snapshot)
     model = make(world)
     assert model.push_to_hub("fusion", private=True) == "https://huggingface.co/me/fusion"
     assert hub.created == [("fusion", True, True)]
@@ -546,7 +548,7 @@ def test_trouble_with_the_hub_is_reported(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("loraflow.saved.storage.snapshot_download", fail)
+    monkeypatch.setattr("loraflow.saved.sources.snapshot_download", fail)
     with pytest.raises(FusionError, match=f"'me/fusion' is no directory here, and the Hub gives: {error}"):
         fetch_fusion("me/fusion", None)
 

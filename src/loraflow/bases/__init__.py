@@ -1,0 +1,27 @@
+"""Base models: loaded from an id or a path, and told from others."""
+
+from loraflow.bases.loading import (
+    QUANTIZATIONS,
+    BaseOptions,
+    find_tokenizer,
+    load_base,
+    load_empty_base,
+    load_tokenizer,
+    read_base_config,
+)
+from loraflow.bases.record import BaseRecord, base_record, check_base, check_base_files, files_digest
+
+__all__ = [
+    "QUANTIZATIONS",
+    "BaseOptions",
+    "BaseRecord",
+    "base_record",
+    "check_base",
+    "check_base_files",
+    "files_digest",
+    "find_tokenizer",
+    "load_base",
+    "load_empty_base",
+    "load_tokenizer",
+    "read_base_config",
+]

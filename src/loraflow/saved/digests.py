@@ -1,0 +1,46 @@
+"""Digests of tensors, and of all that decides what a fusion computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from loraflow.bases import BaseRecord
+from loraflow.methods import Method
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, independent of their order and of any file format."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def fusion_digest(base: BaseRecord, adapters: Iterable[tuple[str, str]], method: Method, weights_digest: str) -> str:
+    """SHA-256 of what a fusion computes from token ids: all that decides it, and nothing else.
+
+    Not in it: where the base and the adapters are, the prompt format, the record of the training, the version.
+
+    Args:
+        base: the base; its kind, shape, precision, quantisation and digest count.
+        adapters: name and digest of each, in the order of the fusion weights.
+        method: what gives the weights; its name and parameters count.
+        weights_digest: the digest of what the method has learned (`tensors_digest`).
+
+    Returns:
+        `sha256:` and 64 hexadecimal digits.
+    """
+    facts = {
+        "base": base.model_dump(exclude={"path", "revision"}),
+        "adapters": list(adapters),
+        "method": [method.name, method.parameters()],
+        "learned": weights_digest,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"

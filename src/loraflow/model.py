@@ -54,7 +54,8 @@ from loraflow.saved.storage import (
     tensors_digest,
     write_fusion,
 )
-from loraflow.visual.trace import Trace, token_texts
+from loraflow.visual.tokens import token_texts
+from loraflow.visual.trace import Trace
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerativePreTrainedModel

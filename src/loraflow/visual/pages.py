@@ -1,7 +1,7 @@
 """Pages in one file: a browser loads nothing else for them, and runs only the script whose digest they name.
 
-A page of a package is `web/NAME.html` with `NAME.css` and `NAME.js` in it. Before its own script stands
-`web/weights.js` of this package, which all pages share; after its own style the colours of the adapters.
+A page of a package is `web/NAME.html` with `NAME.css` and `NAME.js` in it. Before its own style and script stand
+`web/weights.css` and `web/weights.js` of this package, which all pages share; after its style the adapters' colours.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read_page(package: str, name: str, adapter_styles: str) -> PageFiles:
         Template, style and script.
     """
     template, style, script = (_read(package, f"{name}.{kind}") for kind in ("html", "css", "js"))
-    shared = _read("loraflow.visual", "weights.js")
-    return PageFiles(template, f"{style}\n{adapter_styles}", f"{shared}\n{script}")
+    shared_style, shared_script = (_read("loraflow.visual", f"weights.{kind}") for kind in ("css", "js"))
+    return PageFiles(template, f"{shared_style}\n{style}\n{adapter_styles}", f"{shared_script}\n{script}")
 
 
 def policy_source(content: str) -> str:

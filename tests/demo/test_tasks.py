@@ -11,8 +11,8 @@ from loraflow.demo.language import LANGUAGES, in_language
 from loraflow.demo.tasks import (
     SKILLS,
     TASKS,
+    DemoTask,
     Problem,
-    Task,
     held_out_frames,
     is_held_out,
     load_task,
@@ -26,11 +26,11 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def task(request: pytest.FixtureRequest) -> Task:
+def task(request: pytest.FixtureRequest) -> DemoTask:
     return load_task(request.param)
 
 
-def problems_of(task: Task) -> tuple[Problem, ...]:
+def problems_of(task: DemoTask) -> tuple[Problem, ...]:
     return task.train + task.dev + task.test
 
 
@@ -38,17 +38,17 @@ def test_there_are_six_tasks() -> None:
     assert TASKS == ("zh-math", "zh-code", "es-math", "es-code", "ru-math", "ru-code")
 
 
-def test_a_task_has_its_splits_and_adapters(task: Task) -> None:
+def test_a_task_has_its_splits_and_adapters(task: DemoTask) -> None:
     assert (len(task.train), len(task.dev), len(task.test)) == (200, 100, 500)
     assert task.adapters == (f"{task.language}-chat", task.skill)
     assert set(task.adapters) <= set(adapter_paths())
 
 
-def test_a_task_is_the_same_every_time(task: Task) -> None:
+def test_a_task_is_the_same_every_time(task: DemoTask) -> None:
     assert load_task(task.name) == task
 
 
-def test_no_prompt_is_in_two_splits(task: Task) -> None:
+def test_no_prompt_is_in_two_splits(task: DemoTask) -> None:
     prompts = [problem.prompt for problem in problems_of(task)]
     assert len(set(prompts)) == len(prompts)
 
@@ -58,21 +58,21 @@ def test_every_frame_is_held_out_from_training(skill: str) -> None:
     assert all(is_held_out(frame) for frame in held_out_frames(skill, 800))
 
 
-def test_word_problems_end_in_their_answer(task: Task) -> None:
+def test_word_problems_end_in_their_answer(task: DemoTask) -> None:
     for one in problems_of(task):
         if one.answer is not None:
             assert re.findall(r"\d+", one.completion)[-1] == one.answer
             assert one.tests == ()
 
 
-def test_the_sums_of_word_problems_are_right(task: Task) -> None:
+def test_the_sums_of_word_problems_are_right(task: DemoTask) -> None:
     for one in problems_of(task):
         for left, sign, right, result in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", one.completion):
             assert int(result) == int(left) + (int(right) if sign == "+" else -int(right))
             assert 0 <= int(result) <= 60
 
 
-def test_programs_pass_their_own_tests(task: Task) -> None:
+def test_programs_pass_their_own_tests(task: DemoTask) -> None:
     for one in problems_of(task):
         if one.tests:
             code = one.completion.split("```python\n")[1].split("```")[0]
@@ -124,7 +124,7 @@ def tokenizer() -> AutoTokenizer:
     return AutoTokenizer.from_pretrained(base_path())
 
 
-def test_the_tokenizer_gives_back_every_problem(task: Task, tokenizer: AutoTokenizer) -> None:
+def test_the_tokenizer_gives_back_every_problem(task: DemoTask, tokenizer: AutoTokenizer) -> None:
     for one in task.dev:
         for text in (one.prompt, one.completion):
             assert tokenizer.decode(tokenizer(text).input_ids) == text

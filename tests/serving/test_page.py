@@ -29,7 +29,7 @@ from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError
 from loraflow.serving.service import ServerConfig, Service
 from loraflow.visual.colours import PALETTE
-from loraflow.visual.trace import dominance, dominating
+from loraflow.visual.dominance import dominance, dominating
 from tests.tiny import set_random_gates
 
 # Generous: nothing here measures time, a hang has to end somewhere.

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from loraflow import FusedModel
 from loraflow.errors import LoraflowError
 from loraflow.visual.colours import PALETTE
-from loraflow.visual.explorer import adapter_key, colour_range, encode_weights, explorer_html, save_explorer
-from loraflow.visual.html import trace_html
-from loraflow.visual.trace import Trace, dominance, dominating, printable
+from loraflow.visual.dominance import dominance, dominating
+from loraflow.visual.explorer import colour_range, encode_weights, explorer_html, save_explorer
+from loraflow.visual.notebook import trace_html
+from loraflow.visual.tokens import printable
+from loraflow.visual.trace import Trace
 from tests.tiny import random_ids, save_adapter, tiny_model
 from tests.visual.test_trace import make_trace
 
@@ -99,10 +101,6 @@ def test_the_colours_range(weights, expected):
 def test_one_range_for_all_methods():
     small, large = torch.full((2, 1, 1), 0.1), torch.full((2, 1, 1), -0.9)
     assert colour_range([small, large])["low"] == -1.0
-
-
-def test_letters_of_adapters():
-    assert [adapter_key(i) for i in (0, 7, 25, 26)] == ["A", "H", "Z", "27"]
 
 
 def test_what_dominates():
@@ -300,6 +298,37 @@ def readout(page) -> dict[str, list[float]]:
 def expected(trace, position: int, layer: int | None = None) -> list[float]:
     shown = trace.shown_weights()[position]
     return (shown.mean(dim=0) if layer is None else shown[layer]).tolist()
+
+
+def test_letters_of_adapters(opened, traces):
+    assert opened(traces).evaluate("[0, 7, 25, 26].map(keyOf)") == ["A", "H", "Z", "27"]
+
+
+# Ties and margins about the three decimals, negative weights, none that is positive, one adapter, many.
+WEIGHINGS = [
+    [0.2, 0.5, 0.3],
+    [0.5, 0.5],
+    [0.5, 0.5005],
+    [0.5, 0.501],
+    [0.5, 0.5011],
+    [0.25, 0.251],
+    [-1.0, -2.0],
+    [-1.0, 0.0],
+    [-0.5, -0.5],
+    [0.6, 0.2, -0.5],
+    [0.0, 0.0, 0.0],
+    [0.3],
+    [-0.3],
+    [1e-9, 0.0],
+    [1e30, -1e30],
+    *torch.randn(200, 9, generator=torch.Generator().manual_seed(0)).mul(0.01).double().tolist(),
+]
+
+
+def test_the_pages_script_says_what_python_says(opened, traces):
+    said = opened(traces).evaluate("all => all.map(dominating)", WEIGHINGS)
+    assert [each["top"] for each in said] == [dominating(weights) for weights in WEIGHINGS]
+    assert [each["share"] for each in said] == pytest.approx([dominance(weights) for weights in WEIGHINGS])
 
 
 def test_text_and_facts(opened, traces):

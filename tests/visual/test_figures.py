@@ -14,7 +14,7 @@ import torch
 
 from loraflow.analysis.weights import WeightStatistics, WeightSummary
 from loraflow.errors import DataError, LoraflowError
-from loraflow.visual import figures
+from loraflow.visual import drawing, figures
 from loraflow.visual.colours import adapter_colour
 from tests.visual.test_trace import make_trace
 
@@ -169,13 +169,13 @@ def test_any_token_and_name_can_be_shown(tmp_path, ending):
 
 
 def test_chinese_is_drawn_where_a_font_has_it():
-    if len(figures._fonts()) == 1:
+    if len(drawing.fonts()) == 1:
         pytest.skip("no font with Chinese characters is installed")
     assert figures._token_label(" 答案是") == "答案是"
 
     def pixels(token):
         figure = figures.answer_figure(make_trace(seq=1, tokens=[[token]]))
-        with figures._style():
+        with drawing.figure_style():
             return bytes(matplotlib.backends.backend_agg.FigureCanvasAgg(figure).print_to_buffer()[0])
 
     # Boxes for missing characters would all look alike.
@@ -183,7 +183,7 @@ def test_chinese_is_drawn_where_a_font_has_it():
 
 
 def test_without_such_a_font_code_points_are_shown(monkeypatch, tmp_path):
-    monkeypatch.setattr(figures, "_fonts", lambda: ("DejaVu Sans",))
+    monkeypatch.setattr(drawing, "fonts", lambda: ("DejaVu Sans",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = figures.answer_figure(make_trace(seq=2, tokens=[["汉b", "да"]]), title="汉")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.visual.colours import PALETTE, adapter_colour
-from loraflow.visual.trace import Trace, token_texts
+from loraflow.visual.tokens import token_texts
+from loraflow.visual.trace import Trace
 from tests.tiny import byte_tokenizer, random_ids, save_adapter, set_random_gates, tiny_model
 
 

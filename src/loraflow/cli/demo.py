@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from loraflow.errors import SandboxError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loraflow.demo.run import Result
+    from loraflow.demo.comparison import Result
 
 
 def demo(
@@ -36,9 +36,6 @@ def demo(
     and a skill in English (math, code). A task needs both at once: the demo fits LoRA-Flow on 200 examples, compares
     it on test problems with the base, each adapter alone and the average, and shows which adapter spoke in one answer.
     """  # noqa: DOC501 (it is the --help text)
-    import dataclasses
-    import json
-
     from loraflow.demo.tasks import load_task
 
     chosen = load_task(task)
@@ -47,66 +44,40 @@ def demo(
 
     from rich.console import Console
 
-    from loraflow import training
-    from loraflow.demo import run
-    from loraflow.evaluation.sandbox import check_available
-    from loraflow.files import write_atomically
-    from loraflow.methods import get_method
+    from loraflow.demo import comparison
+    from loraflow.evaluation.compare import Options, Store, compare, open_comparison
+    from loraflow.model import FusedModel
 
-    if chosen.skill == "code":
-        check_available()
     console = Console()
-    run.write_task(chosen, output / "data")
-    method = get_method("lora-flow", chosen.adapters, parse_method_options(method_option))
-    model = run.load_task_model(chosen, method)
+    plan = comparison.demo_plan(chosen, parse_method_options(method_option), seed, problems)
+    cells = open_comparison(plan, allow_code=allow_code).cells
     console.print(f"[bold]{task}[/]: {chosen.skill} asked and answered in {chosen.language}, from two adapters:")
     console.print(f"  {chosen.adapters[0]} (chat, no {chosen.skill}) and {chosen.adapters[1]} (English {chosen.skill})")
-    config = dataclasses.replace(run.RECIPE, seed=seed)
-    learned = model.num_learned_parameters()
-    console.print(f"fitting {learned:,} gate values on {len(chosen.train)} examples; base and adapters stay frozen")
-    fitted = training.fit(
-        model, run.as_records(chosen.train), dev=run.as_records(chosen.dev), config=config, console=console
-    )
-    console.print(
-        f"  {fitted.seconds:.0f} s; started at {_best(fitted.start)}; "
-        f"dev loss {fitted.dev_loss:.4f} at step {fitted.kept_step}"
-    )
+    with tempfile.TemporaryDirectory() as run:
+        if compare(plan, run, options=Options(allow_code=allow_code), console=console):
+            raise typer.Exit(1)
+        store = Store(run)
+        results = [comparison.read_result(store, cell) for cell in cells]
+        model = FusedModel.from_pretrained(store.learned_path(cells[-1].method, task, seed) / "fusion")
+        _say_learned(store.read(cells[-1]), console)
     model.save_pretrained(output / "fusion", copy_adapters=True)
-    results = _compare(model, chosen, output, problems, console)
-    summaries = [result.summary() for result in results]
-    write_atomically(
-        output / "results.json", json.dumps({"task": task, "seed": seed, "results": summaries}, indent=2).encode()
-    )
+    comparison.write_task(chosen, output / "data")
+    comparison.write_results(chosen, seed, results, output)
     console.print(_table(results, task))
     _show_trace(model, chosen, results[-1], console)
     console.print(f"\nfusion: {output}/fusion   data: {output}/data   every answer: {output}/answers", soft_wrap=True)
     console.print(f"try: loraflow trace {output}/fusion --prompt '...' --numbers", soft_wrap=True)
 
 
-def _best(start: Any) -> str:
-    return max(start, key=start.get)
-
-
-def _compare(model: Any, task: Any, output: Path, count: int, console: Console) -> list[Result]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from loraflow.demo import run
-
-    names = [*run.contenders(task), "lora-flow"]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    results = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("answering", total=count * len(names))
-        for position, name in enumerate(names):
-            progress.update(bar, description=f"answering: {name}")
-            file = output / "answers" / f"{name}.jsonl"
-
-            def advance(done: int, total: int, before: int = position * count) -> None:
-                progress.update(bar, completed=before + done)
-
-            with contextlib.nullcontext() if name == "lora-flow" else model.using(name):
-                results.append(run.evaluate(model, task, name, count, file, advance))
-    return results
+def _say_learned(record: Any, console: Console) -> None:
+    learned, start = record.details, record.details["start"]
+    console.print(
+        f"fitted {record.learned_parameters:,} gate values on {record.examples} examples; base and adapters stay frozen"
+    )
+    console.print(
+        f"  {record.fit_s:.0f} s; started at {max(start, key=start.get)}; "
+        f"dev loss {learned['dev_loss']:.4f} at step {learned['kept_step']}"
+    )
 
 
 def _table(results: list[Result], task: str) -> Any:

@@ -32,7 +32,8 @@ from loraflow.core.lanes import Gates, Lanes
 from loraflow.errors import FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod, get_method
 from loraflow.prompts import Message, PromptFormat
-from loraflow.visual.trace import Trace, token_texts
+from loraflow.visual.tokens import token_texts
+from loraflow.visual.trace import Trace
 
 RowWeights = Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"]
 """Weights of each row, for all layers or for each."""

@@ -25,7 +25,7 @@ from loraflow.demo.language import (
 )
 from loraflow.errors import DataError, did_you_mean
 
-__all__ = ["SKILLS", "TASKS", "Problem", "Task", "in_language", "load_task"]
+__all__ = ["SKILLS", "TASKS", "DemoTask", "Problem", "in_language", "load_task"]
 
 SKILLS: tuple[str, ...] = ("math", "code")
 TASKS: tuple[str, ...] = tuple(f"{language}-{skill}" for language in LANGUAGES[1:] for skill in SKILLS)
@@ -113,7 +113,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoTask:
     """A composite task: a skill that one adapter has, in a language that another adapter has.
 
     Args:
@@ -135,7 +135,7 @@ class Task:
     test: tuple[Problem, ...]
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str) -> DemoTask:
     """One of the six composite tasks, drawn from its name.
 
     Raises:
@@ -147,7 +147,7 @@ def load_task(name: str) -> Task:
     frames = held_out_frames(skill, sum(_SPLITS.values()))
     problems = tuple(problem(language, frame) for frame in frames)
     dev_start, test_start = _SPLITS["train"], _SPLITS["train"] + _SPLITS["dev"]
-    return Task(
+    return DemoTask(
         name=name,
         language=language,
         skill=skill,
@@ -158,7 +158,7 @@ def load_task(name: str) -> Task:
     )
 
 
-def more_training(task: Task, count: int) -> tuple[Problem, ...]:
+def more_training(task: DemoTask, count: int) -> tuple[Problem, ...]:
     """Further training problems of a task, none of which is in any of its splits or any other task's."""
     used = sum(_SPLITS.values())
     frames = held_out_frames(task.skill, used + count)[used:]

@@ -1,22 +1,15 @@
 """The page at `/`: a chat in which every token has the colour of the adapter that dominates it.
 
-It is one answer, `page.html` with `page.css` and `page.js` in it; the browser may run nothing else, and may ask nobody
-but this server.
+It is one answer, `web/page.html` with its style and script in it (`visual.pages`); the browser may run nothing else,
+and may ask nobody but this server. Adapters beyond the last colour begin again, and have their letters.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from dataclasses import dataclass
-from importlib.resources import files
 
-from loraflow.visual.colours import PALETTE
-from loraflow.visual.trace import EVEN
-
-# Underlines, so that colour is not alone in telling adapters apart.
-_STROKES = ("solid", "dashed", "dotted", "double", "wavy", "solid", "dashed", "dotted")
+from loraflow.visual.colours import PALETTE, adapter_styles
+from loraflow.visual.pages import policy_source, read_page
 
 
 @dataclass(frozen=True)
@@ -34,15 +27,12 @@ class Page:
 
 def make_page() -> Page:
     """The page and its headers, the same for every server."""
-    template, style, script = (
-        files("loraflow.serving").joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-    )
-    parts = {"style": style + _adapter_styles(), "script": script, "even": str(EVEN), "colours": str(len(PALETTE))}
+    page = read_page("loraflow.serving", "page", adapter_styles("data-colour", len(PALETTE)))
     policy = {
         "default-src": "'none'",
         "connect-src": "'self'",
-        "script-src": _digest(parts["script"]),
-        "style-src": _digest(parts["style"]),
+        "script-src": policy_source(page.script),
+        "style-src": policy_source(page.style),
         # The icon, which stands in the page; without one, browsers ask for /favicon.ico.
         "img-src": "data:",
         "base-uri": "'none'",
@@ -55,17 +45,4 @@ def make_page() -> Page:
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
-    return Page(re.sub(r"\{\{([a-z]+)\}\}", lambda found: parts[found[1]], template), headers)
-
-
-def _adapter_styles() -> str:
-    """A rule for each colour; adapters beyond the last begin again, and have their letters."""
-    rules = [
-        f'[data-colour="{i}"] {{ --colour: {colour}; --stroke: {_STROKES[i]}; --thickness: {2 if i < 5 else 4}px }}'
-        for i, colour in enumerate(PALETTE)
-    ]
-    return "\n".join(["", *rules, ""])
-
-
-def _digest(content: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    return Page(page.html(), headers)

@@ -1,19 +1,17 @@
 """A page that lets a reader explore traces of one text: all methods, layers and adapters, in one file without network.
 
-The page is `explorer.html` with `explorer.css`, `explorer.js` and the traces in it. The weights are 16-bit integers:
-each is exact to 1/65534 of its trace's largest absolute weight, that is to 0.00002 where weights go up to 1.
+The page is `web/explorer.html` with its style, its script and the traces in it (`pages`). The weights are 16-bit
+integers: each is exact to 1/65534 of its trace's largest absolute weight, that is to 0.00002 where weights go up to 1.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,11 @@ from torch import Tensor
 
 from loraflow.errors import LoraflowError
 from loraflow.files import write_atomically
-from loraflow.visual.colours import adapter_colour
-from loraflow.visual.trace import EVEN, Trace, printable
+from loraflow.visual.colours import adapter_styles
+from loraflow.visual.dominance import EVEN
+from loraflow.visual.pages import policy_source, read_page
+from loraflow.visual.tokens import printable
+from loraflow.visual.traced import TracedWeights
 
 TITLE = "Fusion weights"
 
@@ -35,7 +36,7 @@ _STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 _WITHIN_SCALE = 0.995
 
 
-def explorer_html(traces: Mapping[str, Trace], *, title: str = TITLE, row: int = 0) -> str:
+def explorer_html(traces: Mapping[str, TracedWeights], *, title: str = TITLE, row: int = 0) -> str:
     """The page that shows one row of some traces side by side.
 
     Args:
@@ -60,22 +61,13 @@ def explorer_html(traces: Mapping[str, Trace], *, title: str = TITLE, row: int =
     for name, trace in traces.items():
         _check_same(next(iter(traces)), first, name, trace)
         _check_row(name, trace, row)
-    template, style, script = (
-        files("loraflow.visual").joinpath(f"explorer.{kind}").read_text(encoding="utf-8")
-        for kind in ("html", "css", "js")
+    page = read_page("loraflow.visual", "explorer", adapter_styles("data-adapter", len(first.adapters)))
+    return page.html(
+        title=escape(title), script_source=policy_source(page.script), data=_script_json(_content(traces, row))
     )
-    parts = {
-        "title": escape(title),
-        "style": style,
-        "script": script,
-        "script-digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "data": _script_json(_content(traces, row)),
-    }
-    # All at once: what stands in a title or a token is never taken for a placeholder.
-    return re.sub(r"\{\{([a-z-]+)\}\}", lambda found: parts[found[1]], template)
 
 
-def save_explorer(traces: Mapping[str, Trace], path: str | Path, *, title: str = TITLE, row: int = 0) -> None:
+def save_explorer(traces: Mapping[str, TracedWeights], path: str | Path, *, title: str = TITLE, row: int = 0) -> None:
     """Write `explorer_html` to a file.
 
     Args:
@@ -135,12 +127,7 @@ def colour_range(weights: list[Float[Tensor, "tokens layers adapters"]]) -> dict
     }
 
 
-def adapter_key(index: int) -> str:
-    """The letter that stands for an adapter where its name has no room; its number after the 26th."""
-    return chr(ord("A") + index) if index < 26 else str(index + 1)
-
-
-def _content(traces: Mapping[str, Trace], row: int) -> dict[str, Any]:
+def _content(traces: Mapping[str, TracedWeights], row: int) -> dict[str, Any]:
     first = next(iter(traces.values()))
     prompt, generated = first.shown_positions(row)
     positions = prompt + generated
@@ -151,11 +138,7 @@ def _content(traces: Mapping[str, Trace], row: int) -> dict[str, Any]:
         "promptTokens": len(prompt),
         "knowsPrompt": bool(first.prompt_length),
         "layers": first.weights.shape[2],
-        "adapters": [
-            {"name": printable(name), "key": adapter_key(i), "colour": adapter_colour(i)}
-            for i, name in enumerate(first.adapters)
-        ],
-        "even": EVEN,
+        "adapters": [{"name": printable(name)} for name in first.adapters],
         "range": colour_range(list(shown.values())),
         "methods": [
             {"name": printable(name), "notes": trace.notes(), **encode_weights(shown[name])}
@@ -176,7 +159,7 @@ def _round_up(value: float) -> float:
     return next(step * power for step in _STEPS if value <= step * power * (1 + 1e-6))
 
 
-def _check_same(name: str, first: Trace, other_name: str, other: Trace) -> None:
+def _check_same(name: str, first: TracedWeights, other_name: str, other: TracedWeights) -> None:
     """Check that two traces can stand side by side.
 
     Raises:
@@ -198,7 +181,7 @@ def _check_same(name: str, first: Trace, other_name: str, other: Trace) -> None:
             )
 
 
-def _check_row(name: str, trace: Trace, row: int) -> None:
+def _check_row(name: str, trace: TracedWeights, row: int) -> None:
     """Check that a picture can be made of the weights.
 
     Raises:

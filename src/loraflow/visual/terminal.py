@@ -13,13 +13,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from loraflow.visual.colours import adapter_colour
-from loraflow.visual.trace import Trace, dominating, printable
+from loraflow.visual.dominance import dominating
+from loraflow.visual.tokens import printable
+from loraflow.visual.traced import TracedWeights
 
 # Stands where an adapter's name would, in text and tables.
 _EVEN = "even"
 
 
-def render_trace(trace: Trace, row: int = 0, *, numbers: bool = False) -> RenderableType:
+def render_trace(trace: TracedWeights, row: int = 0, *, numbers: bool = False) -> RenderableType:
     """One row of a trace: a legend, the coloured text, a summary, and on request every token's weights as a table."""
     parts: list[RenderableType] = [_Legend(trace), _Text(trace, row)]
     parts += [Text(note, style="dim") for note in trace.notes()]
@@ -33,7 +35,7 @@ def render_trace(trace: Trace, row: int = 0, *, numbers: bool = False) -> Render
 
 @dataclass(frozen=True)
 class _Legend:
-    trace: Trace
+    trace: TracedWeights
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         legend = Text("largest weight: ")
@@ -51,14 +53,14 @@ class _Legend:
 
 @dataclass(frozen=True)
 class _Text:
-    trace: Trace
+    trace: TracedWeights
     row: int
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield (coloured_text if _has_colours(console) else marked_text)(self.trace, self.row)
 
 
-def coloured_text(trace: Trace, row: int = 0) -> Text:
+def coloured_text(trace: TracedWeights, row: int = 0) -> Text:
     """The tokens, each in its adapter's colour; generated ones are bold."""
     text = Text()
     for position, token, top in _shown(trace, row):
@@ -70,7 +72,7 @@ def coloured_text(trace: Trace, row: int = 0) -> Text:
     return text
 
 
-def marked_text(trace: Trace, row: int = 0) -> Text:
+def marked_text(trace: TracedWeights, row: int = 0) -> Text:
     """The tokens, with the adapter's name wherever another one takes over."""
     text = Text()
     before: int | None = -1
@@ -86,7 +88,7 @@ def marked_text(trace: Trace, row: int = 0) -> Text:
     return text
 
 
-def _summary(trace: Trace, row: int) -> Table:
+def _summary(trace: TracedWeights, row: int) -> Table:
     """For prompt and generated part: the share of the tokens that each adapter dominates, and its mean weight."""
     prompt, generated = trace.shown_positions(row)
     parts = {"prompt" if trace.prompt_length else "text": prompt, "generated": generated}
@@ -111,17 +113,17 @@ def _share(tops: list[int | None], wanted: int | None) -> str:
     return f"{tops.count(wanted) / len(tops):.0%}"
 
 
-def _layers(trace: Trace, row: int) -> Table:
+def _layers(trace: TracedWeights, row: int) -> Table:
     return _weight_table(trace, ["layer"], (([str(i)], w) for i, w in enumerate(trace.layer_weights(row).tolist())))
 
 
-def _table(trace: Trace, row: int) -> Table:
+def _table(trace: TracedWeights, row: int) -> Table:
     weights = trace.token_weights(row).tolist()
     rows = (([str(position), repr(token)], weights[position]) for position, token, _ in _shown(trace, row))
     return _weight_table(trace, ["position", "token"], rows)
 
 
-def _weight_table(trace: Trace, heads: list[str], rows: Iterable[tuple[list[str], list[float]]]) -> Table:
+def _weight_table(trace: TracedWeights, heads: list[str], rows: Iterable[tuple[list[str], list[float]]]) -> Table:
     table = Table(*heads, *(Column(Text(printable(name))) for name in trace.adapters), box=None)
     for cells, weights in rows:
         table.add_row(*map(Text, cells), *(f"{weight:+.3f}" for weight in weights))
@@ -132,7 +134,7 @@ def _has_colours(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def _shown(trace: Trace, row: int) -> list[tuple[int, str, int | None]]:
+def _shown(trace: TracedWeights, row: int) -> list[tuple[int, str, int | None]]:
     """Position, text and dominating adapter of each token."""
     weights, (prompt, generated) = trace.token_weights(row).tolist(), trace.shown_positions(row)
     return [(p, trace.tokens[row][p], dominating(weights[p])) for p in prompt + generated]

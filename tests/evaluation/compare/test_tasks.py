@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,25 @@ def spec(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another package, with settings good and bad."""
+    info = tmp_path / "worlds-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: worlds\nVersion: 1.0\n")
+    places = {"flat": "worlds:flat", "empty": "worlds:empty", "absent": "worlds:absent", "small-world": "worlds:empty"}
+    points = "".join(f"{name} = {place}\n" for name, place in places.items())
+    (info / "entry_points.txt").write_text(f"[loraflow.settings]\n{points}")
+    (tmp_path / "worlds.py").write_text(
+        "from loraflow.evaluation.compare.tasks import Setting\n"
+        "def flat(tasks, allow_code): return Setting(f'{tasks} {allow_code}', {}, {})\n"
+        "def empty(tasks, allow_code): return None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("worlds", None)
+
+
 def load(spec: dict[str, Any], **options: Any) -> Setting:
     return load_setting(SettingSpec.model_validate(spec), **options)
 
@@ -87,6 +109,27 @@ def test_only_wanted_tasks_are_read(spec: dict[str, Any]) -> None:
     assert list(load(spec, tasks=["short", "sums"]).tasks) == ["short", "sums"]
     with pytest.raises(DataError, match="There is no file no such file"):
         load(spec)
+
+
+@pytest.mark.usefixtures("outside")
+def test_another_package_brings_settings_by_name() -> None:
+    assert load_setting("flat", tasks=["a"], allow_code=True).base == "['a'] True"
+    with pytest.raises(DataError, match=r"Known: 'absent', 'empty', 'flat', 'small-world'. Did you mean 'flat'"):
+        load_setting("flatt")
+    with pytest.raises(DataError, match=r"The setting 'absent' of the package 'worlds' cannot be imported: "):
+        load_setting("absent")
+    with pytest.raises(DataError, match=r"'empty' of the package 'worlds' is worlds:empty, which gave None. It must"):
+        load_setting("empty")
+    # A built-in one cannot be taken over.
+    assert "es-math" in load_setting("small-world", tasks=["es-math"]).tasks
+
+
+def test_the_small_world_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys; from loraflow.evaluation.compare.tasks import load_setting; "
+        "assert 'loraflow.demo' not in sys.modules; print(*load_setting('small-world', tasks=['zh-math']).tasks)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "zh-math\n"
 
 
 def test_unknown_names_are_told_with_the_known_ones(spec: dict[str, Any]) -> None:

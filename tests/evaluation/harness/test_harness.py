@@ -20,9 +20,10 @@ import huggingface_hub
 import lm_eval
 import lm_eval.tasks
 
+from loraflow import FusedModel
 from loraflow.answers import generate_answers
-from loraflow.demo.run import load_task_model
 from loraflow.demo.tasks import load_task
+from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import DataError, LoraflowError, MethodError, SandboxError
 from loraflow.evaluation.harness import (
     PAPER_TASKS,
@@ -194,7 +195,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_task_model(load_task("zh-math"))
+    return FusedModel.from_adapters(base_path(), {name: adapter_paths()[name] for name in ("zh-chat", "math")})
 
 
 @pytest.fixture(autouse=True)

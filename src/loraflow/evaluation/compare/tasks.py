@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 
 from loraflow.errors import DataError, did_you_mean
+from loraflow.evaluation import SETTINGS
 from loraflow.evaluation.compare.plan import FieldNames, MixSpec, SettingSpec, TaskSpec
 from loraflow.evaluation.scoring import Scorer, get_scorer
 from loraflow.examples import Example, Fields, parse_examples, read_examples
 from loraflow.prompts import PromptFormat
 
-BUILT_IN = {"small-world": "loraflow.demo.setting:small_world"}
+ENTRY_POINTS = "loraflow.settings"
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def load_setting(
     """A setting with the problems of its tasks.
 
     Args:
-        setting: a built-in one by name, or one that is written out.
+        setting: a built-in one or one of another package by name, or one that is written out.
         tasks: the tasks that are wanted; by default all but the mixed ones.
         allow_code: whether scorers may run what a model wrote, in the sandbox.
 
@@ -222,13 +222,7 @@ def load_setting(
         SandboxError: if a wanted task runs code, and that is not allowed.
     """
     if isinstance(setting, str):
-        if setting not in BUILT_IN:
-            raise DataError(
-                f"There is no setting {setting!r}. {did_you_mean(setting, BUILT_IN)} Or give a file that ends in .yaml."
-            )
-        module, _, function = BUILT_IN[setting].partition(":")
-        built: Setting = getattr(importlib.import_module(module), function)(tasks, allow_code)
-        return built
+        return _named(setting, tasks, allow_code)
     for name in tasks or ():
         if name not in setting.tasks:
             raise DataError(f"The setting has no task {name!r}. {did_you_mean(name, setting.tasks)}")
@@ -244,6 +238,34 @@ def load_setting(
         dtype=setting.dtype,
         quantization=setting.quantization,
     )
+
+
+def _named(name: str, tasks: Sequence[str] | None, allow_code: bool) -> Setting:
+    """A setting that is built in, or that another package names as an entry point.
+
+    Raises:
+        DataError: if there is none of that name, or the entry point cannot be imported or gives something else.
+    """
+    points = [EntryPoint(known, place, ENTRY_POINTS) for known, place in SETTINGS.items()]
+    # Looking for other packages takes milliseconds; none of them can take a built-in name.
+    if name not in SETTINGS:
+        points.extend(entry_points(group=ENTRY_POINTS))
+    point = next((point for point in points if point.name == name), None)
+    if point is None:
+        known = did_you_mean(name, {point.name for point in points})
+        raise DataError(f"There is no setting {name!r}. {known} Or give a file that ends in .yaml.")
+    package = point.dist.name if point.dist is not None else point.value
+    try:
+        make = point.load()
+    except Exception as error:
+        raise DataError(f"The setting {name!r} of the package {package!r} cannot be imported: {error}.") from error
+    setting = make(tasks, allow_code)
+    if not isinstance(setting, Setting):
+        raise DataError(
+            f"The entry point {name!r} of the package {package!r} is {point.value}, which gave {setting!r}. It must be "
+            f"a function of `tasks` and `allow_code` that returns a `{Setting.__module__}.Setting`."
+        )
+    return setting
 
 
 def _own_examples(setting: SettingSpec, adapter: str) -> list[Example]:

@@ -1,8 +1,3 @@
-"use strict";
-
-const ALL = -1; // the layer that stands for the mean over all
-const EVEN = Number(document.body.dataset.even);
-const COLOURS = Number(document.body.dataset.colours);
 const KINDS = { fusion: "Fusions", adapter: "Adapters", base: "Base" };
 const KEY = "loraflow-api-key";
 const $ = (id) => document.getElementById(id);
@@ -15,17 +10,8 @@ const state = {
   top: 0, follow: true, // the newest text, until the reader scrolls away from it
 };
 
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-const number = (weight, digits = 3) => weight.toFixed(digits).replace(/^-(0\.0+)$/, "$1").replace("-", "−");
 const plural = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 const place = (name) => state.adapters.indexOf(name);
-const keyOf = (a) => (a < 26 ? String.fromCharCode(65 + a) : String(a + 1));
 const short = (digest) => digest.replace("sha256:", "").slice(0, 12);
 
 function swatch(a) {
@@ -299,15 +285,6 @@ function newChat() {
 
 // Answers.
 
-/** The largest weight's place, or null where the second is as large to three decimals; and its share of all. */
-function dominating(weights) {
-  const top = weights.indexOf(Math.max(...weights));
-  const rest = weights.filter((_, a) => a !== top);
-  const even = rest.length > 0 && weights[top] - Math.max(...rest) <= EVEN;
-  const positive = weights.reduce((sum, weight) => sum + Math.max(weight, 0), 0);
-  return { top: even ? null : top, share: Math.max(weights[top], 0) / (positive || 1) };
-}
-
 function meanOf(rows) {
   return rows[0].map((_, a) => rows.reduce((sum, row) => sum + row[a], 0) / rows.length);
 }
@@ -429,8 +406,7 @@ function paint(token) {
     dataset.colour = a % COLOURS;
     if (a !== before) dataset.key = keyOf(a);
   }
-  // An adapter that leads by little must still be seen to lead.
-  style.setProperty("--strength", (0.25 + 0.75 * share).toFixed(3));
+  style.setProperty("--strength", strength(share));
 }
 
 function setLayers(layers) {
@@ -442,7 +418,7 @@ function setLayers(layers) {
 function showLayer(layer) {
   state.layer = Math.min(Math.max(layer, ALL), state.layers - 1);
   $("layer").value = state.layer + 1;
-  const name = state.layer === ALL ? "all (mean)" : `${state.layer} of 0–${state.layers - 1}`;
+  const name = sliderText(state.layer, state.layers);
   $("layer").setAttribute("aria-valuetext", name);
   $("layer-name").textContent = name;
   state.tokens.forEach(paint);
@@ -458,7 +434,7 @@ function tableRow(name, layer, weights, names, full) {
   const { top } = dominating(weights);
   const cells = weights.map((weight, i) => {
     const cell = element("td", { "data-colour": place(names[i]) % COLOURS, ...(i === top && { class: "top" }) }, number(weight));
-    cell.style.setProperty("--fill", `${(100 * Math.min(Math.max(weight, 0) / full, 1)).toFixed(1)}%`);
+    cell.style.setProperty("--fill", fill(weight, full));
     return cell;
   });
   const current = layer === state.layer && { "aria-current": "true" };

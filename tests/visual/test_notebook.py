@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import torch
 
 from loraflow.visual.colours import adapter_colour
-from loraflow.visual.html import trace_html
+from loraflow.visual.notebook import trace_html
 from tests.visual.test_trace import make_trace
 
 TOKEN = re.compile(r'<span title="([^"]*)" style="background:(#\w{6})(\w{2});[^"]*">([^<]*)</span>')

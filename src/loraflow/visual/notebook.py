@@ -5,10 +5,11 @@ from __future__ import annotations
 from html import escape
 
 from loraflow.visual.colours import NEUTRAL, adapter_colour
-from loraflow.visual.trace import Trace, dominance, dominating
+from loraflow.visual.dominance import dominance, dominating
+from loraflow.visual.traced import TracedWeights
 
 
-def trace_html(trace: Trace) -> str:
+def trace_html(trace: TracedWeights) -> str:
     """Every row's text, each token on the colour of the adapter with the largest weight; numbers on hover."""
     legend = " ".join(_swatch(name, adapter_colour(i)) for i, name in enumerate(trace.adapters))
     note = (
@@ -24,7 +25,7 @@ def trace_html(trace: Trace) -> str:
     )
 
 
-def _row(trace: Trace, row: int) -> str:
+def _row(trace: TracedWeights, row: int) -> str:
     weights = trace.token_weights(row)
     spans = []
     for position, token in enumerate(trace.tokens[row]):

@@ -1,9 +1,5 @@
-"use strict";
-
 const page = JSON.parse(document.getElementById("data").textContent);
 const { tokens, positions, promptTokens, layers, adapters, range, methods } = page;
-const ALL = -1; // the layer that stands for the mean over all
-const STROKES = ["solid", "dashed", "dotted", "double", "wavy", "solid", "dashed", "dotted"];
 const state = { layer: ALL, pinned: null, hovered: null, hoveredLayer: null, adapter: null };
 
 /** A method's weights, kept as the integers they came as; the means over the layers are computed once. */
@@ -30,25 +26,8 @@ class Weights {
   }
 }
 
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-const number = (weight) => weight.toFixed(3).replace(/^-0\.000$/, "0.000").replace("-", "−");
 const layerName = (layer) => (layer === ALL ? "all layers (mean)" : `layer ${layer}`);
-const swatch = (a) => element("span", { class: "token swatch", "data-adapter": a, style: "--strength: 1" }, adapters[a].key);
-
-/** The largest weight's place, or null where the second is as large to three decimals; and its share of all. */
-function dominating(weights) {
-  const top = weights.indexOf(Math.max(...weights));
-  const rest = weights.filter((_, a) => a !== top);
-  const even = rest.length > 0 && weights[top] - Math.max(...rest) <= page.even;
-  const positive = weights.reduce((sum, weight) => sum + Math.max(weight, 0), 0);
-  return { top: even ? null : top, share: Math.max(weights[top], 0) / (positive || 1) };
-}
+const swatch = (a) => element("span", { class: "token swatch", "data-adapter": a, style: "--strength: 1" }, keyOf(a));
 
 // Tables: of layers in each panel, and of the chosen token at the bottom.
 
@@ -61,8 +40,7 @@ function tableHead(first) {
 function tableRow(name, weights, attributes = {}) {
   const { top } = dominating(weights);
   const cells = weights.map((weight, a) => {
-    const fill = (100 * Math.min(Math.max(weight, 0) / range.high, 1)).toFixed(1);
-    const style = `--fill: ${fill}%`;
+    const style = `--fill: ${fill(weight, range.high)}`;
     return element("td", { "data-adapter": a, style, ...(a === top && { class: "top" }) }, number(weight));
   });
   return element("tr", attributes, element("th", { scope: "row" }, name), ...cells);
@@ -115,13 +93,12 @@ function paintText(panel) {
       top = state.adapter;
       share = Math.min(Math.max(weights[top], 0) / range.high, 1);
     }
-    span.toggleAttribute("data-negative", state.adapter !== null && weights[top] < -page.even / 2);
+    span.toggleAttribute("data-negative", state.adapter !== null && weights[top] < -EVEN / 2);
     if (top === null) delete span.dataset.adapter;
     else span.dataset.adapter = top;
     if (top === null || top === before) delete span.dataset.key;
-    else span.dataset.key = adapters[top].key;
-    // An adapter that leads by little must still be seen to lead.
-    span.style.setProperty("--strength", state.adapter === null ? (0.25 + 0.75 * share).toFixed(3) : share.toFixed(3));
+    else span.dataset.key = keyOf(top);
+    span.style.setProperty("--strength", state.adapter === null ? strength(share) : share.toFixed(3));
     before = top;
   });
 }
@@ -222,7 +199,7 @@ function showLayer(layer) {
   const slider = document.getElementById("layer");
   slider.value = state.layer + 1;
   slider.setAttribute("aria-valuetext", layerName(state.layer));
-  document.getElementById("layer-name").textContent = state.layer === ALL ? "all (mean)" : `${state.layer} of 0–${layers - 1}`;
+  document.getElementById("layer-name").textContent = sliderText(state.layer, layers);
   panels.forEach(paintText);
   for (const row of document.querySelectorAll(".means tbody tr")) {
     if (Number(row.dataset.layer) === state.layer) row.setAttribute("aria-current", "true");
@@ -365,9 +342,6 @@ function onKey(event) {
   event.preventDefault();
 }
 
-for (const [a, { colour }] of adapters.entries())
-  document.styleSheets[0].insertRule(`[data-adapter="${a}"] {
-    --colour: ${colour}; --stroke: ${STROKES[a % 8]}; --thickness: ${a % 8 < 5 ? "2px" : "4px"} }`);
 const panels = methods.map(makePanel);
 document.getElementById("panels").dataset.count = panels.length;
 

@@ -1,0 +1,98 @@
+"""What the demo compares on one task of the small world, and the files that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraflow.demo.setting import METRIC
+from loraflow.demo.tasks import DemoTask
+from loraflow.evaluation.compare import Cell, Plan, Store, make_plan
+from loraflow.evaluation.statistics import wilson_interval
+from loraflow.files import write_atomically
+
+
+def demo_plan(task: DemoTask, options: Mapping[str, Any], seed: int, count: int) -> Plan:
+    """The base, each adapter alone, their average and, last, LoRA-Flow fitted on the task.
+
+    Args:
+        task: one of the six composite tasks.
+        options: LoRA-Flow's parameters.
+        seed: of the examples' order while it is fitted.
+        count: how many of the test problems are answered.
+    """
+    rows = dict.fromkeys(("base", *task.adapters, "average"))
+    content = {
+        "setting": "small-world",
+        "tasks": [task.name],
+        "methods": {**rows, "lora-flow": {"options": options}},
+        "seeds": [seed],
+        "limit": count,
+        "batch_size": 64,
+    }
+    return make_plan(content, Path())
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one method did on a task's problems.
+
+    Attributes:
+        method: the method's name.
+        answers: the answers, in order.
+        right: for each problem, whether the answer is right (its final number, or its code passes the tests).
+        in_language: for each problem, whether the answer is right and in the asked language.
+        seconds: time to generate all answers.
+    """
+
+    method: str
+    answers: Sequence[str]
+    right: Sequence[bool]
+    in_language: Sequence[bool]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Shares with their 95 % intervals, as JSON values."""
+        right, spoken, count = sum(self.right), sum(self.in_language), len(self.answers)
+        return {
+            "method": self.method,
+            "problems": count,
+            "accuracy": right / count,
+            "accuracy_interval": wilson_interval(right, count),
+            "in_language_accuracy": spoken / count,
+            "in_language_interval": wilson_interval(spoken, count),
+            "seconds": self.seconds,
+        }
+
+
+def read_result(store: Store, cell: Cell) -> Result:
+    """What a finished measurement came to, by both scores."""
+    record, items = store.read(cell), store.read_items(cell)
+    assert record is not None
+    right, spoken = ([bool(item.scores[name]) for item in items] for name in ("right", METRIC))
+    return Result(cell.method, [item.answer for item in items], right, spoken, record.answer_s)
+
+
+def write_task(task: DemoTask, directory: Path) -> None:
+    """Write a task's three splits as JSON lines, as `loraflow fit --data` reads them."""
+    for split, problems in (("train", task.train), ("dev", task.dev), ("test", task.test)):
+        _write_lines(directory / f"{split}.jsonl", map(dataclasses.asdict, problems))
+
+
+def write_results(task: DemoTask, seed: int, results: Sequence[Result], directory: Path) -> None:
+    """Write `results.json`, and every answer with its verdicts into `answers`."""
+    for result in results:
+        rows = zip(task.test, result.answers, result.right, result.in_language, strict=False)
+        records = ({"prompt": p.prompt, "answer": a, "right": r, "in_language": s} for p, a, r, s in rows)
+        _write_lines(directory / "answers" / f"{result.method}.jsonl", records)
+    content = {"task": task.name, "seed": seed, "results": [result.summary() for result in results]}
+    write_atomically(directory / "results.json", json.dumps(content, indent=2).encode())
+
+
+def _write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())

@@ -160,11 +160,11 @@ class Attachment:
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; without any, the base answers alone."""
-        lane = self.lane(None, method, gates)
+        lanes = Lanes(None, (self.lane(None, method, gates),))
         for index, fusion in enumerate(self.fusions):
             # The gate of a whole model belongs to its first layer; the others only call it.
-            prefix = "model" if lane.place == "model" and index == 0 else f"layers.{index}"
-            fusion.install(lane, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+            prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
+            fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """The positions of adapters among the fused ones.

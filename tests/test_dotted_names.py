@@ -1,4 +1,4 @@
-"""Names that others write down, in entry points, task files, or on a wire, and that must go on meaning what they mean."""
+"""Names that others write down, in entry points, task files or on a wire: they go on meaning what they mean."""
 
 from __future__ import annotations
 

@@ -282,9 +282,7 @@ async def _gather(service: Service, request: Request, asked: Sequence[Asked]) ->
                 raise ApiError(499, "The client has gone away.")
         return [one.result() for one in work]
     finally:
-        for one in work:
-            one.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        await _end(work, asked)
 
 
 async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -319,9 +317,18 @@ async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tu
             else:
                 yield number, found
     finally:
-        for one in work:
-            one.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        await _end(work, asked)
+
+
+async def _end(work: Sequence[asyncio.Future[Any]], asked: Sequence[Asked]) -> None:
+    """Give up what still works on a request; where one of its prompts ended it, that is how the others end too."""
+    reason = next((one.outcome for one in asked if one.outcome not in ("finished", "cancelled")), None)
+    for one in asked:
+        if reason is not None and not one.ended:
+            one.outcome = reason
+    for future in work:
+        future.cancel()
+    await asyncio.gather(*work, return_exceptions=True)
 
 
 Chunk = Callable[[Reply, int, Piece], Mapping[str, Any]]
@@ -341,7 +348,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             for asked in self._reply.asked:
-                self._service.cancel(asked)
+                self._service.end(asked)
 
 
 def _stream(service: Service, reply: Reply, chunk: Chunk) -> Response:

@@ -15,8 +15,10 @@ from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
 from loraflow.methods import Arrow, Logo, QaFlora
+from loraflow.serving.batching import sample
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.engine import Engine, Failure, Sampling, Weigher, answer, running, sample
+from loraflow.serving.engine import Engine, answer, running
+from loraflow.serving.jobs import Failure, Sampling, Weigher
 from tests.serving.worlds import DEADLINE_S, alone, job, learned, send, tiny_fusion, wait_for, weigher_of
 from tests.tiny import random_ids, tiny_model
 

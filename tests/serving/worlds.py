@@ -21,7 +21,8 @@ from loraflow import FusedModel, Method
 from loraflow.methods import QueryMethod
 from loraflow.serving.app import make_app
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Engine, Failure, Job, Sampling, Token, Weigher
+from loraflow.serving.engine import Engine
+from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.service import ServerConfig, Service
 from tests.tiny import ARCHITECTURES, number_tokenizer, random_adapter, set_random_gates, tiny_model
 

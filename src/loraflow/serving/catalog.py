@@ -26,7 +26,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.digests import fusion_digest, tensors_digest
 from loraflow.saved.fusion import Permit, SavedFusion
 from loraflow.saved.records import CONFIG_FILE, FusionConfig
-from loraflow.serving.engine import Weigher
+from loraflow.serving.jobs import Weigher
 
 Kind = Literal["base", "adapter", "fusion"]
 

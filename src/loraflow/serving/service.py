@@ -19,7 +19,8 @@ from loraflow.answers import require_tokenizer
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
-from loraflow.serving.engine import Engine, Failure, Job, Sampling, Token
+from loraflow.serving.engine import Engine
+from loraflow.serving.jobs import Failure, Job, Sampling, Token
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.text import TextStream

@@ -14,8 +14,7 @@ from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodErro
 from loraflow.methods import Arrow, LearnedStatic, LoraHub, QaFlora
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.engine import running
-from tests.serving.worlds import alone, job, send
+from tests.serving.worlds import alone, job, running, send
 from tests.tiny import byte_tokenizer, edit_tensors, random_ids, save_adapter, set_random_gates, tiny_model
 
 LIMITS = EngineLimits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=16)
@@ -221,9 +220,7 @@ def test_what_cannot_be_served_is_told(root, tmp_path):
     config = json.loads((homeless / "fusion_config.json").read_text())
     config["base"]["path"] = ""
     (homeless / "fusion_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give `base=\.\.\.`\."
-    ):
+    with pytest.raises(FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give --base\."):
         Catalog.open(None, None, {"lost": str(homeless)})
     assert Catalog.open(root / "base", {"zh": str(root / "zh"), "math": str(root / "math")}, {"found": str(homeless)})
 
@@ -240,19 +237,13 @@ def test_a_changed_adapter_is_told(root, tmp_path):
 def test_gates_that_do_not_fit_are_told(catalog):
     message = "The fusion 'new' does not fit its method: 'layers.0.bias' is missing or unknown. Save it again."
     with pytest.raises(FusionError, match=re.escape(message)):
-        catalog.add_fusion("new", "", ["zh"], LoraFlow("layer"), catalog.model.prompt, {})
+        catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt, {})
     good = {
         f"{site}.{key}": value
         for site, gate in catalog.find("layers").gates.items()
         for key, value in gate.state_dict().items()
     }
+    tensors = {**good, "layers.9.weight": torch.ones(1)}
     with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing or unknown"):
-        catalog.add_fusion(
-            "new",
-            "",
-            ["zh", "math"],
-            LoraFlow("layer"),
-            catalog.model.prompt,
-            {**good, "layers.9.weight": torch.ones(1)},
-        )
+        catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, tensors)
     assert "new" not in catalog.served

@@ -9,11 +9,9 @@ so different keys and values.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 
@@ -21,7 +19,7 @@ from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
 from loraflow.serving.batching import Manager
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.jobs import Failure, Job, Token
+from loraflow.serving.jobs import Job
 
 
 class Engine:
@@ -128,39 +126,3 @@ class Engine:
             # The manager's own flushing cannot be given up: it ends the running step with an error.
             self._manager.stop(block=True, hard_stop=True)
         self._manager.destroy()
-
-
-@contextlib.contextmanager
-def running(model: Fusion, limits: EngineLimits | None = None) -> Iterator[Engine]:
-    """An engine inside a `with` block; what is in it at the end is answered first."""
-    engine = Engine(model, limits)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def answer(engine: Engine, job: Job, timeout_s: float | None = None) -> list[Token]:
-    """Submit one request and wait for all of its tokens; the job's own listener hears of them too.
-
-    Raises:
-        LoraflowError: if it fails, or takes longer.
-    """
-    heard: list[Token | Failure] = []
-    ended = threading.Event()
-    listener = job.listener
-
-    def listen(event: Token | Failure) -> None:
-        heard.append(event)
-        listener(event)
-        if isinstance(event, Failure) or event.finish is not None:
-            ended.set()
-
-    job.listener = listen
-    engine.submit(job)
-    if not ended.wait(timeout_s):
-        engine.cancel(job.id)
-        raise LoraflowError(f"The request {job.id!r} took longer than {timeout_s} s.")
-    if isinstance(heard[-1], Failure):
-        raise LoraflowError(heard[-1].message)
-    return [token for token in heard if isinstance(token, Token)]

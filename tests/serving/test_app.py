@@ -8,6 +8,7 @@ import http.client
 import itertools
 import json
 import random
+import re
 import socket
 import threading
 
@@ -501,7 +502,19 @@ def test_a_full_queue_says_when_to_come_again(catalog):
         assert "loraflow_refused_requests_total 2.0" in call("GET", f"{address}/metrics").text
 
 
-def test_requests_end_in_time(catalog):
+def outcomes(service):
+    """How many requests have ended how."""
+    found = re.findall(r'loraflow_requests_total\{.*outcome="(\w+)"\} (\S+)', service.metrics.text().decode())
+    return {outcome: int(float(count)) for outcome, count in found}
+
+
+def logged(caplog):
+    """The lines of the log, one for each request."""
+    return [json.loads(record.message) for record in caplog.records if record.name == "loraflow.serving"]
+
+
+def test_requests_end_in_time(catalog, caplog):
+    caplog.set_level("INFO", logger="loraflow.serving")
     config = ServerConfig(limits=CONFIG.limits, max_new_tokens=400, timeout_s=0.05)
     with serving(catalog, config) as (service, address):
         slow = PLAIN | {"max_tokens": 400, "temperature": 1.5, "n": 8}
@@ -514,6 +527,22 @@ def test_requests_end_in_time(catalog):
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
         assert events[-1] == "data: [DONE]"
         wait_for(lambda: service.engine.running == 0)
+        # Of several prompts the first ends the others.
+        assert post(address, "completions", slow | {"prompt": ["a", "b"]}).status == 504
+        assert outcomes(service) == {"timeout": 4}
+    assert [(line["outcome"], line["finished"]) for line in logged(caplog)] == [("timeout", False)] * 4
+
+
+@pytest.mark.parametrize("prompt", ["1 + 1 =", ["1 + 1 =", "2 + 2 ="]], ids=["one", "two"])
+def test_a_request_that_spoils_its_own_numbers_is_counted_as_invalid(catalog, caplog, prompt):
+    caplog.set_level("INFO", logger="loraflow.serving")
+    with serving(catalog, CONFIG) as (service, address):
+        answer = post(address, "completions", PLAIN | {"prompt": prompt, "adapter_weights": {"math": 1e38}})
+        assert answer.status == 400
+        assert answer.json()["error"]["message"].startswith("The model's logits are no finite numbers.")
+    count = 1 if isinstance(prompt, str) else 2
+    assert outcomes(service) == {"invalid": count}
+    assert [line["outcome"] for line in logged(caplog)] == ["invalid"] * count
 
 
 # ---- Coming and going ----------------------------------------------------------------------------------------------
@@ -535,15 +564,20 @@ def vanishing(address, body, read):
 @pytest.mark.parametrize(("stream", "read"), [(True, 2000), (True, 0), (False, 0)])
 @pytest.mark.parametrize("prompt", ["1 + 1 =", ["1 + 1 =", "2 + 2 ="]], ids=["one", "two"])
 def test_a_client_that_goes_away_frees_its_place(server, service, monkeypatch, stream, read, prompt):
-    cancelled = []
+    cancelled, before = [], outcomes(service)
     real = service.engine._manager.cancel_request
     monkeypatch.setattr(service.engine._manager, "cancel_request", lambda name: (cancelled.append(name), real(name)))
     slow = PLAIN | {"prompt": prompt, "max_tokens": 400, "stream": stream}
-    slow |= {"temperature": 1.8, "n": 4, "seed": 0}
+    slow |= {"temperature": 1.8, "n": 8, "seed": 0}
+    # An answer that ends by itself may do so before anybody sees that its client is gone.
+    monkeypatch.setattr(service, "_ends", list)
     with vanishing(server[1], slow, read):
         wait_for(lambda: service.engine.running > 0)
     wait_for(lambda: service.engine.running == 0)
     assert cancelled, "its answers were finished for nobody"
+    prompts = 1 if isinstance(prompt, str) else len(prompt)
+    wait_for(lambda: outcomes(service).get("cancelled", 0) == before.get("cancelled", 0) + prompts)
+    monkeypatch.undo()
     assert post(server[1], "completions", PLAIN).status == 200
 
 
@@ -580,7 +614,9 @@ def test_a_closing_server_takes_nothing_new(catalog):
         assert (health.status, health.json()) == (503, {"status": "shutting down"})
 
 
-def test_an_engine_that_has_ended_is_told(monkeypatch):
+def test_an_engine_that_has_ended_is_told(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="loraflow.serving")
+
     def fail(*_):
         raise RuntimeError("out of paper")
 
@@ -593,6 +629,8 @@ def test_an_engine_that_has_ended_is_told(monkeypatch):
             running = post(address, "completions", asked)
         assert (running.status, running.json()["error"]["message"]) == (500, "The engine failed: out of paper")
         wait_for(lambda: service.engine.failure is not None)
+        assert outcomes(service) == {"failed": 1}
+        assert [(line["outcome"], line["finished"]) for line in logged(caplog)] == [("failed", False)]
         later = post(address, "completions", asked)
         message = "The engine has ended: RuntimeError: out of paper"
         assert (later.status, later.json()["error"]["message"]) == (503, message)
@@ -633,8 +671,9 @@ def test_logs_have_prompts_only_where_asked_for(catalog, caplog, log_prompts):
     caplog.set_level("INFO", logger="loraflow.serving")
     with serving(catalog, ServerConfig(limits=CONFIG.limits, log_prompts=log_prompts)) as (_, address):
         post(address, "completions", PLAIN)
-    (record,) = [json.loads(record.message) for record in caplog.records if record.name == "loraflow.serving"]
+    (record,) = logged(caplog)
     assert (record["model"], record["finished"], record["answers"]) == ("layers", True, 1)
+    assert record["outcome"] == "finished"
     assert ("prompt" in record) == log_prompts
     assert ("1 + 1" in caplog.text) == log_prompts
 

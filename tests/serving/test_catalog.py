@@ -14,8 +14,7 @@ from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodErro
 from loraflow.methods import Arrow, LearnedStatic, LoraHub, QaFlora
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.engine import running
-from tests.serving.worlds import alone, job, send
+from tests.serving.worlds import alone, job, running, send
 from tests.tiny import byte_tokenizer, edit_tensors, random_ids, save_adapter, set_random_gates, tiny_model
 
 LIMITS = EngineLimits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=16)
@@ -241,19 +240,13 @@ def test_a_changed_adapter_is_told(root, tmp_path):
 def test_gates_that_do_not_fit_are_told(catalog):
     message = "The fusion 'new' does not fit its method: 'layers.0.bias' is missing or unknown. Save it again."
     with pytest.raises(FusionError, match=re.escape(message)):
-        catalog.add_fusion("new", "", ["zh"], LoraFlow("layer"), catalog.model.prompt, {})
+        catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt, {})
     good = {
         f"{site}.{key}": value
         for site, gate in catalog.find("layers").gates.items()
         for key, value in gate.state_dict().items()
     }
+    tensors = {**good, "layers.9.weight": torch.ones(1)}
     with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing or unknown"):
-        catalog.add_fusion(
-            "new",
-            "",
-            ["zh", "math"],
-            LoraFlow("layer"),
-            catalog.model.prompt,
-            {**good, "layers.9.weight": torch.ones(1)},
-        )
+        catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, tensors)
     assert "new" not in catalog.served

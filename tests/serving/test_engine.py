@@ -15,9 +15,11 @@ from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
 from loraflow.methods import Arrow, Logo, QaFlora
+from loraflow.serving.batching import sample
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.engine import Engine, Failure, Sampling, Weigher, answer, running, sample
-from tests.serving.worlds import DEADLINE_S, alone, job, learned, send, tiny_fusion, wait_for, weigher_of
+from loraflow.serving.engine import Engine
+from loraflow.serving.jobs import Failure, Sampling, Weigher
+from tests.serving.worlds import DEADLINE_S, alone, job, learned, running, send, tiny_fusion, wait_for, weigher_of
 from tests.tiny import random_ids, tiny_model
 
 SMALL = EngineLimits(requests=8, batch_tokens=24, cache_tokens=1024, page_tokens=16)
@@ -365,8 +367,6 @@ def test_a_failing_step_is_told_to_every_listener(monkeypatch):
         assert engine.running == 0
         with pytest.raises(LoraflowError, match=r"The engine has ended: RuntimeError: the head has fallen off\."):
             engine.submit(job([5]))
-        with pytest.raises(LoraflowError, match=r"The engine has ended"):
-            answer(engine, job([5]), DEADLINE_S)
     finally:
         engine.close()
 
@@ -440,9 +440,4 @@ def test_requests_that_can_never_be_answered_are_refused():
         with pytest.raises(LoraflowError, match=re.escape(message)):
             engine.submit(job([5] * 30, new=3))
         assert engine.running == 0
-        assert len(answer(engine, job([5] * 29, new=3), DEADLINE_S)) == 3
-        slow = job([5] * 3, new=29)
-        slow.ends = ()
-        with pytest.raises(LoraflowError, match=re.escape(f"The request {slow.id!r} took longer than 0.0 s.")):
-            answer(engine, slow, 0.0)
-        assert engine.running == 0
+        assert len(send(engine, job([5] * 29, new=3)).tokens()) == 3

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import logging
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -40,9 +43,10 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.vllm.checks import ARCHITECTURES, check_engine, check_plan
 from loraflow.serving.vllm.command import chat_template, vllm_command
-from loraflow.serving.vllm.delta import FusedDelta, GivenWeights, LayerWeights, Stream
+from loraflow.serving.vllm.delta import ForwardWeights, FusedDelta, GivenWeights, LayerWeights
 from loraflow.serving.vllm.options import FusionOptions
 from loraflow.serving.vllm.plan import FusionPlan, check_digest, read_plan
+from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.request_weights import KEY, check_request, fusion_of, parse_weights, processor_name
 from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, cut, even_parts
 from tests.tiny import ALL_LLAMA, edit_config, random_adapter, save_adapter, set_random_gates, tiny_model
@@ -144,14 +148,14 @@ _RANKS: tuple[tuple[int | None, ...], ...] = ((4, 2, None), (1, None, 3), (2, 2,
 
 
 def _delta(modules: list[Any], parts: list[Part], weights: torch.Tensor, columns: slice | None = None) -> FusedDelta:
-    stream = Stream()
-    stream.weights = weights
+    shared = ForwardWeights()
+    shared.weights = weights
     columns = columns or slice(0, HIDDEN)
     stacks = [
         cut(stack_adapters(m, nn.Identity(), torch.float32), part.rows, columns)
         for m, part in zip(modules, parts, strict=True)
     ]
-    return FusedDelta(stream, 0, stacks, parts)
+    return FusedDelta(shared, 0, stacks, parts)
 
 
 class TestDelta:
@@ -182,32 +186,32 @@ class TestDelta:
         assert seen[0] is x
 
     def test_a_gate_of_the_model_is_asked_once(self):
-        stream, asked = Stream(), []
+        shared, asked = ForwardWeights(), []
 
         class Gate(nn.Module):
             def forward(self, x):
                 asked.append(x)
                 return x[:, :2]
 
-        layers = [LayerWeights(stream, 0, Gate(), keeps=True), LayerWeights(stream, 1, None, keeps=False)]
+        layers = [LayerWeights(shared, 0, Gate(), keeps=True), LayerWeights(shared, 1, None, keeps=False)]
         first, second = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN)
         layers[0].open(first, None)
         layers[0].close()
         layers[1].open(second, second)
-        assert torch.equal(stream.weights, first[:, :2])
+        assert torch.equal(shared.weights, first[:, :2])
         layers[1].close()
         assert len(asked) == 1
-        assert stream.weights is None
-        assert stream.given is None
+        assert shared.weights is None
+        assert shared.given is None
 
     def test_a_layer_reads_the_sum_of_the_stream(self):
-        stream = Stream()
-        layer = LayerWeights(stream, 0, nn.Identity(), keeps=False)
+        shared = ForwardWeights()
+        layer = LayerWeights(shared, 0, nn.Identity(), keeps=False)
         layer.open(torch.ones(2, 3), torch.ones(2, 3))
-        assert torch.equal(stream.weights, 2 * torch.ones(2, 3))
+        assert torch.equal(shared.weights, 2 * torch.ones(2, 3))
 
     def test_a_linear_that_is_gone_past_is_noticed(self):
-        layer = LayerWeights(Stream(), 4, GivenWeights(2), keeps=False)
+        layer = LayerWeights(ForwardWeights(), 4, GivenWeights(2), keeps=False)
         layer.linears = 3
         layer.open(torch.zeros(1, 8), None)
         with pytest.raises(ArchitectureError, match=r"Decoder layer 4 called 0 of its 3 fused linears"):
@@ -573,6 +577,79 @@ class TestChatTemplate:
     def test_plain_prompts_refuse_conversations(self):
         with pytest.raises(ValueError, match=r"Use /v1/completions, with prompts of the form Q: \{prompt\}\nA:"):
             self.render(PromptFormat(template="Q: {prompt}\nA:"), {"role": "user", "content": "hi"})
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Stands for vLLM, as far as what it finds by name imports it."""
+    formats: dict[str, type] = {}
+    members = {
+        "vllm.forward_context": {"get_forward_context": None},
+        "vllm.v1.sample.logits_processor": {
+            "BatchUpdate": object,
+            "LogitsProcessor": type("V1", (), {}),
+            "MoveDirectionality": SimpleNamespace(SWAP="swap"),
+        },
+        "vllm.v1.worker.gpu.sample.logits_processor": {"LogitsProcessor": type("V2", (), {})},
+        "vllm.config": {"ModelConfig": object, "VllmConfig": object},
+        "vllm.config.load": {"LoadConfig": object},
+        "vllm.logger": {"init_logger": logging.getLogger},
+        "vllm.model_executor.model_loader": {
+            "get_model_loader": None,
+            "register_model_loader": lambda name: lambda loader: formats.setdefault(name, loader),
+        },
+        "vllm.model_executor.model_loader.base_loader": {"BaseModelLoader": object},
+    }
+    for name, attributes in members.items():
+        module = ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    ours = ("loraflow.serving.vllm.requests", "loraflow.serving.vllm.loader")
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield formats
+    for name in ours:
+        sys.modules.pop(name, None)
+
+
+class TestNamesThatVllmIsGiven:
+    def test_the_entry_point_registers_the_load_format(self, stub):
+        (found,) = [one for one in entry_points(group="vllm.general_plugins") if one.name == "loraflow"]
+        assert found.value == "loraflow.serving.vllm:register"
+        found.load()()
+        assert {name: (one.__module__, one.__name__) for name, one in stub.items()} == {
+            "loraflow": ("loraflow.serving.vllm.loader", "FusionLoader")
+        }
+
+    @pytest.mark.parametrize(("method", "required"), [(Average(), False), (Logo(), True)], ids=["average", "logo"])
+    def test_a_processors_name_is_a_class_that_knows_its_fusion(self, stub, world, tmp_path, method, required):
+        name = processor_name(str(save(world, tmp_path, method)))
+        module, _, attribute = name.partition(":")
+        assert module == "loraflow.serving.vllm.requests"
+        assert attribute == f"For_{str(tmp_path).encode().hex()}"
+        processor = getattr(importlib.import_module(module), attribute)
+        assert (processor.__module__, processor.__name__) == (module, attribute)
+        assert processor.fusion == str(tmp_path)
+        assert (processor.adapters, processor.layers, processor.required) == (ADAPTERS, 3, required)
+        with pytest.raises(AttributeError, match="has no attribute 'Other'"):
+            _ = importlib.import_module(module).Other
+
+    def test_requests_are_followed_as_they_come_and_go(self, stub, world, tmp_path):
+        name = processor_name(str(save(world, tmp_path, Average())))
+        requests = importlib.import_module(name.partition(":")[0])
+        table, model = RequestTable(requests=3, tokens=8, layers=2, adapters=ADAPTERS), nn.Module()
+        config = SimpleNamespace(use_v2_model_runner=False, load_config=SimpleNamespace(load_format="loraflow"))
+        requests.install_table(model, table, config)
+        processor = getattr(requests, name.partition(":")[2])(config)
+        extra = [None, {KEY: {"zh": 0.5}}, {KEY: {"zh": 2.0}}]
+        added = [(place, SimpleNamespace(extra_args=one), None, None) for place, one in enumerate(extra)]
+        processor.update_state(SimpleNamespace(removed=[], added=added, moved=[(0, 1, "swap")]))
+        table.locate(torch.tensor([0, 2, 3, 4]), 5)
+        given = torch.full((5, 3), 9.0)
+        assert table.settle(given, 0, 5)[:, 0].tolist() == [0.5, 0.5, 9.0, 2.0, 9.0]
+        processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[(2, 0, "one way")]))
+        table.locate(torch.tensor([0, 1, 2]), 2)
+        assert table.settle(given[:2], 1, 2)[:, 0].tolist() == [2.0, 9.0]
 
 
 def test_the_rest_of_loraflow_imports_neither_vllm_nor_the_plug_in():

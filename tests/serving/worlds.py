@@ -21,7 +21,9 @@ from loraflow import FusedModel, Method
 from loraflow.methods import QueryMethod
 from loraflow.serving.app import make_app
 from loraflow.serving.catalog import Catalog
-from loraflow.serving.engine import Engine, Failure, Job, Sampling, Token, Weigher
+from loraflow.serving.config import EngineLimits
+from loraflow.serving.engine import Engine
+from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.service import ServerConfig, Service
 from tests.tiny import ARCHITECTURES, number_tokenizer, random_adapter, set_random_gates, tiny_model
 
@@ -100,6 +102,16 @@ def alone(model: FusedModel, prompt: Sequence[int], method: object = None, new: 
     if method is not None:
         options["methods"] = [method]
     return model.generate(ids, **options)[0, len(prompt) :].tolist()
+
+
+@contextlib.contextmanager
+def running(model: FusedModel, limits: EngineLimits | None = None) -> Iterator[Engine]:
+    """An engine inside a `with` block; what is in it at the end is answered first."""
+    engine = Engine(model, limits)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 @contextlib.contextmanager

@@ -7,14 +7,14 @@ import contextlib
 import json
 import logging
 import reprlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraflow import __version__
 from loraflow.serving.admin import Admin, check_admin_key, is_key
@@ -58,7 +58,7 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="loraflow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    _add_guards(app, service)
+    app.add_middleware(_Guard, service=service)
     _add_errors(app)
     _add_information(app, service)
     _add_generation(app, service)
@@ -67,15 +67,23 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _add_guards(app: FastAPI, service: Service) -> None:
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        try:
-            _check_key(request, service)
-            _check_size(request, service.config.max_body_bytes)
-        except ApiError as error:
-            return _error_response(error)
-        return await call_next(request)
+class _Guard:
+    """Refuses requests before they are read. Starlette's own kind of middleware would hide that a client goes away."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._app
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                _check_key(request, self._service)
+                _check_size(request, self._service.config.max_body_bytes)
+            except ApiError as error:
+                answer = _error_response(error)
+        await answer(scope, receive, send)
 
 
 def _check_key(request: Request, service: Service) -> None:
@@ -274,9 +282,7 @@ async def _gather(service: Service, request: Request, asked: Sequence[Asked]) ->
                 raise ApiError(499, "The client has gone away.")
         return [one.result() for one in work]
     finally:
-        for one in work:
-            one.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        await _end(work, asked)
 
 
 async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -311,9 +317,18 @@ async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tu
             else:
                 yield number, found
     finally:
-        for one in work:
-            one.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        await _end(work, asked)
+
+
+async def _end(work: Sequence[asyncio.Future[Any]], asked: Sequence[Asked]) -> None:
+    """Give up what still works on a request; where one of its prompts ended it, that is how the others end too."""
+    reason = next((one.outcome for one in asked if one.outcome not in ("finished", "cancelled")), None)
+    for one in asked:
+        if reason is not None and not one.ended:
+            one.outcome = reason
+    for future in work:
+        future.cancel()
+    await asyncio.gather(*work, return_exceptions=True)
 
 
 Chunk = Callable[[Reply, int, Piece], Mapping[str, Any]]
@@ -333,7 +348,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             for asked in self._reply.asked:
-                self._service.cancel(asked)
+                self._service.end(asked)
 
 
 def _stream(service: Service, reply: Reply, chunk: Chunk) -> Response:

@@ -26,7 +26,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.digests import fusion_digest, tensors_digest
 from loraflow.saved.fusion import Permit, SavedFusion
 from loraflow.saved.records import CONFIG_FILE, FusionConfig
-from loraflow.serving.engine import Weigher
+from loraflow.serving.jobs import Weigher
 
 Kind = Literal["base", "adapter", "fusion"]
 
@@ -122,7 +122,7 @@ class Catalog:
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
         model = FusedModel.from_adapters(base, union, "base", options=options)
-        catalog = cls(model, base_id or _short(str(base)), str(base))
+        catalog = cls(model, base_id or (Path(base).name if Path(base).is_dir() else str(base)), str(base))
         for fusion, names in with_names:
             catalog._offer(catalog._make_saved(fusion, names))
         return catalog
@@ -214,7 +214,8 @@ class Catalog:
 
     def _offer(self, *models: Served) -> None:
         for served in models:
-            self._check_new(served.id)
+            if served.id in self.served:
+                raise LoraflowError(f"Two models are called {served.id!r}. Give each a name of its own.")
             self.served = {**self.served, served.id: served}
 
     def _make_adapter(self, adapter: Adapter) -> Served:
@@ -225,32 +226,6 @@ class Catalog:
         check_base(fusion.config.base, self.model.base_record)
         names, prompt = tuple(adapters), fusion.config.prompt
         return self._make(fusion.name, "fusion", fusion.path, names, fusion.method, prompt, fusion.tensors)
-
-    def add_fusion(
-        self,
-        name: str,
-        root: str,
-        adapters: Sequence[str],
-        method: Method,
-        prompt: PromptFormat,
-        tensors: Mapping[str, Tensor],
-    ) -> Served:
-        """Offer a fusion of adapters that are in the model.
-
-        Args:
-            name: what requests call it.
-            root: where it came from.
-            adapters: its adapters, in order.
-            method: who weighs them.
-            prompt: how messages become prompts.
-            tensors: what the method has learned, as `FusedModel.state_dict` gives it.
-
-        Raises:
-            FusionError: if the tensors are not the method's.
-        """
-        served = self._make(name, "fusion", root, tuple(adapters), method, prompt, tensors)
-        self._offer(served)
-        return served
 
     def _make(
         self,
@@ -278,10 +253,6 @@ class Catalog:
             prompt=prompt,
             gates=gates,
         )
-
-    def _check_new(self, name: str) -> None:
-        if name in self.served:
-            raise LoraflowError(f"Two models are called {name!r}. Give each a name of its own.")
 
     def _digest(
         self, adapters: Sequence[str], parts: Sequence[str], method: Method, tensors: Mapping[str, Tensor]
@@ -428,7 +399,3 @@ def _add_adapters(
             known[name] = dataclasses.replace(adapter, name=name)
         names.append(name)
     return fusion, names
-
-
-def _short(base: str) -> str:
-    return Path(base).name if Path(base).is_dir() else base

@@ -15,7 +15,7 @@ class Metrics:
     """Counters of one server.
 
     Attributes:
-        requests: by model and whether they finished.
+        requests: by model and how they ended (`service.Outcome`).
         refused: requests that came while the queue was full.
         prompt_tokens: tokens read.
         generated: tokens generated.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraflow.serving.engine import Token
+from loraflow.serving.jobs import Token
 from loraflow.serving.protocol import Generation
 from loraflow.serving.service import Asked, Piece, Service
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from loraflow.answers import require_tokenizer
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
-from loraflow.serving.engine import Engine, Failure, Job, Sampling, Token
+from loraflow.serving.engine import Engine
+from loraflow.serving.jobs import Failure, Job, Sampling, Token
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.text import TextStream
@@ -27,6 +28,8 @@ from loraflow.serving.text import TextStream
 log = logging.getLogger("loraflow.serving")
 
 Read = TypeVar("Read")
+
+Outcome = Literal["finished", "cancelled", "timeout", "invalid", "failed"]
 
 
 def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
@@ -72,6 +75,8 @@ class Asked:
         started: when it came, in seconds of a monotonic clock.
         generated: tokens so far, of all answers.
         first_token_s: seconds till the first token.
+        outcome: how it ended; it was given up by its client where nothing else is known.
+        ended: whether it was counted.
     """
 
     id: str
@@ -83,6 +88,8 @@ class Asked:
     started: float
     generated: int = 0
     first_token_s: float | None = None
+    outcome: Outcome = "cancelled"
+    ended: bool = False
 
 
 class Service:
@@ -223,6 +230,13 @@ class Service:
         for job in asked.jobs:
             self.engine.cancel(job.id)
 
+    def end(self, asked: Asked) -> None:
+        """Take a request out of the engine for good, and count it, once."""
+        self.cancel(asked)
+        if not asked.ended:
+            asked.ended = True
+            self._log(asked)
+
     def _new_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
             raise ApiError(400, "The prompt has no tokens. Give some text.", param="prompt")
@@ -300,11 +314,16 @@ class Service:
                             open_answers.discard(index)
                         yield piece
         except TimeoutError as error:
+            asked.outcome = "timeout"
             message = f"The request took longer than {self.config.timeout_s:g} s. Ask for a shorter answer."
             raise ApiError(504, message, kind="server_error", code="timeout") from error
+        except Exception as error:
+            asked.outcome = "invalid" if isinstance(error, ApiError) and error.status < 500 else "failed"
+            raise
         finally:
-            self.cancel(asked)
-            self._log(asked, finished=not open_answers)
+            if not open_answers:
+                asked.outcome = "finished"
+            self.end(asked)
 
     def _pieces_of(self, asked: Asked, index: int, token: Token) -> list[Piece]:
         asked.generated += 1
@@ -324,10 +343,10 @@ class Service:
         rest = stream.finish()
         return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish)]
 
-    def _log(self, asked: Asked, *, finished: bool) -> None:
+    def _log(self, asked: Asked) -> None:
         seconds = time.monotonic() - asked.started
         self.metrics.prompt_tokens.inc(len(asked.prompt))
-        self.metrics.requests.labels(asked.served.id, "finished" if finished else "cancelled").inc()
+        self.metrics.requests.labels(asked.served.id, asked.outcome).inc()
         self.metrics.seconds.observe(seconds)
         facts: dict[str, Any] = {
             "request": asked.id,
@@ -338,7 +357,8 @@ class Service:
             "answers": len(asked.jobs),
             "seconds": round(seconds, 4),
             "first_token_s": None if asked.first_token_s is None else round(asked.first_token_s, 4),
-            "finished": finished,
+            "finished": asked.outcome == "finished",
+            "outcome": asked.outcome,
         }
         if self.config.log_prompts:
             facts["prompt"] = self.tokenizer.decode(asked.prompt)

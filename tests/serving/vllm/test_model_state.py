@@ -20,8 +20,9 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 
 from loraflow.methods import LoraFlow
 from loraflow.serving.vllm.model_state import RequestingState
+from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.request_weights import KEY, processor_name
-from loraflow.serving.vllm.requests import RequestTable, install_table
+from loraflow.serving.vllm.requests import install_table
 from tests.serving.vllm.world import save_base, save_fusion
 
 pytestmark = pytest.mark.vllm

@@ -11,7 +11,6 @@ from typing import Any
 from loraflow.errors import LoraflowError
 from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import SavedFusion
-from loraflow.saved.records import FusionConfig
 from loraflow.serving.vllm import LOAD_FORMAT
 from loraflow.serving.vllm.request_weights import processor_name
 
@@ -60,7 +59,7 @@ def vllm_command(
     command += ["--model-loader-extra-config", json.dumps(loader)]
     if request_weights:
         command += ["--logits-processors", processor_name(str(directory))]
-    for option, value in _defaults(saved.config, base, directory, request_weights).items():
+    for option, value in _defaults(saved, base, request_weights).items():
         if option not in given and value is not None:
             command += [option, value] if value else [option]
     return [*command, *extra_args]
@@ -72,14 +71,15 @@ def _program() -> str:
     return str(beside) if beside.exists() else "vllm"
 
 
-def _defaults(config: FusionConfig, base: str, directory: Path, request_weights: bool) -> dict[str, str | None]:
+def _defaults(saved: SavedFusion, base: str, request_weights: bool) -> dict[str, str | None]:
     """Options that the caller may set otherwise; an empty value is a flag."""
+    options = saved.base_options(base)
     return {
-        "--revision": config.base.revision if base == config.base.path else None,
+        "--revision": options.revision,
         # vLLM's own choice is half precision for a float32 base.
-        "--dtype": config.base.dtype,
-        "--served-model-name": directory.name,
-        "--chat-template": chat_template(config.prompt),
+        "--dtype": str(options.dtype),
+        "--served-model-name": saved.directory.resolve().name,
+        "--chat-template": chat_template(saved.config.prompt),
         "--no-enable-prefix-caching": "" if request_weights else None,
     }
 

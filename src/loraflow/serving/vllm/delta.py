@@ -8,7 +8,6 @@ as in `loraflow.core.linear`, for tokens of any number of requests laid one behi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +17,14 @@ from torch import Tensor, nn
 from loraflow.core.linear import StackedLora
 from loraflow.errors import ArchitectureError
 from loraflow.serving.overflow import finite
+from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.shards import Part
 
 Gather = Callable[[Tensor], Tensor]
 """Makes a rank's columns of an input the whole input."""
 
 
-class Requests(Protocol):
-    """Weights that requests bring with them."""
-
-    def settle(
-        self, weights: Float[Tensor, "*tokens adapters"], layer: int, tokens: int
-    ) -> Float[Tensor, "tokens adapters"]:
-        """The weights of each token: its request's own where that has some, else those given."""
-
-
-class Stream:
+class ForwardWeights:
     """What the decoder layers and linears of a model share during a forward.
 
     Attributes:
@@ -46,9 +37,9 @@ class Stream:
     given: Tensor | None
     weights: Tensor | None
     applied: int
-    requests: Requests | None
+    requests: RequestTable | None
 
-    def __init__(self, requests: Requests | None = None) -> None:
+    def __init__(self, requests: RequestTable | None = None) -> None:
         self.given = self.weights = None
         self.applied = 0
         self.requests = requests
@@ -77,9 +68,9 @@ class LayerWeights(nn.Module):
     keeps: bool
     linears: int
 
-    def __init__(self, stream: Stream, layer: int, gate: nn.Module | None, *, keeps: bool) -> None:
+    def __init__(self, shared: ForwardWeights, layer: int, gate: nn.Module | None, *, keeps: bool) -> None:
         super().__init__()
-        self.stream = stream
+        self.shared = shared
         self.layer = layer
         self.gate = gate
         self.keeps = keeps
@@ -87,14 +78,14 @@ class LayerWeights(nn.Module):
 
     def open(self, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Compute the fusion weights from the residual stream, of which vLLM may hand over two summands."""
-        stream = self.stream
-        stream.applied = 0
+        shared = self.shared
+        shared.applied = 0
         if self.gate is not None:
             x = hidden_states if residual is None else hidden_states + residual
-            stream.given = self.gate(x.reshape(-1, x.shape[-1]))
-        if stream.given is not None:
+            shared.given = self.gate(x.reshape(-1, x.shape[-1]))
+        if shared.given is not None:
             tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).shape[0]
-            stream.weights = stream.settle(stream.given, self.layer, tokens)
+            shared.weights = shared.settle(shared.given, self.layer, tokens)
 
     def close(self) -> None:
         """Forget the weights after the layer.
@@ -102,11 +93,11 @@ class LayerWeights(nn.Module):
         Raises:
             ArchitectureError: if the layer went past one of its linears, whose update is missing then.
         """
-        stream = self.stream
-        applied, stream.applied = stream.applied, 0
-        stream.weights = None
+        shared = self.shared
+        applied, shared.applied = shared.applied, 0
+        shared.weights = None
         if not self.keeps:
-            stream.given = None
+            shared.given = None
         if applied != self.linears:
             raise ArchitectureError(
                 f"Decoder layer {self.layer} called {applied} of its {self.linears} fused linears: vLLM computes the "
@@ -127,9 +118,11 @@ class FusedDelta(nn.Module):
     owner: Tensor
     gates: nn.ModuleList
 
-    def __init__(self, stream: Stream, layer: int, stacks: Sequence[StackedLora], parts: Sequence[Part]) -> None:
+    def __init__(
+        self, shared: ForwardWeights, layer: int, stacks: Sequence[StackedLora], parts: Sequence[Part]
+    ) -> None:
         super().__init__()
-        self.stream = stream
+        self.shared = shared
         self.layer = layer
         self.gates = nn.ModuleList()
         self.gather: Gather | None = None
@@ -152,23 +145,23 @@ class FusedDelta(nn.Module):
         self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
     ) -> Float[Tensor, "*batch out_features"]:
         """The base's output plus the weighted sum of the adapters' updates."""
-        self.stream.applied += 1
+        self.shared.applied += 1
         flat = base_output.reshape(-1, base_output.shape[-1])
         x = x.reshape(-1, x.shape[-1])
         weights = self._weights(x)
         product = F.linear(x, self.lora_A)
         # In the gate's precision, then rounded once.
         product = product * weights[..., self.owner].to(product.dtype)
-        return self.stream.guard(self._add(flat, product.split(self.sizes, dim=-1)).view(base_output.shape))
+        return self.shared.guard(self._add(flat, product.split(self.sizes, dim=-1)).view(base_output.shape))
 
     def _weights(self, x: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "*tokens gates"]:
-        stream = self.stream
+        shared = self.shared
         if not len(self.gates):
-            assert stream.weights is not None
-            return stream.weights
+            assert shared.weights is not None
+            return shared.weights
         if self.gather is not None:
             x = self.gather(x)
-        weights = [stream.settle(gate(x), self.layer, x.shape[0]) for gate in self.gates]
+        weights = [shared.settle(gate(x), self.layer, x.shape[0]) for gate in self.gates]
         return torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0]
 
     def _add(self, flat: Float[Tensor, "tokens out_features"], products: Sequence[Tensor]) -> Tensor:

@@ -11,14 +11,15 @@ from vllm.model_executor.layers.linear import LinearBase
 from loraflow.adapters import LoraModule
 from loraflow.core.linear import stack_adapters
 from loraflow.errors import ArchitectureError
-from loraflow.serving.vllm.delta import FusedDelta, GivenWeights, LayerWeights, Requests, Stream
-from loraflow.serving.vllm.layers import columns_of, fuse_layer, fuse_linear, gather_of, parts_of, reads_stream
+from loraflow.serving.vllm.delta import ForwardWeights, FusedDelta, GivenWeights, LayerWeights
+from loraflow.serving.vllm.layers import add_update, add_weights, columns_of, gather_of, parts_of, reads_stream
 from loraflow.serving.vllm.plan import FusionPlan, Updates
+from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.shards import Part, cut
 
 
 def fuse(
-    model: nn.Module, plan: FusionPlan, dtype: torch.dtype, device: torch.device, requests: Requests | None = None
+    model: nn.Module, plan: FusionPlan, dtype: torch.dtype, device: torch.device, requests: RequestTable | None = None
 ) -> None:
     """Put a fusion into a model.
 
@@ -27,21 +28,21 @@ def fuse(
         plan: the fusion.
         dtype: precision of the activations.
         device: where the model is.
-        requests: weights that requests bring with them (`RequestTable`), where they may.
+        requests: weights that requests bring with them, where they may.
     """
-    stream = Stream(requests)
+    shared = ForwardWeights(requests)
     packed = dict(getattr(model, "packed_modules_mapping", None) or {})
     layers = _decoder_layers(model, len(plan.layers))
     for index, (layer, updates) in enumerate(zip(layers, plan.layers, strict=True)):
-        weights = LayerWeights(stream, index, _gate_of_layer(plan, index), keeps=_keeps(plan, index))
+        weights = LayerWeights(shared, index, _gate_of_layer(plan, index), keeps=_keeps(plan, index))
         for name, linear, packs in _targeted(layer, index, updates, packed):
-            delta = _delta(stream, index, updates, name, linear, packs, dtype)
+            delta = _delta(shared, index, updates, name, linear, packs, dtype)
             gates = [plan.gates.get(f"layers.{index}.{part}") for part in packs if part in updates]
             if plan.method.place == "module" and plan.gates:
                 delta.add_gates([gate for gate in gates if gate is not None], gather_of(linear))
-            fuse_linear(linear, delta.to(device))
+            add_update(linear, delta.to(device))
             weights.linears += 1
-        fuse_layer(layer, weights.to(device))
+        add_weights(layer, weights.to(device))
 
 
 def _keeps(plan: FusionPlan, index: int) -> bool:
@@ -110,7 +111,7 @@ def _targeted(
 
 
 def _delta(
-    stream: Stream,
+    shared: ForwardWeights,
     index: int,
     updates: Updates,
     name: str,
@@ -134,7 +135,7 @@ def _delta(
         _check_features(name, linear, part, modules)
     columns = columns_of(linear)
     stacks = [cut(stack_adapters(modules, linear, dtype), part.rows, columns) for part, modules in chosen]
-    return FusedDelta(stream, index, stacks, [part for part, _ in chosen])
+    return FusedDelta(shared, index, stacks, [part for part, _ in chosen])
 
 
 def _check_features(name: str, linear: LinearBase, part: Part, modules: Sequence[LoraModule | None]) -> None:

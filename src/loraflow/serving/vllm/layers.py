@@ -57,7 +57,7 @@ class FusedMethod(LinearMethodBase):
         return delta(x, self.inner.apply(layer, x, bias))
 
 
-class FusedDecoderLayer(nn.Module):
+class FusedVllmLayer(nn.Module):
     """Mixed into the class of a decoder layer of vLLM: computes the fusion weights before anything else in it."""
 
     loraflow: LayerWeights
@@ -65,7 +65,7 @@ class FusedDecoderLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, with its fusion weights in place."""
-        guard = self.loraflow.stream.guard
+        guard = self.loraflow.shared.guard
         found: dict[str, Any] = {}
         for name, position in self.loraflow_inputs.items():
             value = args[position] if position < len(args) else kwargs.get(name)
@@ -85,15 +85,15 @@ def reads_stream(layer: nn.Module) -> bool:
     return "hidden_states" in inspect.signature(type(layer).forward).parameters
 
 
-def fuse_layer(layer: Any, weights: LayerWeights) -> None:
+def add_weights(layer: Any, weights: LayerWeights) -> None:
     """Let a decoder layer compute fusion weights."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     layer.loraflow = weights
     layer.loraflow_inputs = {name: names.index(name) for name in ("hidden_states", "residual") if name in names}
-    swap_class(layer, FusedDecoderLayer)
+    swap_class(layer, FusedVllmLayer)
 
 
-def fuse_linear(linear: Any, delta: FusedDelta) -> None:
+def add_update(linear: Any, delta: FusedDelta) -> None:
     """Let a linear add the adapters' updates."""
     linear.loraflow = delta
     linear.quant_method = FusedMethod(linear.quant_method)

@@ -45,7 +45,8 @@ class FusionLoader(BaseModelLoader):
         # Late: reading a fusion needs transformers and PEFT, and vLLM imports its loaders in every process.
         from loraflow.serving.vllm.checks import check_engine, check_plan
         from loraflow.serving.vllm.fuse import fuse
-        from loraflow.serving.vllm.requests import RequestTable, install_table, requested_fusion
+        from loraflow.serving.vllm.request_table import RequestTable
+        from loraflow.serving.vllm.requests import install_table, requested_fusion
 
         options = self.options
         requested = requested_fusion(model_config.logits_processors)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.request_weights import KEY
-from loraflow.serving.vllm.requests import RequestTable
 
 
 class RequestingState(DefaultModelState):

@@ -10,7 +10,7 @@ from loraflow.errors import MethodError
 from loraflow.methods.base import check_weights
 
 KEY = "adapter_weights"
-PROCESSOR_PREFIX = "For_"
+_PROCESSORS = "loraflow.serving.vllm.requests:For_"
 
 
 def processor_name(fusion: str) -> str:
@@ -18,15 +18,12 @@ def processor_name(fusion: str) -> str:
 
     vLLM knows classes by name only, and calls this one before it has read any model: the name says which fusion.
     """
-    return f"loraflow.serving.vllm.requests:{PROCESSOR_PREFIX}{fusion.encode().hex()}"
+    return f"{_PROCESSORS}{fusion.encode().hex()}"
 
 
 def fusion_of(name: str) -> str | None:
     """The fusion in such a name, or None where the name is another's."""
-    module, _, attribute = name.partition(":")
-    if module != "loraflow.serving.vllm.requests" or not attribute.startswith(PROCESSOR_PREFIX):
-        return None
-    return bytes.fromhex(attribute.removeprefix(PROCESSOR_PREFIX)).decode()
+    return bytes.fromhex(name.removeprefix(_PROCESSORS)).decode() if name.startswith(_PROCESSORS) else None
 
 
 def parse_weights(value: Any, adapters: Sequence[str], layers: int) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Requests with fusion weights of their own: a table of them by place, and where each token's request is in it.
+"""Requests with fusion weights of their own, followed as they come and go, into a `RequestTable`.
 
 On vLLM's V1 model runner a logits processor is told how the requests of a batch come, go and move; this one changes no
 logits, but notes each request's weights by place in the batch. On V2 the model's own state is told of requests
@@ -11,8 +11,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
@@ -22,80 +20,8 @@ from loraflow.core.swap import swap_class
 from loraflow.errors import LoraflowError
 from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.vllm import LOAD_FORMAT
-from loraflow.serving.vllm.request_weights import KEY, PROCESSOR_PREFIX, check_request, fusion_of, parse_weights
-
-# Batches may be padded for the graphs of a GPU.
-_PADDING = 1024
-
-
-class RequestTable(nn.Module):
-    """The weights that requests bring, by their place; the last place is nobody's.
-
-    All writing is in place: graphs that a GPU has captured read the same memory.
-
-    Attributes:
-        weights: `[places, layers, adapters]`.
-        brings: whether the request of a place brings weights, `[places]`.
-        places: the place of each token's request, `[tokens]`.
-    """
-
-    weights: Tensor
-    brings: Tensor
-    places: Tensor
-    _counting: Tensor
-
-    def __init__(self, requests: int, tokens: int, layers: int, adapters: Sequence[str]) -> None:
-        super().__init__()
-        self.layers = layers
-        self.adapters = tuple(adapters)
-        self.register_buffer("weights", torch.zeros(requests + 1, layers, len(adapters)), persistent=False)
-        self.register_buffer("brings", torch.zeros(requests + 1, dtype=torch.bool), persistent=False)
-        self.register_buffer("places", torch.full((tokens + _PADDING,), requests), persistent=False)
-        self.register_buffer("_counting", torch.arange(tokens + _PADDING), persistent=False)
-
-    def settle(
-        self, weights: Float[Tensor, "*tokens adapters"], layer: int, tokens: int
-    ) -> Float[Tensor, "tokens adapters"]:
-        """The weights of each token: its request's own where that has some, else those given."""
-        places = self.places[:tokens]
-        return torch.where(self.brings[places].unsqueeze(-1), self.weights[places, layer], weights)
-
-    def put(self, place: int, value: Any) -> None:
-        """Note what a request brings, or that it brings nothing."""
-        self.brings[place] = value is not None
-        if value is not None:
-            self.weights[place] = torch.tensor(parse_weights(value, self.adapters, self.layers))
-
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two places."""
-        for tensor in (self.weights, self.brings):
-            tensor[[one, other]] = tensor[[other, one]]
-
-    def move(self, source: int, target: int) -> None:
-        """Move a request to another place."""
-        self.weights[target], self.brings[target] = self.weights[source], self.brings[source]
-        self.brings[source] = False
-
-    def locate(
-        self,
-        starts: Int[Tensor, " requests_and_one"],
-        tokens: int,
-        places: Int[Tensor, " requests"] | None = None,
-    ) -> None:
-        """Note where each token's request is; tokens behind the last request are padding, and nobody's.
-
-        Args:
-            starts: where the tokens of each request in the batch start, and where those of the last end.
-            tokens: how many tokens there are, padding included.
-            places: the place of each request in the batch; its position there by default.
-        """
-        nobody = self.brings.shape[0] - 1
-        ends = starts[1:].contiguous().to(self._counting.dtype)
-        found = torch.searchsorted(ends, self._counting[:tokens], right=True)
-        if places is not None:
-            found = torch.cat([places.to(found), found.new_tensor([nobody])])[found.clamp_(max=len(places))]
-        self.places[:tokens] = found.clamp_(max=nobody)
-
+from loraflow.serving.vllm.request_table import RequestTable
+from loraflow.serving.vllm.request_weights import KEY, check_request, fusion_of, processor_name
 
 # By the identity of the engine's configuration, which is kept alive here: a logits processor is made before the model.
 _TABLES: dict[int, tuple[Any, RequestTable]] = {}
@@ -221,11 +147,12 @@ def _processor(fusion: str) -> type[RequestWeights]:
         "__module__": __name__,
         "__doc__": RequestWeights.__doc__,
     }
-    return type(f"{PROCESSOR_PREFIX}{fusion.encode().hex()}", (RequestWeights,), members)
+    return type(processor_name(fusion).partition(":")[2], (RequestWeights,), members)
 
 
 def __getattr__(name: str) -> Any:
     """The classes that `processor_name` names."""
-    if name.startswith(PROCESSOR_PREFIX):
-        return _processor(bytes.fromhex(name.removeprefix(PROCESSOR_PREFIX)).decode())
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    fusion = fusion_of(f"{__name__}:{name}")
+    if fusion is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _processor(fusion)

@@ -1,0 +1,250 @@
+"""transformers' continuous batching, whose steps are weighed, sampled and stored request by request."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from loraflow.core.fusion import Fusion
+from loraflow.core.lanes import Lane, Lanes
+from loraflow.errors import LoraflowError
+from loraflow.serving.config import EngineLimits
+from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
+from loraflow.serving.overflow import finite
+
+
+class _Router(OutputRouter):
+    """Takes what the manager says of requests, and tells their listeners."""
+
+    def __init__(self, jobs: dict[str, Job]) -> None:
+        super().__init__()
+        self._jobs = jobs
+
+    def deliver(self, output: GenerationOutput) -> None:
+        job = self._jobs.get(output.request_id)
+        if job is None:
+            return
+        ended = output.status == RequestStatus.FINISHED
+        new = output.generated_tokens[job.told :]
+        for position, token in enumerate(new, start=1):
+            known, job.sampled = job.sampled or Token(token), None
+            finish: FinishReason | None = None
+            if ended and position == len(new):
+                finish = "stop" if token in job.ends else "length"
+            job.told += 1
+            job.listener(dataclasses.replace(known, id=token, finish=finish))
+        if output.status == RequestStatus.FAILED:
+            job.listener(Failure(str(output.error)))
+        if ended or output.status == RequestStatus.FAILED:
+            self._jobs.pop(output.request_id, None)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        state.status, state.error = RequestStatus.FAILED, str(error)
+        self.deliver(state.to_generation_output())
+
+
+class Manager(ContinuousBatchingManager):
+    """transformers' manager, whose steps are weighed and sampled request by request."""
+
+    def __init__(self, model: Fusion, limits: EngineLimits, jobs: dict[str, Job]) -> None:
+        self._fused = model
+        self._jobs = jobs
+        self.batched = 0
+        config = ContinuousBatchingConfig(
+            page_size=limits.page_tokens,
+            num_blocks=-(-limits.cache_tokens // limits.page_tokens),
+            max_batch_tokens=limits.batch_tokens,
+            max_requests_per_batch=limits.requests,
+            # Shared blocks are found by their tokens, and know nothing of weights.
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=False,
+        )
+        plain = GenerationConfig(do_sample=False, eos_token_id=-1)
+        super().__init__(cast(Any, model.base_model), plain, config)
+        self.output_router = _Router(jobs)
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        processor.model_runner = _Runner(
+            logit_processor=self.logit_processor,
+            cb_config=self.continuous_batching_config,
+            cache=processor.cache,
+            inputs_and_outputs=processor.inputs_and_outputs,
+            do_sample=False,
+            return_logprobs=False,
+        )
+        processor.model_runner.fail = self._fail
+        processor.cache.update = _with_finite_states(processor.cache.update)
+        return processor
+
+    def _fail(self, job: Job, message: str) -> None:
+        """Give up one request; the others go on."""
+        if self._jobs.pop(job.id, None) is not None:
+            self.cancel_request(job.id)
+            job.listener(Failure(message, asked_for=True))
+
+    def _fail_all_remaining_requests(self, error: Exception, batch_processor: Any) -> None:
+        # Called at every end: that of a failing step, and that which was asked for.
+        if self.background_thread_status.tp_status == BackgroundThreadStatus.HARD_STOP:
+            error = LoraflowError("The engine was closed before this answer was finished.")
+        super()._fail_all_remaining_requests(error, batch_processor)
+
+    def _generation_step(self) -> None:
+        assert self.batch_processor is not None
+        shared, model = cast(Any, self.batch_processor.inputs_and_outputs), self._fused
+        with contextlib.ExitStack() as stack:
+            # First of all: what the step does with the adapters must be done before others come in or leave.
+            stack.enter_context(model.attachment.turn())
+            # Once a step: requests may be cancelled in the middle of it.
+            batch = [(self._jobs.get(future.state.request_id), future) for future in shared.requests_in_batch]
+            cast(_Runner, self.batch_processor.model_runner).batch = batch
+            self.batched = len(batch)
+            with torch.cuda.stream(shared.compute_stream):
+                lanes = _lanes(model, batch)
+            stack.enter_context(model.attachment.weighing(lanes))
+            if not any(job is not None and job.wants_weights for job, _ in batch):
+                super()._generation_step()
+                return
+            recorded = stack.enter_context(model.attachment.recording())
+            super()._generation_step()
+            self._keep_weights(batch, recorded)
+
+    def _keep_weights(self, batch: Sequence[tuple[Job | None, Any]], recorded: Sequence[dict[str, Tensor]]) -> None:
+        """Put the weights at the last position of each request beside its new token."""
+        adapters = len(self._fused.adapters)
+        seen = [{name: w.reshape(-1, adapters).cpu() for name, w in found.items()} for found in recorded]
+        start = 0
+        for job, future in batch:
+            start += future.query_length
+            if job is None or not job.wants_weights or job.sampled is None or not future.has_new_token:
+                continue
+            gates = job.weigher.gates
+            weights = torch.zeros(len(seen), adapters)
+            for layer, found in enumerate(seen):
+                # Beside requests whose linears have gates of their own, those of whole layers are noted for each too.
+                names = [name for name in found if name and f"layers.{layer}.{name}" in gates] or [""]
+                noted = [found[name][start - 1] for name in names if name in found]
+                if noted:
+                    weights[layer] = torch.stack(noted).mean(dim=0)
+            among = _among(self._fused, job.weigher)
+            weights = weights if among is None else weights[:, among]
+            job.sampled = dataclasses.replace(job.sampled, weights=weights)
+
+
+def _lanes(model: Fusion, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
+    """Who weighs which tokens of a step; requests of the base, and those cancelled meanwhile, have no weights."""
+    attachment = model.attachment
+    positions: dict[int, list[int]] = {}
+    weighers: dict[int, Weigher] = {}
+    given: list[tuple[range, Tensor]] = []
+    unweighed: list[int] = []
+    start = 0
+    for job, future in batch:
+        mine, start = range(start, start + future.query_length), start + future.query_length
+        if job is not None and job.weigher.weights is not None:
+            given.append((mine, _weights_of_all(model, job.weigher)))
+        elif job is not None and job.weigher.gates:
+            key = id(job.weigher.gates)
+            weighers[key] = job.weigher
+            positions.setdefault(key, []).extend(mine)
+        else:
+            unweighed.extend(mine)
+    lanes: list[Lane] = [Lane(tuple(unweighed), "layer", {})] if unweighed else []
+    for key, weigher in weighers.items():
+        assert weigher.method is not None
+        lanes.append(attachment.lane(positions[key], weigher.method, weigher.gates, _among(model, weigher)))
+    if given:
+        rows = [position for mine, _ in given for position in mine]
+        weights = torch.cat([weights.expand(len(mine), -1, -1) for mine, weights in given])
+        lanes.append(attachment.given_lane(rows, weights))
+    return Lanes(start, tuple(lanes), flat=True)
+
+
+def _among(model: Fusion, weigher: Weigher) -> list[int] | None:
+    """Where a weigher's adapters are in the model now; None where it weighs all."""
+    return None if weigher.adapters is None else model.attachment.positions(weigher.adapters)
+
+
+def _weights_of_all(model: Fusion, weigher: Weigher) -> Float[Tensor, "layers adapters"]:
+    weights, among = weigher.weights, _among(model, weigher)
+    assert weights is not None
+    if among is None:
+        return weights
+    everywhere = weights.new_zeros(weights.shape[0], len(model.adapters))
+    everywhere[:, among] = weights
+    return everywhere
+
+
+def _with_finite_states(update: Callable[..., Any]) -> Callable[..., Any]:
+    """A cache's `update` that stores finite numbers only."""
+
+    def finite_update(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return update(finite(key_states), finite(value_states), *args, **kwargs)
+
+    return finite_update
+
+
+class _Runner(ModelRunner):
+    """transformers' runner, which samples each request by its own settings."""
+
+    batch: Sequence[tuple[Job | None, Any]]
+    fail: Callable[[Job, str], None]
+
+    def _sample(self, scores: Float[Tensor, "1 requests vocabulary"], output_ids: Tensor) -> None:
+        waiting = [job for job, future in self.batch if future.has_new_token]
+        logits = scores[0, : len(waiting)]
+        chosen = logits.argmax(dim=-1)
+        usable = logits.amax(dim=-1).isfinite().tolist()
+        for row, job in enumerate(waiting):
+            if job is None:
+                continue
+            if not usable[row]:
+                self.fail(job, "The model's logits are no finite numbers. Ask for smaller weights.")
+                continue
+            if not job.sampling.greedy:
+                chosen[row] = sample(logits[row], job.sampling, job.generator)
+            job.sampled = _token(logits[row], int(chosen[row]), job.sampling.logprobs)
+        output_ids[0, : len(waiting)].copy_(chosen)
+
+
+def sample(
+    logits: Float[Tensor, " vocabulary"], sampling: Sampling, generator: torch.Generator | None
+) -> Float[Tensor, ""]:
+    """Draw one token: temperature first, then the smallest set of tokens with the probability `top_p`."""
+    # The likeliest is at 0 and the rest below, in float64: no temperature is too low for that.
+    probabilities = ((logits - logits.max()).double() / sampling.temperature).softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, tokens = probabilities.sort(descending=True)
+        # The token that crosses the border stays.
+        ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0
+        return tokens[torch.multinomial(ordered, 1, generator=generator)[0]]
+    return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+def _token(logits: Float[Tensor, " vocabulary"], token: int, count: int | None) -> Token:
+    if count is None:
+        return Token(token)
+    logs = logits.log_softmax(dim=-1)
+    found = logs.topk(min(count, len(logs))) if count else None
+    top = () if found is None else tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    return Token(token, float(logs[token]), top)

@@ -58,6 +58,15 @@ def test_import_is_light_and_public_names_are_all_there():
         _ = loraflow.Nothing
 
 
+def test_the_model_s_class_loads_no_more_than_it_needs_and_says_nothing():
+    code = (
+        "import sys, loraflow; loraflow.FusedModel; heavy = {'bitsandbytes', 'fastapi', 'lm_eval', 'matplotlib', "
+        "'nevergrad', 'peft', 'sklearn', 'transformers.trainer', 'vllm'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_any_number_of_adapters(tmp_path):
     base = tiny_model()
     for k in (1, 5):

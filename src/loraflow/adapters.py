@@ -208,7 +208,8 @@ def load_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
         raise AdapterError(f"Adapter {name!r}: PEFT cannot read {config_path}: {error}") from error
     try:
         tensors = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
+        # It opens the file twice, the second time through torch, which raises a RuntimeError where it is gone by then.
         raise AdapterError(
             f"Adapter {name!r}: {weights_path} is not a readable safetensors file ({error}). Download or save it again."
         ) from error

@@ -7,6 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.shapes import check_shapes
+
+# Before the first import of the library: every shape that it writes down is checked in every test.
+check_shapes("loraflow")
+
 # The same examples everywhere, and none that fails because a machine is slow. Fixtures may be shared by examples: they
 # are folders and models that no example changes for another.
 _UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

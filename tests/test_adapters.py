@@ -230,6 +230,14 @@ def test_a_damaged_weights_file_is_refused(saved):
     assert "is not a readable safetensors file" in refusal(saved)
 
 
+def test_a_weights_file_that_goes_while_it_is_opened_is_refused(saved, monkeypatch):
+    def gone(path):
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr("loraflow.adapters.load_file", gone)
+    assert "is not a readable safetensors file" in refusal(saved)
+
+
 def test_a_configuration_that_peft_refuses_is_refused(saved):
     edit_config(saved, target_modules="all-linear", layers_to_transform=[1])
     assert "PEFT cannot read" in refusal(saved)

@@ -15,21 +15,22 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
-from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraflow.errors import AdapterError, did_you_mean
+
+# PEFT is imported where it is used: it imports bitsandbytes, which takes a second and may print.
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -195,6 +196,8 @@ def load_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
     Raises:
         AdapterError: if files are missing, are pickles, or hold what cannot be fused exactly.
     """
+    from peft import LoraConfig
+
     config_path, weights_path, resolved = _locate(name, AdapterSource.parse(source))
     raw_config = _read_config(name, config_path)
     _refuse_unfusable(name, config_path, raw_config)
@@ -205,7 +208,8 @@ def load_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
         raise AdapterError(f"Adapter {name!r}: PEFT cannot read {config_path}: {error}") from error
     try:
         tensors = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
+        # It opens the file twice, the second time through torch, which raises a RuntimeError where it is gone by then.
         raise AdapterError(
             f"Adapter {name!r}: {weights_path} is not a readable safetensors file ({error}). Download or save it again."
         ) from error
@@ -224,6 +228,8 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> None:
         AdapterError: if a key matches nothing, a shape differs, or the file lacks a module that its own configuration
             targets.
     """
+    from peft.tuners import tuners_utils
+
     linears = dict(_linears(base))
     for module_name, module in adapter.modules.items():
         if module_name not in linears:
@@ -242,8 +248,8 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> None:
                 f"({adapter.config.base_model_name_or_path!r}): give that base, or another adapter."
             )
     # PEFT resolves "all-linear" in place; this adapter's own configuration is for any base.
-    config = _maybe_include_all_linear_layers(copy.copy(adapter.config), base)
-    missing = [n for n in linears if n not in adapter.modules and _targets(config, n)]
+    config = tuners_utils._maybe_include_all_linear_layers(copy.copy(adapter.config), base)
+    missing = [n for n in linears if n not in adapter.modules and tuners_utils.check_target_module_exists(config, n)]
     if missing:
         raise AdapterError(
             f"Adapter {adapter.name!r} ({adapter.source.path}): `target_modules` of {CONFIG_FILE} includes "
@@ -261,11 +267,6 @@ def _check_vectors(adapter: Adapter, module_name: str, module: LoraModule) -> No
             )
 
 
-def _targets(config: PeftConfig, module_name: str) -> bool:
-    # PEFT answers with a falsy object for excluded modules and with a truthy match otherwise.
-    return bool(check_target_module_exists(config, module_name))
-
-
 def _nearest(module_name: str, linears: Mapping[str, Any]) -> str:
     guess = did_you_mean(module_name, linears).partition("Did you mean ")[2]
     return f" The nearest is {guess.rstrip('?')}." if guess else ""
@@ -273,6 +274,8 @@ def _nearest(module_name: str, linears: Mapping[str, Any]) -> str:
 
 def _linears(base: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """Every linear module of a model, quantised ones included, with (in_features, out_features)."""
+    from peft.tuners.tuners_utils import _get_in_out_features
+
     for name, module in base.named_modules():
         # PEFT's function warns about every module that is no linear; quantised linears have these attributes too.
         if isinstance(module, Conv1D) or hasattr(module, "in_features") or hasattr(module, "infeatures"):
@@ -432,6 +435,8 @@ def _module(name: str, path: Path, config: LoraConfig, module: str, found: Mappi
 
 def _by_pattern(pattern: Mapping[str, int] | None, module: str, default: int) -> int:
     """A setting of one module: that of the first pattern that fits its name, else the whole adapter's."""
+    from peft.utils.other import get_pattern_key
+
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), module), default)
 

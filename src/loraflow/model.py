@@ -12,9 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pipelines import base as pipelines
 
-from loraflow import __version__
+from loraflow import __version__, training
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
 from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
@@ -29,7 +28,7 @@ from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord
 from loraflow.saved.sources import relative_source
 from loraflow.saved.writing import copy_adapter, write_fusion
-from loraflow.training import FitConfig, FitResult, fit
+from loraflow.training import FitConfig, FitResult
 
 
 class FusedModel(Fusion):
@@ -173,7 +172,7 @@ class FusedModel(Fusion):
         Returns:
             Losses, time, and which examples were cut.
         """
-        return fit(self, examples, dev=dev, config=config)
+        return training.fit(self, examples, dev=dev, config=config)
 
     def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = False) -> None:
         """Write `fusion_config.json`, `fusion.safetensors` and a model card.
@@ -272,6 +271,8 @@ def _load(name: str, source: str | Path | AdapterSource | Adapter) -> Adapter:
 
 def _announce_to_pipelines() -> None:
     """Let `transformers.pipeline` know the class, as it knows PEFT's: it reports unknown ones as unsupported."""
+    from transformers.pipelines import base as pipelines
+
     names = getattr(pipelines, "SUPPORTED_PEFT_TASKS", {}).get("text-generation", [])
     if FusedModel.__name__ not in names:
         names.append(FusedModel.__name__)

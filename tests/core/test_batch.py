@@ -557,7 +557,7 @@ def test_modes_are_as_before_after_an_error_too():
     model.train()
     model.base_model.lm_head.eval()
     with pytest.raises(MethodError, match="Row 0 has no tokens"):
-        model.trace(random_ids(1), torch.zeros(1, 9))
+        model.trace(random_ids(1), torch.zeros(1, 9, dtype=torch.long))
     model.weigh(random_ids())
     assert model.training
     assert not model.base_model.lm_head.training

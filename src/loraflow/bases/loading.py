@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from loraflow.errors import ArchitectureError, LoraflowError, did_you_mean
@@ -66,7 +60,7 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     config = read_base_config(base, options)
     try:
         with _bar_for_people():
-            return AutoModelForCausalLM.from_pretrained(
+            return transformers.AutoModelForCausalLM.from_pretrained(
                 base,
                 config=config,
                 revision=options.revision,
@@ -101,7 +95,7 @@ def load_empty_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     """
     config = read_base_config(base, options)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
 
 
 def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig:
@@ -112,7 +106,7 @@ def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig
         LoraflowError: if it cannot be found or read.
     """
     try:
-        config = AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             base, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     except (OSError, ValueError) as error:
@@ -122,7 +116,7 @@ def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig
             f"The base model {str(base)!r} cannot be read: {reason} Give a Hub id, or a directory with a config.json."
         ) from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not remote:
         raise ArchitectureError(
             f"{str(base)!r} is a {config.model_type!r} model, for which transformers has no causal language model. "
             "Only decoder-only models can be fused."
@@ -132,7 +126,9 @@ def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig
 
 def load_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase:
     """Load a base model's tokenizer."""
-    return AutoTokenizer.from_pretrained(base, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    return transformers.AutoTokenizer.from_pretrained(
+        base, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
 
 
 def find_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase | None:

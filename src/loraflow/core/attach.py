@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -248,6 +247,8 @@ def check_plain(model: nn.Module) -> None:
     Raises:
         LoraflowError: if it is not.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, module in model.named_modules():
         if isinstance(module, FusedLinear):
             raise LoraflowError("The base model is fused already. Take that fusion out first, with its `unload()`.")

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -118,6 +117,8 @@ def _stack_output_scale(rows: Sequence[Tensor | None], dtype: torch.dtype) -> Te
 
 def dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
     """A base linear's weight on the CPU, dequantised, as nn.Linear has it."""
+    from peft.utils.integrations import dequantize_module_weight
+
     # accelerate keeps offloaded weights away until a forward; a quantised weight is read through its own kernel.
     with align_module_device(base_layer):
         weight = dequantize_module_weight(base_layer).detach().cpu()

@@ -178,7 +178,7 @@ class Embeds(Protocol):
 class KeepsSamples(Protocol):
     """A gate that is made of the embeddings of each adapter's samples."""
 
-    def set_samples(self, embeddings: Sequence[Float[Tensor, "samples hidden"]]) -> None:
+    def set_samples(self, embeddings: Sequence[Float[Tensor, "_samples hidden"]]) -> None:
         """Take over the embeddings of each adapter's samples, in the adapters' order."""
 
 

@@ -43,7 +43,7 @@ class Centroids(QueryGate):
         self.encoder = encoder
         self.register_buffer("centroids", torch.zeros(adapters, features))
 
-    def set_samples(self, embeddings: Sequence[Float[Tensor, "samples hidden"]]) -> None:
+    def set_samples(self, embeddings: Sequence[Float[Tensor, "_samples hidden"]]) -> None:
         """Take the mean embedding of each adapter's samples."""
         self.centroids.copy_(torch.stack([of_one.mean(dim=0) for of_one in embeddings]))
 

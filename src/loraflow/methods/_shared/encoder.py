@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from loraflow.errors import MethodError
 
@@ -27,7 +27,7 @@ class TextEncoder:
     def __init__(self, name: str) -> None:
         # The model itself is loaded when it is first used.
         try:
-            self.features = AutoConfig.from_pretrained(name).hidden_size
+            self.features = transformers.AutoConfig.from_pretrained(name).hidden_size
         except (OSError, ValueError) as error:
             raise MethodError(f"`encoder` (={name!r}) is no model that transformers can load: {error}") from error
         self.name = name
@@ -37,7 +37,10 @@ class TextEncoder:
     def embed(self, text: str, device: torch.device) -> Float[Tensor, " features"]:
         """The embedding of a text."""
         if self._loaded is None:
-            self._loaded = AutoTokenizer.from_pretrained(self.name), AutoModel.from_pretrained(self.name).eval()
+            self._loaded = (
+                transformers.AutoTokenizer.from_pretrained(self.name),
+                transformers.AutoModel.from_pretrained(self.name).eval(),
+            )
         tokenizer, model = self._loaded
         inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
         return model.to(device)(**inputs).last_hidden_state[0].float().mean(dim=0)

@@ -174,6 +174,11 @@ class FusedModel(Fusion):
         """
         return training.fit(self, examples, dev=dev, config=config)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are learned, of how many."""
+        learned, total = self.num_learned_parameters(), sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {learned:,} || all params: {total:,} || trainable%: {100 * learned / total:.4f}")
+
     def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = False) -> None:
         """Write `fusion_config.json`, `fusion.safetensors` and a model card.
 
@@ -227,6 +232,23 @@ class FusedModel(Fusion):
             training=self.training_record,
             weights_digest=tensors_digest(self.state_dict()),
         )
+
+
+def _refusing(name: str) -> Any:
+    def refuse(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what transformers would do to the base beneath the fusion."""
+        raise LoraflowError(
+            f"`{name}` is of transformers' own adapters, which it would put around the fused ones, past the fusion "
+            "weights. Name all adapters when the fusion is made (`FusedModel.from_adapters`), choose among them with "
+            '`using("name")` or `set_method`, and see the base with `using("base")`.'
+        )
+
+    return refuse
+
+
+# The base has them, and `__getattr__` would hand them on.
+for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
+    setattr(FusedModel, _name, _refusing(_name))
 
 
 _classes: dict[tuple[type, type], type[FusedModel]] = {}

@@ -433,11 +433,6 @@ class Fusion(nn.Module):
         """Number of values that the method learns, those of `state_dict`."""
         return sum(tensor.numel() for tensor in self.state_dict().values())
 
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are learned, of how many."""
-        learned, total = self.num_learned_parameters(), sum(p.numel() for p in self.parameters())
-        print(f"trainable params: {learned:,} || all params: {total:,} || trainable%: {100 * learned / total:.4f}")
-
     # Its adapters.
 
     def exchange_adapters(self, adapters: Sequence[Adapter]) -> None:
@@ -462,20 +457,3 @@ class Fusion(nn.Module):
         self.attachment.detach()
         self.method, self._gates, self.training_record = get_method("base", []), {}, None
         return self.base_model
-
-
-def _refusing(name: str) -> Any:
-    def refuse(self: Fusion, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what transformers would do to the base beneath the fusion."""
-        raise LoraflowError(
-            f"`{name}` is of transformers' own adapters, which it would put around the fused ones, past the fusion "
-            "weights. Name all adapters when the fusion is made (`FusedModel.from_adapters`), choose among them with "
-            '`using("name")` or `set_method`, and see the base with `using("base")`.'
-        )
-
-    return refuse
-
-
-# The base has them, and `__getattr__` would hand them on.
-for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
-    setattr(Fusion, _name, _refusing(_name))

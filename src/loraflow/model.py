@@ -198,6 +198,7 @@ class FusedModel(Fusion):
             )
 
     def _save(self, directory: Path, *, copy_adapters: bool, publish: bool) -> None:
+        self.attachment.check_attached()
         if directory.is_file():
             raise FusionError(f"{directory} is a file. Give a directory.")
         config = self._config(directory, copy_adapters)

@@ -55,11 +55,14 @@ class PromptFormat(BaseModel):
             )
         return self.model_copy(update={"chat_template": chat_template})
 
+    def prompt_text(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+        """The text of a conversation that ends with the user's turn, up to where the answer starts."""
+        return self._plain(messages) if self.chat_template is None else self._chat(tokenizer, messages, answered=False)
+
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that ends with the user's turn, up to where the answer starts."""
-        if self.chat_template is None:
-            return tokenizer(self._plain(messages))["input_ids"]
-        return tokenizer(self._chat(tokenizer, messages, answered=False), add_special_tokens=False)["input_ids"]
+        """The token ids of that text; a chat template writes the special tokens itself."""
+        text = self.prompt_text(tokenizer, messages)
+        return tokenizer(text, add_special_tokens=self.chat_template is None)["input_ids"]
 
     def completion_ids(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str) -> list[int]:
         """Token ids of the answer to that conversation, with whatever ends the turn."""

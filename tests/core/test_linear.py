@@ -307,7 +307,7 @@ def test_plain_lora_keeps_only_slots_for_the_backward():
     modules = lora_modules([(2, "plain"), None, (3, "lora_bias")])
     layer, (linear,) = fuse([base_linear()], [modules])
     x, layer.weights = tokens().requires_grad_(), fusion_weights("per token", 3).requires_grad_()
-    constant = {t.data_ptr() for t in (*linear.parameters(), *linear.buffers(), *linear.fused.shared.buffers())}
+    constant = {t.data_ptr() for t in (*linear.parameters(), *linear.buffers(), *linear.fused.group.buffers())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear(x).sum().backward()
@@ -323,11 +323,11 @@ def test_adapter_dropout_only_acts_while_training():
     base, modules, x = base_linear(), lora_modules([(4, "plain")]), tokens()
     layer, (linear,) = fuse([base], [modules])
     layer.weights = fusion_weights("constant", 1)
-    linear.fused.shared.dropout = 0.5
+    linear.fused.group.dropout = 0.5
     plain = expected_output(base, modules, x, layer.weights)
-    linear.fused.shared.eval()
+    linear.fused.group.eval()
     torch.testing.assert_close(linear(x), plain)
-    linear.fused.shared.train()
+    linear.fused.group.train()
     layer.close()
     assert relative_error(linear(x), plain) > 0.01
 

@@ -222,7 +222,8 @@ def test_what_cannot_be_served_is_told(root, tmp_path):
     config["base"]["path"] = ""
     (homeless / "fusion_config.json").write_text(json.dumps(config))
     with pytest.raises(
-        FusionError, match=r"The fusion 'lost' does not know where its base model is\. Give `base=\.\.\.`\."
+        FusionError,
+        match=r"The fusion 'lost' does not know where its base model is\. Give it as `base`: `base=\.\.\.`\.",
     ):
         Catalog.open(None, None, {"lost": str(homeless)})
     assert Catalog.open(root / "base", {"zh": str(root / "zh"), "math": str(root / "math")}, {"found": str(homeless)})

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -90,43 +90,35 @@ class Attachment:
         # A compiled forward is traced once, and cannot hold a lock.
         return contextlib.nullcontext() if torch.compiler.is_compiling() else self._turn
 
-    @contextlib.contextmanager
-    def weighing(self, lanes: Lanes) -> Iterator[None]:
+    def weighing(self, lanes: Lanes) -> contextlib.AbstractContextManager[None]:
         """Let these lanes weigh the rows of all calls inside the block."""
-        contexts = self.contexts
-        before = [context.lanes for context in contexts]
-        try:
-            for context in contexts:
-                context.lanes = lanes
-            yield
-        finally:
-            for context, lanes_before in zip(contexts, before, strict=True):
-                context.lanes, context.embeddings = lanes_before, None
+        return self._with_contexts("lanes", [lanes] * len(self.contexts))
 
-    @contextlib.contextmanager
-    def alone(self, owners: Sequence[int | None]) -> Iterator[None]:
+    def alone(self, owners: Sequence[int | None]) -> contextlib.AbstractContextManager[None]:
         """Let each row use one adapter alone, by its position, or none, inside the block."""
-        contexts = self.contexts
-        try:
-            for context in contexts:
-                context.alone = owners
-            yield
-        finally:
-            for context in contexts:
-                context.alone = context.embeddings = None
+        return self._with_contexts("alone", [owners] * len(self.contexts))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[dict[str, Float[Tensor, "batch seq adapters"]]]]:
         """Note the weights of each layer's last forward inside the block, by linear ("" for the layer)."""
-        contexts = self.contexts
-        recorded: list[dict[str, Tensor]] = [{} for _ in contexts]
-        try:
-            for context, weights in zip(contexts, recorded, strict=True):
-                context.recorded = weights
+        recorded: list[dict[str, Tensor]] = [{} for _ in self.contexts]
+        with self._with_contexts("recorded", recorded):
             yield recorded
+
+    @contextlib.contextmanager
+    def _with_contexts(self, name: str, values: Sequence[Any]) -> Iterator[None]:
+        """An attribute of each layer's context set inside the block, and as it was before afterwards."""
+        contexts = self.contexts
+        before = [getattr(context, name) for context in contexts]
+        try:
+            for context, value in zip(contexts, values, strict=True):
+                setattr(context, name, value)
+            yield
         finally:
-            for context in contexts:
-                context.recorded = None
+            for context, value in zip(contexts, before, strict=True):
+                setattr(context, name, value)
+                # A forward that was given up may have left them.
+                context.embeddings = None
 
     @contextlib.contextmanager
     def dropping(self, probability: float) -> Iterator[None]:
@@ -160,11 +152,11 @@ class Attachment:
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; without any, the base answers alone."""
-        lane = self.lane(None, method, gates)
+        lanes = Lanes(None, (self.lane(None, method, gates),))
         for index, fusion in enumerate(self.fusions):
             # The gate of a whole model belongs to its first layer; the others only call it.
-            prefix = "model" if lane.place == "model" and index == 0 else f"layers.{index}"
-            fusion.install(lane, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+            prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
+            fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """The positions of adapters among the fused ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -171,3 +172,39 @@ def prompt_mask(ids: Int[Tensor, "rows seq"], options: Mapping[str, Any], config
     if pad is None or pad in (end if isinstance(end, list) else [end]) or not (ids == pad).any():
         return None
     return (ids != pad).long()
+
+
+def read_weights(
+    attachment: Attachment,
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    lanes: Lanes | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch seq layers adapters"], dict[str, Float[Tensor, "batch seq adapters"]]]:
+    """The fusion weights at every position of a text, in one forward, on the CPU.
+
+    Args:
+        attachment: the adapters in the model.
+        input_ids: the text.
+        mask: 1 at real tokens, 0 at padding.
+        lanes: who weighs the rows; None for the method in use.
+        kwargs: anything else for the base model's forward.
+
+    Returns:
+        Those of each layer, gates of single modules averaged and zero where there is none; and those of such gates.
+    """
+    model = attachment.model
+    if not bool(mask.all()) and "position_ids" in inspect.signature(model.forward).parameters:
+        # Positions count real tokens only, as `generate` counts them; a bare forward counts padding too.
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    with attachment.recording() as recorded, attachment.weighing(lanes or attachment.contexts[0].own):
+        model(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs)
+    none = torch.zeros(*input_ids.shape, len(attachment.adapters))
+    layers = [torch.stack(list(found.values())).mean(dim=0).cpu() if found else none for found in recorded]
+    modules = {
+        f"layers.{index}.{name}": weights.cpu()
+        for index, found in enumerate(recorded)
+        for name, weights in found.items()
+        if name
+    }
+    return torch.stack(layers, dim=2), modules

@@ -27,7 +27,7 @@ class LayerContext:
     Attributes:
         index: the layer's place in the model.
         adapters: how many there are.
-        own: the lane of the method in use, which weighs every row.
+        own: those of the method in use: one lane of all rows.
         lanes: who weighs the rows of the call that runs; `own` unless rows differ.
         alone: for each row, the position of the one adapter that it uses, or None for the base; None where rows have
             fusion weights.
@@ -85,12 +85,12 @@ class LayerContext:
         self.alone = self.embeddings = self.recorded = None
         self._first = first or self
         self._is_last = index == layers - 1
-        self.set_own(Lane(None, "layer", {}))
+        self.set_own(Lanes(None, (Lane(None, "layer", {}),)))
         self.close()
 
-    def set_own(self, lane: Lane) -> None:
+    def set_own(self, lanes: Lanes) -> None:
         """Let a method weigh every row of every call from now on, unless a call says otherwise."""
-        self.own = self.lanes = Lanes(None, (lane,))
+        self.own = self.lanes = lanes
 
     def carried(self, hidden_states: Float[Tensor, "batch seq hidden"]) -> dict[str, Any]:
         """What the running call of the model has for this layer beside its input, as arguments of its forward.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -25,6 +23,7 @@ from loraflow.core.batch import (
     lanes_of_methods,
     lanes_of_weights,
     prompt_mask,
+    read_weights,
     refuse_prompts,
     weigh_prompts,
 )
@@ -378,26 +377,15 @@ class Fusion(nn.Module):
         if not self._gates:
             raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with self.attachment.turn(), self.evaluating(), self.attachment.recording() as recorded:
-            positions = _positions(self.base_model, mask)
-            forward = functools.partial(self.base_model, use_cache=False, **positions, **kwargs)
-            with contextlib.ExitStack() as stack:
-                if isinstance(self.method, QueryMethod):
-                    prompt = slice(0, prompt_length or None)
-                    weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
-                    lanes = lanes_of_weights(self.attachment, weights, len(input_ids))
-                    stack.enter_context(self.attachment.weighing(lanes))
-                forward(input_ids=input_ids, attention_mask=mask)
-        none = torch.zeros(*input_ids.shape, len(self.adapters))
-        per_layer = [torch.stack(list(w.values())).mean(dim=0).cpu() if w else none for w in recorded]
-        module_weights = {
-            f"layers.{index}.{name}": w.cpu()
-            for index, found in enumerate(recorded)
-            for name, w in found.items()
-            if name
-        }
+        with self.attachment.turn(), self.evaluating():
+            lanes = None
+            if isinstance(self.method, QueryMethod):
+                prompt = slice(0, prompt_length or None)
+                weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
+                lanes = lanes_of_weights(self.attachment, weights, len(input_ids))
+            layer_weights, module_weights = read_weights(self.attachment, input_ids, mask, lanes, **kwargs)
         return Trace(
-            weights=torch.stack(per_layer, dim=2),
+            weights=layer_weights,
             adapters=tuple(self.adapter_names),
             tokens=[self._token_texts(row) for row in input_ids.tolist()],
             input_ids=input_ids.cpu(),
@@ -504,10 +492,3 @@ def _refusing(name: str) -> Any:
 # The base has them, and `__getattr__` would hand them on.
 for _name in ("add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "load_adapter", "set_adapter"):
     setattr(Fusion, _name, _refusing(_name))
-
-
-def _positions(model: nn.Module, mask: Int[Tensor, "batch seq"]) -> dict[str, Tensor]:
-    """Positions that count real tokens only, as `generate` gives them; a bare forward counts padding too."""
-    if bool(mask.all()) or "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}

@@ -77,6 +77,7 @@ class Lanes:
         only: the one lane, where there are no others: its requests are all rows, in order.
         reads_embeddings: whether a gate of the whole model is among them.
         reads_modules: whether linears have gates of their own.
+        all_mix: whether all lanes mix parameters; None where some do and others mix outputs.
     """
 
     requests: int | None
@@ -85,6 +86,7 @@ class Lanes:
     only: Lane | None = field(init=False, repr=False)
     reads_embeddings: bool = field(init=False, repr=False)
     reads_modules: bool = field(init=False, repr=False)
+    all_mix: bool | None = field(init=False, repr=False)
     _rows: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class Lanes:
         object.__setattr__(self, "only", self.lanes[0] if len(self.lanes) == 1 else None)
         object.__setattr__(self, "reads_embeddings", any(one.place == "model" and one.gates for one in self.lanes))
         object.__setattr__(self, "reads_modules", any(one.place == "module" and one.gates for one in self.lanes))
+        mixing = {one.mixing == "parameters" for one in self.lanes}
+        object.__setattr__(self, "all_mix", mixing.pop() if len(mixing) == 1 else None)
 
     def rows_of(self, lane: Lane, batch: int, device: torch.device) -> Int[Tensor, " rows"]:
         """The rows of a forward that are a lane's requests."""
@@ -118,9 +122,8 @@ class Lanes:
 
     def mixes(self, shape: Sequence[int], device: torch.device) -> bool | Tensor:
         """Whether parameters are mixed instead of outputs; for each token, where lanes differ."""
-        mixing = {lane.mixing for lane in self.lanes}
-        if len(mixing) == 1:
-            return mixing == {"parameters"}
+        if self.all_mix is not None:
+            return self.all_mix
         mask = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
         for lane in self.lanes:
             if lane.mixing == "parameters":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraflow.core.context import LayerContext
-from loraflow.core.lanes import Lane, Lanes
+from loraflow.core.lanes import Lanes
 from loraflow.core.linear import InputGroup
 
 
@@ -47,11 +47,11 @@ class LayerFusion(nn.Module):
         for group in self.groups:
             cast(InputGroup, group).dropout = probability
 
-    def install(self, lane: Lane, owned: Mapping[str, nn.Module]) -> None:
+    def install(self, lanes: Lanes, owned: Mapping[str, nn.Module]) -> None:
         """Let a method weigh every row from now on; of its gates, by site, this layer owns these."""
         # nn.ModuleDict takes no dots.
         self.gates = nn.ModuleDict({site.replace(".", "/"): gate for site, gate in owned.items()})
-        self.context.set_own(lane)
+        self.context.set_own(lanes)
 
 
 class FusedDecoderLayer(nn.Module):

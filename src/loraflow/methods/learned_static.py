@@ -19,11 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraflow.methods._shared.granularity import PLACES, check_granularity
 from loraflow.methods._shared.starts import StartChoice
-from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice
-
-Granularity = Literal["task", "layer", "module"]
-_PLACES: dict[Granularity, Place] = {"task": "model", "layer": "layer", "module": "module"}
+from loraflow.methods.base import Learning, Level, Method, Place, Site
 
 
 class LearnedWeights(nn.Module):
@@ -54,7 +52,7 @@ class LearnedStatic(StartChoice, Method):
         start: where training starts, as for LoRA-Flow: "best", "average", an adapter's name, or weights by name.
     """
 
-    granularity: Granularity = "task"
+    granularity: Literal["task", "layer", "module"] = "task"
     start: str | Mapping[str, float] = "best"
 
     name: ClassVar[str] = "learned-static"
@@ -65,11 +63,11 @@ class LearnedStatic(StartChoice, Method):
     recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2, "weight_decay": 0.0}
 
     def __post_init__(self) -> None:
-        check_choice(self.granularity, list(_PLACES), "granularity")
+        check_granularity(self.granularity, "task")
 
     @property
     def place(self) -> Place:  # noqa: D102
-        return _PLACES[self.granularity]
+        return PLACES[self.granularity]
 
     def gate(self, site: Site) -> LearnedWeights:  # noqa: D102
         gate = LearnedWeights(len(site.adapters))

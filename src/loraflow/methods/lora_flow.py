@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from loraflow.errors import MethodError
+from loraflow.methods._shared.granularity import PLACES, check_granularity
 from loraflow.methods._shared.starts import StartChoice
 from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice, check_positive, check_top_k
 from loraflow.methods.flow_gates import ACTIVATIONS, INPUTS, SCORERS, FlowGate, GateShape
-
-Granularity = Literal["step", "layer", "module"]
-_PLACES: dict[Granularity, Place] = {"step": "model", "layer": "layer", "module": "module"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class LoraFlow(StartChoice, Method):
         top_k: keep only the weights of largest magnitude, and set the others to 0; None keeps all (the paper).
     """
 
-    granularity: Granularity = "layer"
+    granularity: Literal["step", "layer", "module"] = "layer"
     temperature: float = 1.0
     start: str | Mapping[str, float] = "best"
     reads: Literal["raw", "normalized"] = "raw"
@@ -59,7 +57,7 @@ class LoraFlow(StartChoice, Method):
     learns: ClassVar[Learning] = "gradient"
 
     def __post_init__(self) -> None:
-        check_choice(self.granularity, list(_PLACES), "granularity")
+        check_granularity(self.granularity, "step")
         check_choice(self.reads, INPUTS, "reads")
         check_choice(self.scorer, list(SCORERS), "scorer")
         check_choice(self.activation, ACTIVATIONS, "activation")
@@ -69,7 +67,7 @@ class LoraFlow(StartChoice, Method):
 
     @property
     def place(self) -> Place:  # noqa: D102
-        return _PLACES[self.granularity]
+        return PLACES[self.granularity]
 
     def gate(self, site: Site) -> FlowGate:  # noqa: D102
         shape = GateShape(self.temperature, self.reads == "normalized", self.activation, self.top_k, self.width)

@@ -75,7 +75,7 @@ class SavedFusion:
         """
         if not self.config.base.path:
             raise FusionError(
-                f"The fusion {self.name!r} does not know where its base model is. Give --base. In Python it is `base`."
+                f"The fusion {self.name!r} does not know where its base model is. Give it as `base`: `base=...`."
             )
         return resolve_source(self.config.base.path, self.directory)
 
@@ -197,8 +197,7 @@ class SavedFusion:
             except (AdapterError, OSError) as error:
                 raise FusionError(
                     f"The adapter {record.name!r} of the fusion {self.name!r} cannot be read from where it was: "
-                    f'{error} Say where it is now: `adapters={{"{record.name}": ...}}`, or --lora-modules '
-                    f"{record.name}=..."
+                    f'{error} Say where it is now: `adapters={{"{record.name}": ...}}`.'
                 ) from error
         if adapter.digest != record.digest:
             raise FusionError(

@@ -147,8 +147,7 @@ def _export_mean(
     """
     if model.method.level == "task":
         raise MethodError(
-            f"The weights of the method {model.method.name!r} are constant as they are. "
-            "Leave `mean_weights_on` out."
+            f"The weights of the method {model.method.name!r} are constant as they are. Leave `mean_weights_on` out."
         )
     data = tokenize(examples, require_tokenizer(model.tokenizer), model.prompt, longest_example(model))
     batches = split_batches(data, batch_size)

@@ -51,6 +51,7 @@ SCRIPT = {10: [20, 21, END], 11: [22, END], 12: [23, 24, 25, 26], 13: [END]}
 def test_tokens_count_up_to_and_with_the_end_token(pad: int, end: Any) -> None:
     answers = answer(Scripted(SCRIPT, pad, end), "10", "11", "12", "13")
     assert answers == [Answer("20 21", 3), Answer("22", 2), Answer("23 24 25 26", 4), Answer("", 1)]
+    assert [list(each.token_ids) for each in answers] == [SCRIPT[number] for number in (10, 11, 12, 13)]
 
 
 @pytest.mark.parametrize("pad", [0, END])

@@ -14,7 +14,8 @@ from transformers import StoppingCriteria, TextStreamer, Trainer, TrainingArgume
 
 import loraflow
 from loraflow import Average, BaseOptions, FitConfig, FusedModel, LoraFlow, PromptFormat, Static
-from loraflow.errors import ArchitectureError, DataError, LoraflowError, MethodError
+from loraflow.adapters import load_adapter
+from loraflow.errors import AdapterError, ArchitectureError, DataError, LoraflowError, MethodError
 from tests.tiny import (
     ALL_LLAMA,
     number_tokenizer,
@@ -90,6 +91,30 @@ def test_using_is_for_a_while(model):
     with pytest.raises(RuntimeError, match="inside"), model.using("base"):
         raise RuntimeError("inside")
     assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_adapters_are_exchanged_for_a_while(model, adapters, tmp_path):
+    ids = random_ids()
+    other = load_adapter("other", save_adapter(tiny_model(), tmp_path / "other", r=5, seed=4))
+    alone = FusedModel.from_adapters(tiny_model(), {"other": other.source}, "other")(ids).logits
+    before, gates, own = model(ids).logits, model.gates, model.adapters
+    model.training_record = {"steps": 3}
+    with model.exchanged([other]) as same, same.using("other"):
+        assert same is model
+        assert relative_error(model(ids).logits, alone) < 1e-6
+    with model.exchanged([other]):
+        assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
+    with pytest.raises(RuntimeError, match="inside"), model.exchanged([other]):
+        raise RuntimeError("inside")
+    misfit = load_adapter("misfit", save_adapter(tiny_model(hidden_size=48), tmp_path / "misfit", seed=5))
+    with pytest.raises(AdapterError, match="'misfit'"), model.exchanged([misfit]):
+        pass
+    assert torch.equal(model(ids).logits, before)
+    assert all(model.gates[name] is gate for name, gate in gates.items())
+    assert model.adapters == own
+    assert (model.method.name, model.training_record) == ("lora-flow", {"steps": 3})
+    assert all(p.requires_grad for gate in model.gates.values() for p in gate.parameters())
 
 
 @torch.no_grad()

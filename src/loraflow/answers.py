@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -39,10 +39,12 @@ class Answer:
     Attributes:
         text: without special tokens, and without the stop string and what follows it.
         tokens: how many tokens were generated, the end token included.
+        token_ids: those tokens.
     """
 
     text: str
     tokens: int
+    token_ids: Sequence[int] = field(default=(), repr=False, compare=False)
 
 
 def generate_answers(
@@ -87,7 +89,8 @@ def generate_answers(
             kept = before_first(text, stop)
             # A row that a stop string ended is padded, maybe with the end token, which it has not generated then.
             padded = kept != text and tokens[-1] == padding_id(tokenizer)
-            answers[row] = Answer(kept, len(tokens) - padded)
+            generated_ids = tokens[: len(tokens) - padded]
+            answers[row] = Answer(kept, len(generated_ids), generated_ids)
         on_batch(len(rows))
     return cast(list[Answer], answers)
 

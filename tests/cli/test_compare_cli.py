@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from loraflow import FusedModel
 from loraflow.cli import app
 from loraflow.cli.compare import _print_table
-from loraflow.evaluation.compare import comparison as compare_module
+from loraflow.evaluation.compare import workers
 from loraflow.evaluation.compare.plan import study_names
 from loraflow.evaluation.compare.table import make_table
 from loraflow.prompts import PromptFormat
@@ -168,14 +168,14 @@ def test_fusions_bring_base_and_adapters(run, tmp_path):
 
 
 def test_a_failed_cell_is_an_exit_code(run, tmp_path, monkeypatch):
-    real = compare_module.answer_task
+    real = workers.answer_task
 
     def unlucky(model: Any, *rest: Any, **options: Any) -> Any:
         if not model.gates:
             raise RuntimeError("no luck")
         return real(model, *rest, **options)
 
-    monkeypatch.setattr(compare_module, "answer_task", unlucky)
+    monkeypatch.setattr(workers, "answer_task", unlucky)
     result = run(*PLAN, "--output", str(tmp_path))
     assert result.exit_code == 1
     assert "RuntimeError: no luck" in result.output

@@ -374,7 +374,7 @@ def test_dynamic_fusions_are_refused(adapters, tmp_path, trained):
         export_peft(model, tmp_path / "out")
     with pytest.raises(MethodError, match="'qa-flora' weighs every prompt anew"):
         constant_weights(fuse(adapters, method=QaFlora()))
-    with pytest.raises(MethodError, match=r"'average' are constant as they are\. Leave `mean_weights_on`"):
+    with pytest.raises(MethodError, match=r"'average' are constant as they are\. Leave `mean_weights_on` out"):
         export_peft(trained(Average()), tmp_path / "out", mean_weights_on=EXAMPLES)
     with pytest.raises(LoraflowError, match="Text needs a tokenizer"):
         export_peft(model, tmp_path / "out", mean_weights_on=EXAMPLES)

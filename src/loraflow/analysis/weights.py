@@ -17,23 +17,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from loraflow.analysis.mean_weights import split_batches
-from loraflow.answers import pad_prompts, padding_id, require_tokenizer
+from loraflow.answers import generate_answers, require_tokenizer
+from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example, parse_examples
 from loraflow.methods import QueryMethod
 from loraflow.methods.base import Level, Place
 from loraflow.prompts import Message
 from loraflow.training.data import IGNORED, Collator, TokenExample, TokenExamples, longest_example, tokenize
-
-if TYPE_CHECKING:
-    from loraflow.model import FusedModel
 
 TIE = 1e-6
 """Weights this near to the largest are largest too."""
@@ -129,7 +127,7 @@ class WeightStatistics:
 
 
 def weight_statistics(
-    model: FusedModel,
+    model: Fusion,
     examples: Sequence[Mapping[str, Any] | Example],
     *,
     batch_size: int = 4,
@@ -161,7 +159,7 @@ def weight_statistics(
 
 
 def statistics_of_tokens(
-    model: FusedModel,
+    model: Fusion,
     data: TokenExamples,
     *,
     batch_size: int = 4,
@@ -201,14 +199,13 @@ def statistics_of_tokens(
     )
 
 
-@torch.inference_mode()
 def answer_tokens(
-    model: FusedModel,
+    model: Fusion,
     conversations: Sequence[Sequence[Message]],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    on_batch: Callable[[int], object] = lambda count: None,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> TokenExamples:
     """Answer conversations greedily, and give prompts and answers as token ids, as they were generated.
 
@@ -223,27 +220,20 @@ def answer_tokens(
         One example for each conversation, in order; the token that ends an answer is part of it.
     """
     tokenizer = require_tokenizer(model.tokenizer)
-    prompts = [model.prompt.prompt_ids(tokenizer, conversation) for conversation in conversations]
-    ends = model.generation_config.eos_token_id
-    ending = {ends} if isinstance(ends, int) else set(ends or ())
-    rows: dict[int, TokenExample] = {}
-    # Rows of similar length waste the least padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = pad_prompts([prompts[i] for i in chosen], tokenizer, model.device)
-        answers = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=padding_id(tokenizer),
-        )[:, inputs["input_ids"].shape[1] :].tolist()
-        for i, answer in zip(chosen, answers, strict=True):
-            end = next((at + 1 for at, token in enumerate(answer) if token in ending), len(answer))
-            rows[i] = TokenExample(prompts[i] + answer[:end], [IGNORED] * len(prompts[i]) + answer[:end])
-        on_batch(len(chosen))
-    return TokenExamples([rows[i] for i in range(len(prompts))], [])
+    answers = generate_answers(
+        model,
+        conversations,
+        tokenizer=tokenizer,
+        prompt=model.prompt,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+    rows = []
+    for conversation, answer in zip(conversations, answers, strict=True):
+        ids, new = model.prompt.prompt_ids(tokenizer, conversation), list(answer.token_ids)
+        rows.append(TokenExample(ids + new, [IGNORED] * len(ids) + new))
+    return TokenExamples(rows, [])
 
 
 @dataclass(frozen=True)
@@ -255,7 +245,7 @@ class _Row:
 
 
 def _weights_of_rows(
-    model: FusedModel, batch: TokenExamples, layers: Sequence[int], modules: Sequence[str]
+    model: Fusion, batch: TokenExamples, layers: Sequence[int], modules: Sequence[str]
 ) -> Iterator[_Row]:
     """The weights of each example of a batch; the sites are the layers, then the modules.
 

@@ -221,7 +221,7 @@ def _known(**values: Any) -> dict[str, Any]:
 
 
 def _plan_of_run(output: Path) -> str | None:
-    from loraflow.evaluation.compare.comparison import PLAN_FILE
+    from loraflow.evaluation.compare.store import PLAN_FILE
 
     path = output / PLAN_FILE
     return str(path) if path.is_file() else None
@@ -306,11 +306,9 @@ def _made(content: dict[str, Any]) -> Plan:
 def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring) -> None:
     from rich.console import Console
 
-    from loraflow.evaluation.compare.comparison import Options, identities, open_comparison
-    from loraflow.evaluation.compare.comparison import compare as measure
-    from loraflow.evaluation.compare.comparison import rescore as score_anew
-    from loraflow.evaluation.compare.report import write_report
-    from loraflow.evaluation.compare.store import Store
+    from loraflow.evaluation.compare import Options, Store, identities, open_comparison, write_report
+    from loraflow.evaluation.compare import compare as measure
+    from loraflow.evaluation.compare import rescore as score_anew
 
     console = Console(stderr=True)
     failed = 0

@@ -65,7 +65,7 @@ def lanes_of_methods(
         elif not gates:
             given.update(dict.fromkeys(requests, torch.zeros(len(attachment.fusions), len(attachment.adapters))))
         elif is_constant(method, gates):
-            given.update(dict.fromkeys(requests, constant_weights(gates, len(attachment.fusions))))
+            given.update(dict.fromkeys(requests, layer_weights(gates, len(attachment.fusions))))
         else:
             lanes.append(attachment.lane(requests, method, gates))
     if given:
@@ -105,7 +105,7 @@ def is_constant(method: Method, gates: Gates) -> bool:
     return all(isinstance(gate, ConstantGate) for gate in gates.values())
 
 
-def constant_weights(gates: Gates, layers: int) -> Float[Tensor, "layers adapters"]:
+def layer_weights(gates: Gates, layers: int) -> Float[Tensor, "layers adapters"]:
     """The weights that such gates give each layer; zero where there is none."""
     found = [gates.get(f"layers.{index}", gates.get("model")) for index in range(layers)]
     given = [None if gate is None else cast(ConstantGate, gate).weights.detach().cpu() for gate in found]

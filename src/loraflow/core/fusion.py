@@ -452,6 +452,19 @@ class Fusion(nn.Module):
                 self._made.clear()
                 self.set_method("base")
 
+    @contextlib.contextmanager
+    def exchanged(self, adapters: Sequence[Adapter]) -> Iterator[Fusion]:
+        """Have others in place of all adapters inside the block, at first as the base; then all is as it was."""
+        with self.attachment.turn():
+            before, mine = self.adapters, (self.method, self._gates, self.training_record)
+            try:
+                self.exchange_adapters(adapters)
+                yield self
+            finally:
+                self.exchange_adapters(before)
+                self.method, self._gates, self.training_record = mine
+                self.attachment.install(self.method, self._gates)
+
     def unload(self) -> PreTrainedModel:
         """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""
         self.attachment.detach()

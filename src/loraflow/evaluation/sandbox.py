@@ -18,6 +18,7 @@ assert result.passed
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -41,7 +42,6 @@ REMEDY = (
     "kernel.apparmor_restrict_unprivileged_userns`). In a container, add `--cap-add SYS_ADMIN --security-opt "
     "seccomp=unconfined --security-opt apparmor=unconfined`, or leave out the scorers that run code."
 )
-NO_PYTHON_REMEDY = "Correct the test; no program could pass it."
 # The interpreter's start and end on a machine under load; the job's own time is kept inside.
 GRACE_S = 30.0
 MEMORY_MIN_MIB = 64
@@ -149,12 +149,10 @@ def run_tests(code: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS) 
         DataError: if there are no tests, or one of them is not Python.
         SandboxError: if this machine cannot run it safely.
     """
-    _require_statements(tests)
+    check_tests(tests)
     with tempfile.TemporaryDirectory(prefix="loraflow-sandbox-") as root:
         job = {"code": code, "tests": list(tests), "limits": dataclasses.asdict(limits), "root": root}
         verdict = _start_jail(job, limits.wall_s + GRACE_S)
-    if verdict["reason"] == "invalid-test":
-        raise DataError(f"{verdict['detail']}. {NO_PYTHON_REMEDY}")
     if verdict["reason"] == "setup":
         raise SandboxError(f"Generated code cannot be run safely here: {verdict['detail']}. {REMEDY}")
     return ExecutionResult(cast(Reason, verdict["reason"]), verdict["detail"])
@@ -166,23 +164,17 @@ def check_tests(tests: Sequence[str]) -> None:
     Raises:
         DataError: if there are no tests, or one of them is not Python.
     """
-    _require_statements(tests)
-    for position, test in enumerate(tests):
-        try:
-            compile(test, f"<test {position}>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise DataError(f"`tests[{position}]` (={test!r}) is not Python: {error}. {NO_PYTHON_REMEDY}") from error
-
-
-def _require_statements(tests: Sequence[str]) -> None:
-    """Check that there is something to run.
-
-    Raises:
-        DataError: if there are no tests.
-    """
     several = isinstance(tests, Sequence) and not isinstance(tests, str) and len(tests) > 0
     if not several or not all(isinstance(test, str) for test in tests):
         raise DataError(f"`tests` (={tests!r}) must be a list of at least one statement.")
+    for position, test in enumerate(tests):
+        try:
+            # By its tree, as the jail does: that is deeper than the text alone.
+            compile(ast.parse(test), f"<test {position}>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise DataError(
+                f"`tests[{position}]` (={test!r}) is not Python: {error}. Correct the test; no program could pass it."
+            ) from error
 
 
 def run_many(

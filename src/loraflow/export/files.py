@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -16,15 +15,13 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from loraflow import __version__
-from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraModule
+from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraModule
+from loraflow.core.fusion import Fusion
 from loraflow.core.layers import LayerFusion
 from loraflow.errors import LoraflowError
 from loraflow.export.folding import Compression
 from loraflow.files import staged, write_atomically
 from loraflow.saved.records import CARD_FILE
-
-if TYPE_CHECKING:
-    from loraflow.model import FusedModel
 
 # What `vllm serve --max-lora-rank` takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -97,7 +94,7 @@ class ExportReport:
         return f"vLLM can load it: --enable-lora --max-lora-rank {needed} --lora-modules name={self.directory}"
 
 
-def checked_target(model: FusedModel, directory: Path, overwrite: bool) -> Path:
+def checked_target(model: Fusion, directory: Path, overwrite: bool) -> Path:
     """Where the export goes.
 
     Raises:
@@ -119,12 +116,12 @@ def checked_target(model: FusedModel, directory: Path, overwrite: bool) -> Path:
     return target
 
 
-def write_adapter(model: FusedModel, modules: Mapping[str, LoraModule], report: ExportReport) -> None:
+def write_adapter(model: Fusion, adapter: Adapter, report: ExportReport) -> None:
     """Write beside the directory first, so that a crash leaves no adapter there that is only in part the new one."""
     target = report.directory
     with staged(target, folder=True) as folder:
-        _config(model, modules, report).save_pretrained(str(folder))
-        write_atomically(folder / WEIGHTS_FILE, save(_tensors(modules), metadata={"format": "pt"}))
+        adapter.config.save_pretrained(str(folder))
+        write_atomically(folder / WEIGHTS_FILE, save(_tensors(adapter.modules), metadata={"format": "pt"}))
         write_atomically(folder / CARD_FILE, _card(model, report).encode())
         if not target.exists() or not any(target.iterdir()):
             os.replace(folder, target)
@@ -150,20 +147,21 @@ def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(model: FusedModel, modules: Mapping[str, LoraModule], report: ExportReport) -> LoraConfig:
+def peft_config(model: Fusion, modules: Mapping[str, LoraModule]) -> LoraConfig:
     """PEFT's configuration; r equals alpha everywhere, so readers that know no patterns scale by 1 too."""
     pattern = rank_pattern({name: module.rank for name, module in modules.items()})
+    rank = max(module.rank for module in modules.values())
     config = LoraConfig(
         base_model_name_or_path=model.base_record.path or None,
         revision=model.base_record.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        r=report.rank,
-        lora_alpha=report.rank,
+        r=rank,
+        lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        use_dora=report.uses_dora,
-        lora_bias=report.lora_bias,
+        use_dora=any(module.magnitude is not None for module in modules.values()),
+        lora_bias=any(module.bias is not None for module in modules.values()),
         fan_in_fan_out=any(isinstance(model.base_model.get_submodule(name), Conv1D) for name in modules),
     )
     # PEFT makes a set of a list, whose order would differ from run to run.
@@ -171,7 +169,7 @@ def _config(model: FusedModel, modules: Mapping[str, LoraModule], report: Export
     return config
 
 
-def _module_names(model: FusedModel) -> list[str]:
+def _module_names(model: Fusion) -> list[str]:
     """The base's own modules, without what the fusion put among them."""
     own = [name for name, module in model.base_model.named_modules() if isinstance(module, LayerFusion)]
     prefixes = tuple(f"{name}." for name in own)
@@ -210,7 +208,7 @@ def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
     return pattern
 
 
-def _card(model: FusedModel, report: ExportReport) -> str:
+def _card(model: Fusion, report: ExportReport) -> str:
     path = model.base_record.path
     summary = "It gives what the fusion gives."
     if report.cost is not None:

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 
-from loraflow.adapters import LoraModule
-from loraflow.analysis.mean_weights import Weights, loss_of_batches, mean_weights, replaced_by, split_batches
+from loraflow.adapters import Adapter, AdapterSource, LoraModule
+from loraflow.analysis.mean_weights import Weights, mean_weights, split_batches
 from loraflow.answers import require_tokenizer
+from loraflow.core.fusion import Fusion
 from loraflow.core.linear import dense_weight
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
-from loraflow.export.files import ExportReport, MeanCost, checked_target, write_adapter
+from loraflow.export.files import ExportReport, MeanCost, checked_target, peft_config, write_adapter
 from loraflow.export.folding import Compression, add_up, as_module, compressed, compression_of
 from loraflow.training.data import longest_example, tokenize
+from loraflow.training.loss import mean_loss
 from loraflow.training.progress import counting_progress
-
-if TYPE_CHECKING:
-    from loraflow.model import FusedModel
 
 
 @dataclass(frozen=True)
 class _Export:
-    """The exported adapter in memory, by the base's module names."""
+    """The exported adapter in memory, and names of the adapters that are in it."""
 
-    modules: dict[str, LoraModule]
-    adapters: tuple[str, ...]
+    adapter: Adapter
+    sources: tuple[str, ...]
     compression: Compression | None
 
 
 @torch.no_grad()
 def export_peft(
-    model: FusedModel,
+    model: Fusion,
     directory: str | Path,
     *,
     rank: int | None = None,
@@ -79,22 +77,23 @@ def export_peft(
         export = _export(model, constant_weights(model), rank, dtype)
     else:
         export, cost = _export_mean(model, parse_examples(mean_weights_on), batch_size, rank, dtype, console)
+    adapter = export.adapter
     report = ExportReport(
         target,
-        export.adapters,
-        len(export.modules),
-        max(module.rank for module in export.modules.values()),
-        any(module.magnitude is not None for module in export.modules.values()),
-        any(module.bias is not None for module in export.modules.values()),
+        export.sources,
+        len(adapter.modules),
+        adapter.config.r,
+        adapter.config.use_dora,
+        adapter.config.lora_bias,
         export.compression,
         cost,
     )
-    write_adapter(model, export.modules, report)
+    write_adapter(model, adapter, report)
     return report
 
 
 @torch.no_grad()
-def constant_weights(model: FusedModel) -> Weights:
+def constant_weights(model: Fusion) -> Weights:
     """The fusion weights of every fused linear.
 
     Returns:
@@ -134,7 +133,7 @@ def _weights_of(gate: nn.Module, features: int) -> Float[Tensor, " adapters"]:
 
 
 def _export_mean(
-    model: FusedModel,
+    model: Fusion,
     examples: Sequence[Example],
     batch_size: int,
     rank: int | None,
@@ -152,30 +151,22 @@ def _export_mean(
         )
     data = tokenize(examples, require_tokenizer(model.tokenizer), model.prompt, longest_example(model))
     batches = split_batches(data, batch_size)
-    was_training = model.training
-    try:
-        with _progress(console or Console(stderr=True), 3 * len(batches)) as (describe, advance):
-            describe("mean weights")
-            weights = mean_weights(model, batches, advance)
-            describe("loss, dynamic")
-            dynamic = loss_of_batches(model, batches, advance)
-            export = _export(model, weights, rank, dtype)
-            describe("loss, exported")
-            with replaced_by(model, export.modules):
-                exported = loss_of_batches(model, batches, advance)
-    finally:
-        model.train(was_training)
+    with counting_progress(console or Console(stderr=True)) as progress:
+        bar = progress.add_task("mean weights", total=3 * len(data))
+
+        def advance(count: int) -> None:
+            progress.advance(bar, count)
+
+        export = _export(model, mean_weights(model, batches, advance), rank, dtype)
+        progress.update(bar, description="loss, dynamic")
+        dynamic = mean_loss(model, data, batch_size, advance)
+        progress.update(bar, description="loss, exported")
+        with model.exchanged([export.adapter]), model.using(export.adapter.name):
+            exported = mean_loss(model, data, batch_size, advance)
     return export, MeanCost(len(data), dynamic, exported, data.truncated)
 
 
-@contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    with counting_progress(console) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda text: progress.update(bar, description=text), lambda: progress.advance(bar)
-
-
-def _export(model: FusedModel, weights: Weights, rank: int | None, dtype: torch.dtype) -> _Export:
+def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtype) -> _Export:
     """The one adapter that constant weights make of a fusion.
 
     Raises:
@@ -208,5 +199,7 @@ def _export(model: FusedModel, weights: Weights, rank: int | None, dtype: torch.
         if rank is not None:
             found_sum, *errors[name] = compressed(found_sum, rank)
         modules[name] = as_module(name, found_sum, weight, dtype, lora_bias=lora_bias)
-    adapters = tuple(name for name in model.adapter_names if name in names)
-    return _Export(modules, adapters, None if rank is None else compression_of(rank, errors))
+    # It is nowhere yet, and nobody asks for its digest.
+    adapter = Adapter("exported", AdapterSource("exported"), peft_config(model, modules), modules, "")
+    sources = tuple(name for name in model.adapter_names if name in names)
+    return _Export(adapter, sources, None if rank is None else compression_of(rank, errors))

@@ -16,7 +16,7 @@ from torch import Tensor
 from loraflow.adapters import Adapter, load_adapter
 from loraflow.bases import BaseOptions, check_base
 from loraflow.core.attach import Attachment
-from loraflow.core.batch import constant_weights, is_constant, weigh_prompts
+from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
@@ -341,7 +341,7 @@ class Catalog:
         if served.gates and is_constant(served.method, served.gates):
             # However many different ones there are, they are weighed together.
             layers = len(self.model.attachment.fusions)
-            return Weigher(weights=constant_weights(served.gates, layers), adapters=served.adapters)
+            return Weigher(weights=layer_weights(served.gates, layers), adapters=served.adapters)
         if not isinstance(served.method, QueryMethod):
             return Weigher(served.method, served.gates, adapters=served.adapters)
         ids = torch.tensor([list(prompt)], device=self.model.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from loraflow.core.fusion import Fusion
@@ -10,10 +12,13 @@ from loraflow.training.data import IGNORED, Collator, TokenExamples
 
 
 @torch.no_grad()
-def mean_loss(fusion: Fusion, data: TokenExamples, batch_size: int) -> float:
+def mean_loss(
+    fusion: Fusion, data: TokenExamples, batch_size: int, on_batch: Callable[[int], object] = lambda count: None
+) -> float:
     """Mean negative log-likelihood of the response tokens, in nats a token; modules stay in their modes.
 
-    Methods that weigh whole prompts read each example's prompt, never its response.
+    Methods that weigh whole prompts read each example's prompt, never its response. `on_batch` is called after each
+    batch with its size.
     """
     collate = Collator(0)
     total, tokens = 0.0, 0
@@ -30,4 +35,5 @@ def mean_loss(fusion: Fusion, data: TokenExamples, batch_size: int) -> float:
             labels = labels[:, 1:]
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             tokens += int((labels != IGNORED).sum())
+            on_batch(len(labels))
     return total / tokens

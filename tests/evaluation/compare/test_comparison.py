@@ -29,15 +29,16 @@ from loraflow import FusedModel
 from loraflow.answers import generate_answers
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import DataError, LoraflowError, MethodError, SandboxError
-from loraflow.evaluation.compare import comparison as compare_module
-from loraflow.evaluation.compare import contenders
-from loraflow.evaluation.compare.comparison import (
+from loraflow.evaluation.compare import (
     Comparison,
     Options,
     compare,
     identities,
     open_comparison,
+    prepare,
     rescore,
+    running,
+    workers,
 )
 from loraflow.evaluation.compare.plan import Plan, read_plan
 from loraflow.evaluation.compare.store import Cell, Record, Store, file_name
@@ -244,8 +245,8 @@ def test_finished_cells_are_left_alone(everything: Everything, monkeypatch: pyte
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished cell was measured")
 
-    monkeypatch.setattr(compare_module, "answer_task", fail)
-    monkeypatch.setattr(contenders, "load_base", fail)
+    monkeypatch.setattr(workers, "answer_task", fail)
+    monkeypatch.setattr(prepare, "load_base", fail)
     before = cell_files(output)
     failed, said = run(plan, output)
     assert failed == 0
@@ -328,7 +329,7 @@ def test_weights_of_finished_cells_are_recorded_when_they_are_asked_for(
     assert [record.weights for record in before.values()] == [None, None]
     asking = plan.model_copy(update={"weights": True})
     with monkeypatch.context() as patched:
-        patched.setattr(compare_module, "answer_task", None)
+        patched.setattr(workers, "answer_task", None)
         assert "2 cells, 0 of them finished before" in run(asking, tmp_path)[1]
     halves = {"zh-chat": (0.5, 0.0), "math": (0.5, 0.0)}
     found = list(records(asking, tmp_path).values())
@@ -391,17 +392,36 @@ def test_what_was_learned_is_kept_for_new_problems_only(shorter: dict[str, Any],
     assert fitted.read_bytes() != first
 
 
+def test_a_source_with_a_changed_adapter_is_fitted_and_measured_anew(shorter: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(shorter["adapters"]["es-chat"], tmp_path / "es-chat")
+    shorter["adapters"]["es-chat"] = str(tmp_path / "es-chat")
+    plan = small_plan(shorter, {"moved": {**FLOW, "fitted_on": "es"}, "own": FLOW}, tasks=["zh"], limit=1)
+    output = tmp_path / "run"
+    assert run(plan, output)[0] == 0
+    before, fitted = records(plan, output), output / "learned" / "moved" / "es" / "seed-0" / "fit.json"
+    first = fitted.read_bytes()
+    edit_tensors(tmp_path / "es-chat", lambda tensors: next(iter(tensors.values())).mul_(1.5))
+    with pytest.raises(
+        LoraflowError, match=r"moved.seed-0\.json was measured with another `fitted_adapters`: .*es-chat"
+    ):
+        run(plan, output)
+    assert "2 cells, 1 of them finished before" in run(plan, output, overwrite=True)[1]
+    after = records(plan, output)
+    assert [after[cell] == record for cell, record in before.items()] == [False, True]
+    assert fitted.read_bytes() != first
+
+
 def test_a_fit_is_shared_by_all_tasks_that_it_answers(
     shorter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted: list[str] = []
-    real = contenders.fit
+    real = prepare.fit
 
     def counted(model: FusedModel, *rest: Any, **options: Any) -> Any:
         fitted.append(model.adapter_names[0])
         return real(model, *rest, **options)
 
-    monkeypatch.setattr(contenders, "fit", counted)
+    monkeypatch.setattr(prepare, "fit", counted)
     plan = small_plan(shorter, {"gates": {**FLOW, "fitted_on": "every"}, "base": None}, limit=1)
     assert open_comparison(plan).reference == "base"
     assert run(plan, tmp_path)[0] == 0
@@ -429,7 +449,7 @@ def test_a_cell_that_fails_stops_no_other(
     shorter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = small_plan(shorter, {"[red]base": "base", "average": "average"}, limit=1)
-    real = compare_module.answer_task
+    real = workers.answer_task
 
     def unlucky(model: FusedModel, task: Any, **options: Any) -> Any:
         if task.name == "zh" and not model.gates:
@@ -437,7 +457,7 @@ def test_a_cell_that_fails_stops_no_other(
         return real(model, task, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "answer_task", unlucky)
+        patch.setattr(workers, "answer_task", unlucky)
         failed, said = run(plan, tmp_path)
     assert failed == 1
     assert "[1/4] [red]base, zh: FAILED" in said
@@ -453,12 +473,12 @@ def test_a_cell_that_fails_stops_no_other(
 def test_two_workers_measure_what_one_does(shorter: dict[str, Any], tmp_path: Path) -> None:
     plan = small_plan(shorter, {"average": "average", "row": FLOW}, tasks=["zh"], seeds=[0, 1], limit=2)
     found = []
-    for workers in (1, 2):
-        failed, said = run(plan, tmp_path / str(workers), workers=workers)
+    for number in (1, 2):
+        failed, said = run(plan, tmp_path / str(number), workers=number)
         assert failed == 0, said
         assert said.count("last-number") == 3
-        cells = records(plan, tmp_path / str(workers))
-        answers = [[i.answer for i in Store(tmp_path / str(workers)).read_items(cell)] for cell in cells]
+        cells = records(plan, tmp_path / str(number))
+        answers = [[i.answer for i in Store(tmp_path / str(number)).read_items(cell)] for cell in cells]
         found.append(([(record.scores, record.identity) for record in cells.values()], answers))
     assert found[0] == found[1]
 
@@ -530,7 +550,7 @@ def test_a_row_that_cannot_be_is_told_before_anything_is_loaded(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     row, error, said = MISTAKES[case]
-    monkeypatch.setattr(contenders, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(prepare, "load_base", lambda *_: pytest.fail("the base was loaded"))
     changed = copy.deepcopy(setting)
     zh = changed["tasks"]["zh"]
     changed["tasks"]["three"] = {**zh, "adapters": ["zh-chat", "es-chat", "math"]}
@@ -568,7 +588,7 @@ def test_code_runs_only_with_permission(
     with pytest.raises(SandboxError, match="allow"):
         run(plan, tmp_path)
     # A task whose scorers ask for no permission, as those of a setting's own may, is refused all the same.
-    monkeypatch.setattr(compare_module, "open_comparison", lambda plan, **_: open_comparison(plan, allow_code=True))
+    monkeypatch.setattr(running, "open_comparison", lambda plan, **_: open_comparison(plan, allow_code=True))
     with pytest.raises(
         SandboxError, match=r"The task 'zh' runs generated code. Say `allow_code=True`, or leave it out"
     ):

@@ -13,9 +13,9 @@ from loraflow.errors import DataError
 from loraflow.evaluation.compare.comparison import open_comparison
 from loraflow.evaluation.compare.plan import (
     STUDIES,
-    ContenderSpec,
     FieldNames,
     Plan,
+    RowSpec,
     SettingSpec,
     make_plan,
     read_plan,
@@ -44,14 +44,14 @@ def setting_of(**content: Any) -> SettingSpec:
 def test_a_row_may_be_a_name_alone_or_have_one() -> None:
     methods = plan_of(methods={"base": None, "mean": "average", "gates": {"method": "lora-flow"}, 25: None}).methods
     assert methods == {
-        "base": ContenderSpec(method="base"),
-        "mean": ContenderSpec(method="average"),
-        "gates": ContenderSpec(method="lora-flow"),
-        "25": ContenderSpec(method="25"),
+        "base": RowSpec(method="base"),
+        "mean": RowSpec(method="average"),
+        "gates": RowSpec(method="lora-flow"),
+        "25": RowSpec(method="25"),
     }
     assert list(plan_of(methods=["qa-flora", "base"]).methods.items()) == [
-        ("qa-flora", ContenderSpec(method="qa-flora")),
-        ("base", ContenderSpec(method="base")),
+        ("qa-flora", RowSpec(method="qa-flora")),
+        ("base", RowSpec(method="base")),
     ]
 
 
@@ -64,7 +64,7 @@ def test_what_a_plan_does_not_say() -> None:
 
 
 def test_a_row_tells_only_what_was_said() -> None:
-    spec = ContenderSpec(method="lora-flow", fit={"max_steps": 2}, if_possible=True)
+    spec = RowSpec(method="lora-flow", fit={"max_steps": 2}, if_possible=True)
     assert spec.short() == {"method": "lora-flow", "fit": {"max_steps": 2}}
 
 

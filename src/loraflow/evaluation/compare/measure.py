@@ -13,12 +13,12 @@ import psutil
 import torch
 
 from loraflow.answers import generate_answers
+from loraflow.core.fusion import Fusion
 from loraflow.errors import DataError
 from loraflow.evaluation.compare.store import Item
 from loraflow.evaluation.compare.tasks import HarnessTask, Task
 from loraflow.evaluation.harness.evaluate import HarnessItem, HarnessResult, evaluate_task, rescore_task
 from loraflow.evaluation.harness.models import Progress
-from loraflow.model import FusedModel
 
 # Answers of a cell whose mean fusion weights are recorded: each costs one more forward.
 WEIGHED_ANSWERS = 64
@@ -48,7 +48,7 @@ class Measured:
 
 
 def answer_task(
-    model: FusedModel,
+    model: Fusion,
     task: Task,
     *,
     limit: int | None = None,
@@ -109,7 +109,7 @@ def answer_task(
 
 
 def _answer_harness(
-    model: FusedModel, task: HarnessTask, limit: int | None, batch_size: int, allow_code: bool, progress: Progress
+    model: Fusion, task: HarnessTask, limit: int | None, batch_size: int, allow_code: bool, progress: Progress
 ) -> Measured:
     """Answer a task of lm-evaluation-harness.
 
@@ -200,7 +200,7 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
         watcher.join()
 
 
-def mean_answer_weights(model: FusedModel, task: Task, items: Sequence[Item]) -> dict[str, tuple[float, float]]:
+def mean_answer_weights(model: Fusion, task: Task, items: Sequence[Item]) -> dict[str, tuple[float, float]]:
     """The mean fusion weight of each adapter over answers' tokens and layers, and how answers differ in it.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a comparison is to do: a setting (base, adapters, tasks), contenders, seeds; read from YAML and checked whole.
+"""What a comparison is to do: a setting (base, adapters, tasks), rows, seeds; read from YAML and checked whole.
 
 ```yaml
 setting: small-world          # a built-in one, a file, or written out here
@@ -145,7 +145,7 @@ class SettingSpec(_Spec):
     tasks: dict[str, TaskSpec] = Field(min_length=1)
 
 
-class ContenderSpec(_Spec):
+class RowSpec(_Spec):
     """One row of the table: exactly one of `method`, `adapter`, `fusion` and `finetune` says what it is.
 
     Attributes:
@@ -175,7 +175,7 @@ class ContenderSpec(_Spec):
     if_possible: bool = False
 
     @model_validator(mode="after")
-    def _one_kind(self) -> ContenderSpec:
+    def _one_kind(self) -> RowSpec:
         kinds = (self.method, self.adapter, self.fusion, self.finetune)
         if sum(kind is not None for kind in kinds) != 1:
             raise ValueError("give exactly one of `method`, `adapter`, `fusion` and `finetune`")
@@ -209,7 +209,7 @@ class Plan(_Spec):
     title: str = "Comparison"
     description: str = ""
     setting: str | SettingSpec
-    methods: dict[str, ContenderSpec] = Field(min_length=1)
+    methods: dict[str, RowSpec] = Field(min_length=1)
     tasks: list[str] | None = None
     seeds: list[int] = Field([0], min_length=1)
     reference: str | None = None
@@ -326,7 +326,7 @@ def _checked(kind: type[Any], content: Any, origin: Path) -> Any:
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:
     """The fields that are known at a place of a plan."""
-    for part, kind in (("tasks", TaskSpec), ("methods", ContenderSpec), ("setting", SettingSpec)):
+    for part, kind in (("tasks", TaskSpec), ("methods", RowSpec), ("setting", SettingSpec)):
         if part in location:
             return list(kind.model_fields)
     return list(Plan.model_fields)

@@ -279,7 +279,7 @@ def _shown_answers(comparison: Comparison, store: Store) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for task in dict.fromkeys(cell.task for cell in comparison.cells):
         found = {}
-        for name in comparison.contenders:
+        for name in comparison.rows:
             cells = [cell for cell in comparison.cells if (cell.task, cell.method) == (task, name)]
             finished: list[Cell] = [cell for cell in cells if store.read(cell) is not None]
             if finished:

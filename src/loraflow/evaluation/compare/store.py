@@ -25,6 +25,7 @@ from typing import Any
 from loraflow.errors import LoraflowError
 from loraflow.files import make_folder, write_atomically
 
+PLAN_FILE = "plan.yaml"
 # File systems take 255 bytes, some of which are temporary files' endings.
 _LONGEST = 120
 

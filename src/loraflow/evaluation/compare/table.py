@@ -166,7 +166,7 @@ def make_table(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mappi
     rows = [
         _row(contender, task, entries[contender, task], entries.get((comparison.reference, task)), comparison)
         for task in tasks
-        for contender in comparison.contenders
+        for contender in comparison.rows
         if (contender, task) in entries
     ]
     shares = {task: all(_is_share(entry) for (_, of), entry in entries.items() if of == task) for task in tasks}
@@ -178,7 +178,7 @@ def make_table(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mappi
         title=comparison.plan.title,
         description=comparison.plan.description,
         reference=comparison.reference,
-        contenders=[name for name in comparison.contenders if any(row.contender == name for row in rows)],
+        contenders=[name for name in comparison.rows if any(row.contender == name for row in rows)],
         tasks=tasks,
         rows=_corrected(rows),
         missing=missing,
@@ -293,7 +293,7 @@ def _averages(comparison: Comparison, tasks: Sequence[str], entries: Mapping[tup
     """The mean over the tasks, of methods that have all of them."""
     rows = []
     reference = comparison.reference
-    complete = [name for name in comparison.contenders if all((name, task) in entries for task in tasks)]
+    complete = [name for name in comparison.rows if all((name, task) in entries for task in tasks)]
     for name in complete:
         mine = [entries[name, task] for task in tasks]
         resampled = np.mean([entry.resampled for entry in mine], axis=0)

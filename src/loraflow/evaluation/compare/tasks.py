@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from loraflow.adapters import load_adapter
 from loraflow.errors import DataError, did_you_mean
 from loraflow.evaluation import SETTINGS
 from loraflow.evaluation.compare.plan import FieldNames, MixSpec, SettingSpec, TaskSpec
@@ -132,7 +133,7 @@ class Task:
         """SHA-256 of what is learned from, training and dev examples."""
         prompt = self.train_prompt or self.prompt
         examples = (*self.training(count), *self.dev)
-        return _digest([[[list(e.messages), e.completion] for e in examples], prompt.model_dump()])
+        return _digest([_contents(examples), prompt.model_dump()])
 
 
 def _harness_digest(task: HarnessTask) -> str:
@@ -141,6 +142,10 @@ def _harness_digest(task: HarnessTask) -> str:
         return version("lm_eval") if find_spec("lm_eval") else ""
     files = sorted(path for path in task.folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
     return _digest([[str(path.relative_to(task.folder)), path.read_text(encoding="utf-8")] for path in files])
+
+
+def _contents(examples: Sequence[Example]) -> list[Any]:
+    return [[list(e.messages), e.completion] for e in examples]
 
 
 def _digest(value: Any) -> str:
@@ -170,19 +175,26 @@ class Setting:
     adapters: Mapping[str, str]
     tasks: Mapping[str, Task]
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    adapter_examples: Callable[[str], Sequence[Any]] | None = None
+    adapter_examples: Callable[[str], Sequence[Any]] = lambda adapter: ()
     revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
-    _own_digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    _digests: dict[tuple[str, str], str] = field(default_factory=dict, repr=False, compare=False)
 
-    def adapter_digest(self, adapter: str) -> str:
+    def weights_digest(self, adapter: str) -> str:
+        """SHA-256 of an adapter as it was on disk when this was first asked."""
+        return self._once("weights", adapter, lambda: load_adapter(adapter, self.adapters[adapter]).digest)
+
+    def examples_digest(self, adapter: str) -> str:
         """SHA-256 of an adapter's own examples."""
-        assert self.adapter_examples is not None
-        if adapter not in self._own_digests:
-            own = parse_examples(self.adapter_examples(adapter))
-            self._own_digests[adapter] = _digest([[list(e.messages), e.completion] for e in own])
-        return self._own_digests[adapter]
+        return self._once(
+            "examples", adapter, lambda: _digest(_contents(parse_examples(self.adapter_examples(adapter))))
+        )
+
+    def _once(self, kind: str, adapter: str, digest: Callable[[], str]) -> str:
+        if (kind, adapter) not in self._digests:
+            self._digests[kind, adapter] = digest()
+        return self._digests[kind, adapter]
 
     def base_identity(self) -> list[Any]:
         """What tells the base from others: where it is on the Hub, or what its files look like."""

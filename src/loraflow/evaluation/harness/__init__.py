@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 from loraflow.evaluation.harness.evaluate import (
-    PAPER_TASKS,
     HarnessItem,
     HarnessResult,
     check_task,
     evaluate_task,
     rescore_task,
 )
+from loraflow.evaluation.harness.finding import PAPER_TASKS
 from loraflow.evaluation.harness.models import lm_classes
 
 __all__ = ["PAPER_TASKS", "HarnessItem", "HarnessResult", "check_task", "evaluate_task", "rescore_task"]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-import importlib
+import contextlib
 import inspect
-import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -25,23 +24,18 @@ from loraflow.evaluation.sandbox import run_many, run_tests
 from loraflow.evaluation.scoring import CodeTests, get_scorer
 
 _SANDBOX = (run_tests, run_many, get_scorer, CodeTests, SandboxedCodeEval)
-
-# What runs code or programs outside the sandbox. All of some modules does, and names of others.
-_RUNNER_MODULES = {"subprocess", "multiprocessing", "concurrent", "ctypes", "pty", "runpy", "code", "codeop", "pexpect"}
-_RUNNER_MODULES |= {"_posixsubprocess", "IPython", "human_eval", "evalplus", "bigcode_eval"}
-_BUILTINS = frozenset({"exec", "eval", "compile", "__import__"})
-_OS_RUNNERS = ("system", "popen", "exec", "spawn", "posix_spawn", "fork", "startfile")
-_OTHERS = {
-    "asyncio": ("create_subprocess_exec", "create_subprocess_shell", "subprocess"),
-    "cProfile": ("run", "runctx"),
-    "importlib": ("__import__", "import_module", "machinery", "*"),
-    "importlib.util": ("module_from_spec", "spec_from_file_location"),
-    "marshal": ("load", "loads"),
-    "pdb": ("run", "runeval"),
-    "profile": ("run", "runctx"),
-    "sys.modules": ("get", "pop", "values", "items", "*"),
-    "timeit": ("Timer", "repeat", "timeit"),
-}
+# Full names of what runs code or programs outside the sandbox; `*` is any name. The group is what messages say.
+_RUNNER = re.compile(
+    r"^(subprocess|multiprocessing|concurrent|ctypes|pty|runpy|code|codeop|pexpect|_posixsubprocess|IPython|human_eval"
+    r"|evalplus|bigcode_eval)\b"
+    # Libraries import these too: `shutil.os.system`, `tempfile._os.system`.
+    r"|(?:^|\.)_?((?:os|posix|nt)\.(?:(?:system|popen|exec|spawn|posix_spawn|fork|startfile)\w*|\*|__dict__))"
+    r"|\._?(subprocess|ctypes)\b"
+    r"|(?:^|\.)builtins\.(exec|eval|compile|__import__)\b|(?:^|\.)(builtins\.(?:\*|__dict__))"
+    r"|^(asyncio\.(?:create_subprocess_exec|create_subprocess_shell|subprocess)|c?[pP]rofile\.run(?:ctx)?|marshal\.loads?"
+    r"|importlib\.(?:__import__|import_module|machinery|\*|util\.(?:module_from_spec|spec_from_file_location))"
+    r"|pdb\.run(?:eval)?|sys\.modules\.(?:get|pop|values|items|\*)|timeit\.(?:Timer|repeat|timeit))(?:\.|$)"
+)
 # Modules whose names are looked at one by one, so that they may not be handed around whole.
 _GUARDED = frozenset({"os", "posix", "nt", "builtins", "importlib", "sys.modules"})
 _IMPORTERS = frozenset({"importlib.import_module", "builtins.__import__"})
@@ -60,10 +54,9 @@ def check_code_task(task: str, functions: Any, replacement: Replacement) -> None
     Raises:
         SandboxError: if its functions use neither `code_eval` nor the sandbox, or run code by themselves.
     """
-    modules = {id(module): module for module in map(inspect.getmodule, _functions(functions)) if module is not None}
-    sources: dict[Path | str, _Source] = {}
-    for module in modules.values():
-        _follow(_source_of(module), sources)
+    sources: dict[str, _Source] = {}
+    for module in filter(None, map(inspect.getmodule, _functions(functions))):
+        _Source(module.__name__, vars(module)).follow(sources)
     for source in sources.values():
         means = source.own_means()
         if means is not None:
@@ -80,138 +73,71 @@ def check_code_task(task: str, functions: Any, replacement: Replacement) -> None
 
 def own_means(module: ModuleType) -> str | None:
     """How a module runs code by itself, or None."""
-    return _source_of(module).own_means()
+    return _Source(module.__name__, vars(module)).own_means()
 
 
 def _functions(value: Any) -> Iterator[Callable[..., Any]]:
-    if isinstance(value, Mapping):
-        for each in value.values():
-            yield from _functions(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
+    if isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
             yield from _functions(each)
     elif callable(value):
         yield value
 
 
-@dataclass(frozen=True)
 class _Source:
-    """A module as it is written and, if it is loaded, as it is.
+    """A module as it is written (in its file) and, if it is loaded, as it is (its values)."""
 
-    Attributes:
-        name: for messages.
-        values: what the loaded module's names are.
-        tree: its source; None if that cannot be read.
-        path: its file.
-        trusted: whether it is of a library that has no task in it.
-    """
+    def __init__(self, name: str, values: Mapping[str, Any], file: Path | None = None) -> None:
+        self.name, self.values = name, values
+        self.file = file or Path(str(values.get("__file__")))
+        # A library that has no task in it.
+        self.trusted = re.match(r"loraflow(\.|$)|lm_eval(\.(?!tasks\.)|$)", name) is not None
+        self.reached: list[str] | None = None
+        with contextlib.suppress(OSError, ValueError, SyntaxError):
+            self.reached = None if self.trusted else list(_Names(ast.parse(self.file.read_text("utf-8"))).reached())
 
-    name: str
-    values: Mapping[str, Any]
-    tree: ast.Module | None
-    path: Path | None
-    trusted: bool = False
+    def follow(self, found: dict[str, _Source]) -> None:
+        """Add it and the modules that it imports from its folder, or from lm-eval's other tasks."""
+        key = self.name if self.reached is None else str(self.file)
+        if key in found:
+            return
+        found[key] = self
+        for name in self.reached or ():
+            parts = name.lstrip(".").split(".")
+            folder = self.file.parents[max(len(name) - len(name.lstrip(".")), 1) - 1]
+            if parts[:2] == ["lm_eval", "tasks"] and "lm_eval" in sys.modules:
+                folder = Path(str(sys.modules["lm_eval"].__file__)).parents[1]
+            for place in (folder.joinpath(*parts[: end + 1]) for end in range(len(parts))):
+                for file in (place.with_suffix(".py"), place / "__init__.py"):
+                    if file.is_file():
+                        loaded = (m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == str(file))
+                        _Source(place.name, vars(next(loaded, object)), file).follow(found)
 
     def own_means(self) -> str | None:
         """How it runs code by itself, or None."""
         if self.trusted:
             return None
-        for value in self.values.values():
-            if getattr(value, "name", None) == METRIC and not _is_sandboxed(value):
-                return "the stock `code_eval`"
-        if self.tree is None:
+        if any(getattr(value, "name", None) == METRIC and not _is_sandboxed(value) for value in self.values.values()):
+            return "the stock `code_eval`"
+        if self.reached is None:
             return "means that cannot be read"
-        named = next(filter(None, map(_as_runner, self.reached())), None)
-        return named or next(filter(None, map(_value_as_runner, self.values.values())), None)
+        own = self.values.get("__name__")
+        held = (_name_of(value) for value in self.values.values() if getattr(value, "__module__", None) != own)
+        runner = next(filter(None, map(_RUNNER.search, (*self.reached, *held))), None)
+        return None if runner is None else f"`{next(filter(None, runner.groups()))}`"
 
     def uses_sandbox(self) -> bool:
         """Whether it holds, or names, what runs code in the sandbox."""
-        if any(map(_is_sandboxed, self.values.values())):
-            return True
-        return any(name.startswith("loraflow.") and _is_sandboxed(_found(name)) for name in self.reached())
-
-    def reached(self) -> Iterator[str]:
-        """The full names of all that it imports or uses of what it has imported; `*` where that is not written."""
-        if self.tree is not None:
-            yield from _Names(self.tree).reached()
+        named = (_found(name) for name in self.reached or () if name.startswith("loraflow."))
+        return any(map(_is_sandboxed, (*self.values.values(), *named)))
 
 
-def _source_of(module: ModuleType) -> _Source:
-    package = module.__name__.partition(".")[0]
-    trusted = package == "loraflow" or (package == "lm_eval" and not module.__name__.startswith("lm_eval.tasks."))
-    try:
-        path, tree = Path(inspect.getfile(module)), ast.parse(inspect.getsource(module))
-    except (OSError, TypeError, SyntaxError):
-        return _Source(module.__name__, vars(module), None, None, trusted)
-    return _Source(module.__name__, vars(module), tree, path, trusted)
-
-
-def _follow(source: _Source, found: dict[Path | str, _Source]) -> None:
-    """Add a module and, where it is a task's, the modules of its folder that it imports."""
-    key = source.path or source.name
-    if key in found:
-        return
-    found[key] = source
-    if source.trusted or source.path is None or source.tree is None:
-        return
-    for path in _imported_files(source.tree, source.path):
-        loaded = [module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(path)]
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, SyntaxError):
-            tree = None
-        _follow(_Source(path.stem, vars(loaded[0]) if loaded else {}, tree, path), found)
-
-
-def _imported_files(tree: ast.Module, path: Path) -> Iterator[Path]:
-    """The files of the imported modules that lie in the folder, or are of lm-eval's other tasks."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [(path.parent, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = path.parents[max(0, node.level - 1)]
-            module = f"{node.module}." if node.module else ""
-            names = [(base, f"{module}{alias.name}") for alias in node.names] + [(base, module.rstrip("."))]
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            # `import_module("helpers")`, by whatever name; a constant of another meaning names no file.
-            names = [(path.parent, str(node.args[0].value).lstrip("."))]
-        else:
-            continue
-        for folder, name in names:
-            if name.startswith("lm_eval.tasks.") and "lm_eval" in sys.modules:
-                folder = Path(str(sys.modules["lm_eval"].__file__)).parents[1]
-            if all(part.isidentifier() for part in name.split(".")):
-                place = folder.joinpath(*name.split("."))
-                yield from (file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file())
-
-
-def _as_runner(name: str) -> str | None:
-    """A full name as messages say it, if it is of what runs code."""
-    parts = name.split(".")
-    if parts[0] in _RUNNER_MODULES:
-        return f"`{parts[0]}`"
-    for start, part in enumerate(parts):
-        # Libraries import these too: `shutil.os.system`, `tempfile._os.system`.
-        part, tail = part.lstrip("_"), parts[start + 1] if start + 1 < len(parts) else ""
-        if start and part in ("subprocess", "ctypes"):
-            return f"`{name}`"
-        if part in ("os", "posix", "nt") and tail.startswith((*_OS_RUNNERS, "*", "__dict__")):
-            return f"`{part}.{tail}`"
-        if part == "builtins" and tail in {*_BUILTINS, "*", "__dict__"}:
-            return f"`{tail if tail in _BUILTINS else name}`"
-    module, _, own = name.rpartition(".")
-    return f"`{name}`" if own in _OTHERS.get(module, ()) else None
-
-
-def _value_as_runner(value: Any) -> str | None:
-    """What runs code, if a module holds it under whatever name."""
+def _name_of(value: Any) -> str:
+    """The full name of what a module may hold under another."""
     if isinstance(value, ModuleType):
-        return f"`{value.__name__}`" if value.__name__.partition(".")[0] in _RUNNER_MODULES else None
-    for place in (builtins, os, importlib):
-        name = getattr(value, "__name__", None)
-        if isinstance(name, str) and getattr(place, name, None) is value:
-            return _as_runner(f"{place.__name__}.{name}")
-    return None
+        return value.__name__
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__name__', '')}"
+    return re.sub(r"^(posix|nt)\.", "os.", name)
 
 
 def _is_sandboxed(value: Any) -> bool:
@@ -236,27 +162,20 @@ class _Names:
 
     def __init__(self, tree: ast.Module) -> None:
         self.tree = tree
-        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         own = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         self.origins = {node.name: "" for node in tree.body if isinstance(node, own)}
         assigned = []
         for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    name = alias.asname or alias.name.partition(".")[0]
-                    self.origins[name] = alias.name if alias.asname else name
-            elif isinstance(node, ast.ImportFrom):
-                prefix = "" if node.level else f"{node.module}."
-                self.origins |= {alias.asname or alias.name: f"{prefix}{alias.name}" for alias in node.names}
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias, name in zip(node.names, _imported(node), strict=True):
+                    short = name if isinstance(node, ast.ImportFrom) else name.partition(".")[0]
+                    self.origins[alias.asname or alias.name.partition(".")[0]] = name if alias.asname else short
             elif isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 assigned += [(target.id, node.value) for target in targets if isinstance(target, ast.Name)]
         # A name may be assigned before, in the text, what it is made of is.
-        for _ in range(2):
-            for name, value in assigned:
-                origin = self.full_name(value)
-                if origin:
-                    self.origins[name] = origin
+        for name, value in assigned * 2:
+            self.origins[name] = self.full_name(value) or self.origins.get(name, "")
 
     def full_name(self, node: ast.AST) -> str:
         """`os.system` for all ways to write it; empty for what is not of an imported module or a builtin."""
@@ -266,59 +185,47 @@ class _Names:
             case ast.Name(id=name):
                 return self.origins.get(name, f"builtins.{name}" if hasattr(builtins, name) else "")
             case ast.Attribute(value=base, attr=name):
-                return self._member(base, name)
+                return self._member(base, ast.Constant(name))
             case ast.Call(func=func, args=[base, key, *_]) if self.full_name(func) == "builtins.getattr":
                 return self._member(base, key)
             case ast.Call(func=func, args=[ast.Constant(value=str(name)), *_]) if self.full_name(func) in _IMPORTERS:
                 return name
-            case ast.Subscript(value=base, slice=ast.Constant(value=str(name))) if (
-                self.full_name(base) == "sys.modules"
-            ):
-                return name
-            case ast.Subscript(value=base, slice=ast.Name(id="__name__")) if self._is_modules(base):
-                return ""
             case ast.Subscript(value=base, slice=key) if self.full_name(base) in ("builtins", "sys.modules"):
-                return self._member(base, key)
+                return (
+                    ""
+                    if ast.unparse(key) == "__name__"
+                    else re.sub(r"^sys\.modules\.(?!\*)", "", self._member(base, key))
+                )
         return ""
 
-    def _is_modules(self, node: ast.expr) -> bool:
-        return self.full_name(node) == "sys.modules"
-
-    def _member(self, base: ast.expr, key: ast.expr | str) -> str:
-        match key:
-            case str(name) | ast.Constant(value=str(name)):
-                pass
-            case _:
-                name = "*"
+    def _member(self, base: ast.expr, key: ast.expr) -> str:
         whole = self.full_name(base)
+        name = str(key.value) if isinstance(key, ast.Constant) else "*"
         return f"{whole}.{name}" if whole else ""
 
-    def reached(self) -> Iterator[str]:
+    def reached(self, node: ast.AST | None = None, parent: ast.AST | None = None) -> Iterator[str]:
         """Every full name that is imported or used, and `module.*` where a guarded module is handed on whole."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = (f"{node.module}.{alias.name}" for alias in node.names)
-                yield from (name for name in names if name not in _IMPORTERS)
-            elif isinstance(node, ast.Constant) and node.value == "__builtins__":
-                yield "builtins.*"
-            elif isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.Call):
-                name = self.full_name(node)
-                if name and self._counts(node, name):
-                    yield f"{name}.*" if name in _GUARDED else name
+        node = node or self.tree
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (name for name in _imported(node) if name not in _IMPORTERS)
+        elif isinstance(node, ast.Constant) and node.value == "__builtins__":
+            yield "builtins.*"
+        name = self.full_name(node) if isinstance(getattr(node, "ctx", ast.Load()), ast.Load) else ""
+        if name in _GUARDED and not isinstance(parent, ast.Assign | ast.AnnAssign | ast.NamedExpr | ast.Compare):
+            yield f"{name}.*"
+        elif name:
+            yield name
+        # What a longer name begins with is not used for itself.
+        begins = {getattr(node, "value", None)} if isinstance(node, ast.Attribute | ast.Subscript) else set()
+        if isinstance(node, ast.Call) and (name or self.full_name(node.func) == "builtins.hasattr"):
+            begins = {node.func, node.args[0]}
+        for child in ast.iter_child_nodes(node):
+            if child not in begins or not (name or self.full_name(child) in _GUARDED):
+                yield from self.reached(child, node)
 
-    def _counts(self, node: ast.expr, name: str) -> bool:
-        """Whether a name is used here for itself, and not as the beginning of a longer one."""
-        parent = self.parents.get(node)
-        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
-            return False
-        if name in _IMPORTERS and isinstance(parent, ast.Call) and parent.func is node and self.full_name(parent):
-            return name == "builtins.__import__"
-        if name not in _GUARDED:
-            return True
-        if isinstance(parent, ast.Assign | ast.AnnAssign | ast.NamedExpr | ast.Compare | ast.Expr):
-            return False
-        if isinstance(parent, ast.Call) and parent.args and parent.args[0] is node:
-            return self.full_name(parent.func) not in ("builtins.getattr", "builtins.hasattr")
-        return not isinstance(parent, ast.Attribute | ast.Subscript)
+
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The full names in an import statement, of relative ones with their dots."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [f"{'.' * node.level}{node.module or ''}{'.' if node.module else ''}{alias.name}" for alias in node.names]

@@ -7,32 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import logging
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
+from loraflow.core.fusion import Fusion
 from loraflow.errors import DataError, LoraflowError
 from loraflow.evaluation.harness.code_check import check_code_task
 from loraflow.evaluation.harness.code_eval import announce, require_permission, sandboxed_code_eval
+from loraflow.evaluation.harness.finding import cannot, find_task, load_task
 from loraflow.evaluation.harness.models import Progress, changed_problem, lm_classes
-
-if TYPE_CHECKING:
-    from loraflow.model import FusedModel
-
-PAPER_TASKS = Path(__file__).parents[1] / "paper"
-"""The paper's six tasks, for lm-eval's own `--include_path`."""
 
 _SEED = 1234
 # lm-eval's own 100,000 resamples, of the few metrics that are no means, take minutes.
 _RESAMPLES = 1000
-_NEAREST = 5
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class HarnessResult:
 
 
 def evaluate_task(
-    model: FusedModel,
+    model: Fusion,
     task: str,
     *,
     limit: int | None = None,
@@ -199,7 +193,7 @@ def check_task(task: str, *, allow_code: bool = False, include_path: Path | None
         SandboxError: if it runs generated code and may not.
     """
     lm_classes()
-    _, entry = _find(task, include_path)
+    _, entry = find_task(task, include_path)
     runs_code = bool(entry.cfg.get("unsafe_code"))
     if runs_code:
         require_permission(task, allow_code)
@@ -231,12 +225,12 @@ def _run(
     """Load the task, let lm-eval evaluate it with `lm`, and collect what it found."""
     from lm_eval.evaluator import evaluate
 
-    manager, entry = _find(task, include_path)
+    manager, entry = find_task(task, include_path)
     if entry.cfg.get("unsafe_code"):
         require_permission(task, allow_code)
     notice = None
     with sandboxed_code_eval(task, allow_code=allow_code) as replacement:
-        loaded = _load(manager, task, entry.cfg)
+        loaded = load_task(manager, task, entry.cfg)
         if replacement.asked or getattr(loaded, "UNSAFE_CODE", False):
             require_permission(task, allow_code)
             check_code_task(task, [vars(loaded.config), type(loaded)], replacement)
@@ -256,7 +250,7 @@ def _run(
                 **options,
             )
         except (OSError, ImportError) as error:
-            raise LoraflowError(_cannot("finish", task, entry.cfg, error)) from error
+            raise LoraflowError(cannot("finish", task, entry.cfg, error)) from error
     return _collect(task, cast(Mapping[str, Any], found), metric, notice)
 
 
@@ -346,83 +340,6 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-# ------------------------------------------------------------------------------------------------------ finding tasks
-
-
-def _own_tasks(include_path: Path | None) -> Any:
-    """Read anew each time: a user may be writing the files."""
-    from lm_eval.tasks import TaskManager
-
-    # The last of two tasks of the same name counts.
-    folders: Any = [PAPER_TASKS] if include_path is None else [PAPER_TASKS, include_path]
-    return TaskManager(include_path=folders, include_defaults=False)
-
-
-@functools.cache
-def _stock_tasks() -> Any:
-    """lm-eval's thousands of task files, which take some seconds to read."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _find(task: str, include_path: Path | None) -> tuple[Any, Any]:
-    """The index with a task in it, and the task's entry.
-
-    Raises:
-        LoraflowError: if there is no such task or folder, or the name is that of several tasks.
-    """
-    if include_path is not None and not include_path.is_dir():
-        raise LoraflowError(f"`include_path` (={str(include_path)!r}) must be a folder with task files (*.yaml).")
-    manager = _own_tasks(include_path)
-    if task not in manager.task_index:
-        own, manager = list(manager.task_index), _stock_tasks()
-        if task not in manager.task_index:
-            names = own + list(manager.task_index)
-            near = difflib.get_close_matches(task, names, n=_NEAREST)
-            guess = f"Did you mean {', '.join(map(repr, near))}? " if near else ""
-            raise LoraflowError(
-                f"There is no task {task!r}. {guess}`lm-eval ls tasks` lists lm-eval's; your own are found in the "
-                "folder `include_path`."
-            )
-    entry = manager.task_index[task]
-    members = sorted(entry.tags) if entry.cfg is None else (entry.cfg.get("task") if "group" in entry.cfg else None)
-    if isinstance(members, list):
-        each = [member if isinstance(member, str) else member.get("task") or member.get("group") for member in members]
-        raise LoraflowError(f"{task!r} is not one task but a group of them. Give them one by one: {', '.join(each)}.")
-    return manager, entry
-
-
-def _load(manager: Any, task: str, config: Mapping[str, Any]) -> Any:
-    """The task with its data.
-
-    Raises:
-        LoraflowError: if lm-eval cannot load it.
-    """
-    try:
-        return manager.load([task])["tasks"][task]
-    except LoraflowError:
-        raise
-    except Exception as error:  # whatever a task's own files, `datasets` or the Hub raise
-        raise LoraflowError(_cannot("load", task, config, error)) from error
-
-
-def _cannot(what: str, task: str, config: Mapping[str, Any], error: Exception) -> str:
-    reason = " ".join(str(error).split()) or "no reason given"
-    dataset = config.get("dataset_path")
-    if isinstance(error, ImportError):
-        remedy = "Install what it names."
-    elif dataset is None or not isinstance(error, OSError):
-        remedy = "Correct the task's files, or what they read."
-    else:
-        remedy = (
-            f"It needs the dataset {dataset!r} and its metrics from the Hugging Face Hub. Where there is no network, "
-            f"run it once where there is one, or `hf download --repo-type dataset {dataset}`, and set HF_HOME to that "
-            "cache."
-        )
-    return f"lm-eval cannot {what} the task {task!r}: {type(error).__name__}: {reason.rstrip('.')}. {remedy}"
-
-
 # ------------------------------------------------------------------------------------------------------- surroundings
 
 
@@ -447,7 +364,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeded(model: FusedModel) -> Iterator[None]:
+def _seeded(model: Fusion) -> Iterator[None]:
     """The same draws in every run, where a task samples; the caller's own generators go on as they were."""
     state = random.getstate()
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

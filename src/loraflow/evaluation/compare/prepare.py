@@ -1,0 +1,250 @@
+"""A row made ready to answer: a method as it is, fitted or saved, an adapter alone, a fine-tuned LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraflow.bases import BaseOptions, load_base, load_tokenizer
+from loraflow.evaluation.compare.rows import PlannedRow
+from loraflow.evaluation.compare.tasks import Setting, Task
+from loraflow.files import write_atomically
+from loraflow.methods import Method
+from loraflow.model import FusedModel
+from loraflow.prompts import PromptFormat
+from loraflow.saved.fusion import SavedFusion
+from loraflow.training import finetune, fit, search
+from loraflow.training.checkpoints import complete_checkpoints
+
+FIT_FILE = "fit.json"
+IDENTITY_FILE = "identity.json"
+SECONDS_FILE = "seconds.txt"
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row that is ready to answer.
+
+    Attributes:
+        model: it.
+        learned_parameters: how many values it learned.
+        examples: how many examples it learned them from.
+        fit_s: how long that took.
+        details: what else is worth keeping.
+    """
+
+    model: FusedModel
+    learned_parameters: int = 0
+    examples: int | None = None
+    fit_s: float = 0.0
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Bench:
+    """The base model of a setting, loaded once, with whatever adapters the row at hand needs.
+
+    Attributes:
+        setting: what is compared on.
+    """
+
+    setting: Setting
+
+    def __init__(self, setting: Setting, device: str | None = None) -> None:
+        self.setting = setting
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._options = BaseOptions(setting.revision, setting.dtype, device, setting.quantization)
+        self._model: FusedModel | None = None
+        self._attached: list[tuple[str, str]] = []
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return load_tokenizer(self.setting.base, self._options)
+
+    @functools.cached_property
+    def _base(self) -> PreTrainedModel:
+        return load_base(self.setting.base, self._options)
+
+    def bare(self) -> PreTrainedModel:
+        """The base model with nothing attached."""
+        if self._model is not None:
+            self._model.unload()
+            self._model = None
+        return self._base
+
+    def fused(self, adapters: Mapping[str, str], method: str | Method) -> FusedModel:
+        """The base with these adapters and a method whose gates are as made."""
+        # Two orders of the same adapters are two fusions.
+        if self._model is None or self._attached != list(adapters.items()):
+            self._model = FusedModel.from_adapters(self.bare(), adapters, method, tokenizer=self.tokenizer)
+            self._attached = list(adapters.items())
+        else:
+            self._model.set_method(method)
+        return self._model
+
+    def of_row(self, row: PlannedRow, task: Task) -> FusedModel:
+        """The base with the adapters and the method that a row has on a task."""
+        adapters = {name: self.setting.adapters[name] for name in row.adapters(task)}
+        return self.fused(adapters, cast(Method, row.method(task)))
+
+    def saved(self, path: str) -> FusedModel:
+        """A saved fusion on the same base."""
+        self._model = FusedModel.from_pretrained(path, base=self.bare(), tokenizer=self.tokenizer)
+        self._attached = [("", path)]
+        return self._model
+
+
+def prepare(
+    bench: Bench, row: PlannedRow, task: Task, seed: int | None, directory: Path, say: Callable[[str], None]
+) -> Prepared:
+    """Make a row ready for a task, learning what it learns unless that is kept in the directory.
+
+    Args:
+        bench: the base model.
+        row: the row.
+        task: what it is to answer.
+        seed: of what is drawn at random while it learns.
+        directory: where what it learns is kept, and where an interrupted fit goes on.
+        say: hears how the learning goes on, line by line.
+
+    Returns:
+        The row, its model set to the task's prompt format.
+    """
+    facts: dict[str, Any] = {}
+    if row.spec.fusion is not None:
+        model = bench.saved(row.spec.fusion)
+        facts["learned_parameters"] = model.num_learned_parameters()
+    elif row.learns(task):
+        facts = _learned(bench, row, task, seed, directory, say)
+        if row.spec.finetune is not None:
+            model = bench.fused({TUNED: str(directory / "adapter")}, TUNED)
+        else:
+            model = bench.of_row(row, task)
+            model.load_state_dict(SavedFusion.open(directory / "fusion").tensors)
+    else:
+        model = bench.of_row(row, task)
+    # A saved fusion has a format of its own.
+    if row.spec.fusion is None or task.prompt != PromptFormat():
+        model.prompt = task.prompt.resolve(bench.tokenizer)
+    return Prepared(model, **facts)
+
+
+def _learned(
+    bench: Bench, row: PlannedRow, task: Task, seed: int | None, directory: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Learn, unless this very fit is in the directory, and give the facts of the fit."""
+    source, setting = row.fit_task(task), bench.setting
+    fitted = [setting.base_identity(), *map(setting.weights_digest, row.adapters(source))]
+    _keep_only(directory, {**row.fit_identity(task, seed), "fitted": fitted})
+    if not (directory / FIT_FILE).is_file():
+        stopwatch = _Stopwatch(directory / SECONDS_FILE)
+
+        def tell(text: str) -> None:
+            stopwatch.keep()
+            say(text)
+
+        before = complete_checkpoints(directory / "checkpoints")
+        tell("learning" if not before else f"learning goes on from {before[-1].name}")
+        console = Console(file=cast(IO[str], _Lines(tell)), force_terminal=False, width=200)
+        facts = _learn(bench, row, source, seed, directory, console)
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        facts["fit_s"] = stopwatch.seconds()
+        write_atomically(directory / FIT_FILE, json.dumps(facts).encode())
+        stopwatch.forget()
+    facts = json.loads((directory / FIT_FILE).read_text(encoding="utf-8"))
+    return {"learned_parameters": facts.pop("parameters"), **facts}
+
+
+class _Stopwatch:
+    """Seconds of a fit, those before it was interrupted included, as far as they were kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def keep(self) -> None:
+        write_atomically(self._path, repr(self.seconds()).encode())
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+class _Lines(io.TextIOBase):
+    """A file that hands on every line."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                self._say(line.strip())
+        return len(text)
+
+
+def _keep_only(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Forget what another fit left in the directory; an interrupted one of this very fit goes on."""
+    path = directory / IDENTITY_FILE
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == identity:
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    write_atomically(path, json.dumps(identity).encode())
+
+
+def _learn(
+    bench: Bench, row: PlannedRow, task: Task, seed: int | None, directory: Path, console: Console
+) -> dict[str, Any]:
+    """Fit a method on a task and save the fusion, or train a LoRA and save that."""
+    config, lora = row.config(task, seed)
+    prompt = (task.train_prompt or task.prompt).resolve(bench.tokenizer)
+    train, dev = list(task.training(row.spec.examples)), list(task.dev) or None
+    examples, result = len(train), cast(Any, None)
+    run: dict[str, Any] = {
+        "config": config,
+        "checkpoints": directory / "checkpoints",
+        "resume": True,
+        "console": console,
+    }
+    if row.spec.finetune is not None:
+        result = finetune(
+            bench.bare(),
+            train,
+            directory / "adapter",
+            adapter=row.tuned_from(task),
+            lora=lora,
+            dev=dev,
+            tokenizer=bench.tokenizer,
+            prompt=prompt,
+            **run,
+        )
+        details, parameters = {}, result.parameters
+    else:
+        model = bench.of_row(row, task)
+        model.prompt = prompt
+        if row.reads_adapters(task):
+            own = {name: list(bench.setting.adapter_examples(name)) for name in model.adapter_names}
+            result, examples = fit(model, own, **run), sum(map(len, own.values()))
+        else:
+            result = (search if row.spec.search else fit)(model, train, dev=cast(Any, dev), **run)
+        model.save_pretrained(directory / "fusion")
+        details = {"start": dict(result.start), "search": result.search}
+        parameters = model.num_learned_parameters()
+    details |= {"dev_loss": result.dev_loss, "kept_step": result.kept_step, "steps": result.steps}
+    return {"parameters": parameters, "examples": examples, "details": details}

@@ -28,8 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraflow.errors import AdapterError, did_you_mean
 
-# PEFT is imported where it is used: it imports bitsandbytes, which takes a second and may print.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # PEFT is imported where it is used: it imports bitsandbytes, which takes a second and may print.
     from peft import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from loraflow.methods.static import ConstantGate
 
 RowMethod = str | Method | Mapping[str, float] | None
 """Who weighs a row: a method's or adapter's name, a method, weights by adapter name, or None for the fusion's own."""
+
+RowWeights = Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"]
+"""Weights of each row, for all layers or for each."""
 
 WeighPrompts = Callable[[QueryMethod, Gates, list[int]], Float[Tensor, "rows layers adapters"]]
 """Weighs the prompts of these rows."""
@@ -74,16 +78,42 @@ def lanes_of_methods(
     return Lanes(len(chosen), tuple(lanes))
 
 
-def check_row_methods(methods: Sequence[RowMethod], rows: int | None) -> None:
-    """Check that there is a method for each row.
+def lanes_of_rows(
+    attachment: Attachment,
+    methods: Sequence[RowMethod] | None,
+    fusion_weights: RowWeights | None,
+    rows: int | None,
+    gates_of: Callable[[RowMethod], tuple[Method, Gates]],
+    weigh_prompts: WeighPrompts,
+) -> Lanes:
+    """Who weighs the rows of a call: a method for each, or given weights.
+
+    Args:
+        attachment: the adapters in the model.
+        methods: a method for each row, or None.
+        fusion_weights: weights of each row instead.
+        rows: how many there are, where that is known.
+        gates_of: gives a method and its gates.
+        weigh_prompts: weighs the prompts of rows whose method reads them.
+
+    Returns:
+        The lanes.
 
     Raises:
-        LoraflowError: if there are not as many as rows.
+        LoraflowError: if there are not as many methods, or weights, as rows.
     """
-    if isinstance(methods, str | Method | Mapping) or rows not in (None, len(methods)):
-        count = "one" if isinstance(methods, str | Method | Mapping) else len(methods)
+    if fusion_weights is not None:
+        if methods is not None:
+            raise LoraflowError("`methods` and `fusion_weights` exclude each other. Give one of them.")
+        return lanes_of_weights(attachment, fusion_weights, rows)
+    if methods is None or isinstance(methods, str | Method | Mapping) or rows not in (None, len(methods)):
+        count = len(methods) if isinstance(methods, Sequence) and not isinstance(methods, str) else "one"
         wanted = "each row" if rows is None else f"each of the {rows} rows"
         raise LoraflowError(f"`methods` names {count}, and must name one for {wanted}. For one method use `using`.")
+    # Rows often share a method; each is looked up and made once.
+    keys = [json.dumps(dict(m)) if isinstance(m, Mapping) else m if isinstance(m, str) else id(m) for m in methods]
+    found = {key: gates_of(method) for key, method in dict(zip(keys, methods, strict=True)).items()}
+    return lanes_of_methods(attachment, [found[key] for key in keys], weigh_prompts)
 
 
 def refuse_prompts(method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:

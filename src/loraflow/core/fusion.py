@@ -18,24 +18,20 @@ from loraflow.bases import BaseRecord
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import (
     RowMethod,
-    WeighPrompts,
-    check_row_methods,
-    lanes_of_methods,
+    RowWeights,
+    lanes_of_rows,
     lanes_of_weights,
     prompt_mask,
     read_weights,
     refuse_prompts,
     weigh_prompts,
 )
-from loraflow.core.lanes import Gates, Lanes
+from loraflow.core.lanes import Gates
 from loraflow.errors import FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod, get_method
 from loraflow.prompts import Message, PromptFormat
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
-
-RowWeights = Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"]
-"""Weights of each row, for all layers or for each."""
 
 
 class Fusion(nn.Module):
@@ -95,7 +91,7 @@ class Fusion(nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of the fused adapters, in order."""
+        """Their names, in order."""
         return [adapter.name for adapter in self.adapters]
 
     @property
@@ -134,9 +130,8 @@ class Fusion(nn.Module):
 
         Args:
             args: the base's.
-            methods: who weighs each row, where rows differ: a method's name, an adapter's name, weights by adapter
-                name, a method object, or None for the fusion's own method.
-            fusion_weights: weights of each row instead, for all layers or for each.
+            methods: who weighs each row, where rows differ, as for `generate`.
+            fusion_weights: weights of each row instead.
             kwargs: the base's.
 
         Returns:
@@ -152,7 +147,7 @@ class Fusion(nn.Module):
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         rows = None if inputs is None else len(inputs)
         with self.attachment.turn():
-            lanes = self._lanes(methods, fusion_weights, rows, refuse_prompts)
+            lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, refuse_prompts)
             with self.attachment.weighing(lanes):
                 return self.base_model(*args, **kwargs)
 
@@ -202,7 +197,7 @@ class Fusion(nn.Module):
             return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
 
         with self.attachment.turn():
-            lanes = self._lanes(methods, fusion_weights, rows, weigh)
+            lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
                 return generate(*args, **given, **kwargs)
 
@@ -242,10 +237,15 @@ class Fusion(nn.Module):
     def using(self, method: str | Method | Mapping[str, float]) -> Iterator[Fusion]:
         """Use another method, one adapter, or the base ("base") inside a `with` block; learned gates are kept."""
         self.attachment.check_attached()
-        mine = (self.method, self._gates, self.training_record)
-        try:
+        with self._method_kept():
             self.set_method(method)
             yield self
+
+    @contextlib.contextmanager
+    def _method_kept(self) -> Iterator[None]:
+        mine = (self.method, self._gates, self.training_record)
+        try:
+            yield
         finally:
             self.method, self._gates, self.training_record = mine
             self.attachment.install(self.method, self._gates)
@@ -324,29 +324,6 @@ class Fusion(nn.Module):
         self._made.clear()
         return super()._apply(*args, **kwargs)
 
-    def _lanes(
-        self,
-        methods: Sequence[RowMethod] | None,
-        fusion_weights: RowWeights | None,
-        rows: int | None,
-        weigh: WeighPrompts,
-    ) -> Lanes:
-        """Which rows are weighed how.
-
-        Raises:
-            LoraflowError: if there are not as many methods, or weights, as rows.
-        """
-        if fusion_weights is not None:
-            if methods is not None:
-                raise LoraflowError("`methods` and `fusion_weights` exclude each other. Give one of them.")
-            return lanes_of_weights(self.attachment, fusion_weights, rows)
-        assert methods is not None
-        check_row_methods(methods, rows)
-        # Rows often share a method; each is looked up and made once.
-        keys = [json.dumps(dict(m)) if isinstance(m, Mapping) else m if isinstance(m, str) else id(m) for m in methods]
-        found = {key: self._gates_of(method) for key, method in dict(zip(keys, methods, strict=True)).items()}
-        return lanes_of_methods(self.attachment, [found[key] for key in keys], weigh)
-
     # What it weighed.
 
     @torch.no_grad()
@@ -387,7 +364,10 @@ class Fusion(nn.Module):
         return Trace(
             weights=layer_weights,
             adapters=tuple(self.adapter_names),
-            tokens=[self._token_texts(row) for row in input_ids.tolist()],
+            tokens=[
+                list(map(str, row)) if self.tokenizer is None else token_texts(self.tokenizer, row)
+                for row in input_ids.tolist()
+            ],
             input_ids=input_ids.cpu(),
             attention_mask=mask.cpu(),
             prompt_length=prompt_length,
@@ -396,9 +376,6 @@ class Fusion(nn.Module):
             level=self.method.level,
             place=self.method.place,
         )
-
-    def _token_texts(self, ids: list[int]) -> list[str]:
-        return [str(token) for token in ids] if self.tokenizer is None else token_texts(self.tokenizer, ids)
 
     # What it learned.
 
@@ -455,15 +432,13 @@ class Fusion(nn.Module):
     @contextlib.contextmanager
     def exchanged(self, adapters: Sequence[Adapter]) -> Iterator[Fusion]:
         """Have others in place of all adapters inside the block, at first as the base; then all is as it was."""
-        with self.attachment.turn():
-            before, mine = self.adapters, (self.method, self._gates, self.training_record)
+        with self.attachment.turn(), self._method_kept():
+            before = self.adapters
             try:
                 self.exchange_adapters(adapters)
                 yield self
             finally:
                 self.exchange_adapters(before)
-                self.method, self._gates, self.training_record = mine
-                self.attachment.install(self.method, self._gates)
 
     def unload(self) -> PreTrainedModel:
         """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,12 @@ settings.load_profile("steady")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked_shapes(monkeypatch):
+    """For shapes that the library refuses itself, and for graphs, which the checks would break."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

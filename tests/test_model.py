@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 
-import jaxtyping
 import pytest
 import torch
 from transformers import StoppingCriteria, TextStreamer, Trainer, TrainingArguments, pipeline
@@ -252,10 +251,9 @@ def _gradients(model, ids=None):
     }
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("granularity", ["step", "layer", "module"])
-def test_compiles_without_a_graph_break(model, granularity, monkeypatch):
-    # What checks the shapes breaks graphs itself.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_compiles_without_a_graph_break(model, granularity):
     model.set_method(LoraFlow(granularity=granularity))
     set_random_gates(model)
     ids = random_ids()

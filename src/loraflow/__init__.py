@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes where it is installed, and on the CPU that advises a kernel that has no backward, and that
+# fused 4-bit bases are kept from.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from loraflow.adapters import AdapterSource

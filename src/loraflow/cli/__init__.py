@@ -5,7 +5,6 @@ Subcommands import torch and transformers only when they run, so that `--help` i
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -17,9 +16,6 @@ from loraflow.cli import compare, demo, export, finetune, fit, generate, import_
 from loraflow.cli.flags import with_flags
 from loraflow.cli.values import spread_values
 from loraflow.errors import LoraflowError
-
-# On the CPU it advises a kernel that has no backward, and that fused 4-bit bases are kept from. Workers import this.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class _Group(TyperGroup):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
@@ -229,7 +229,7 @@ class _Runner(ModelRunner):
 
 def sample(
     logits: Float[Tensor, " vocabulary"], sampling: Sampling, generator: torch.Generator | None
-) -> Float[Tensor, ""]:
+) -> Int[Tensor, ""]:
     """Draw one token: temperature first, then the smallest set of tokens with the probability `top_p`."""
     # The likeliest is at 0 and the rest below, in float64: no temperature is too low for that.
     probabilities = ((logits - logits.max()).double() / sampling.temperature).softmax(dim=-1)

@@ -12,4 +12,4 @@ trap 'rm -rf "$overlay"' EXIT
 "$python" -m pip install --quiet --target "$overlay" "transformers==$version"
 PYTHONPATH="$overlay" "$python" -c "import transformers; assert transformers.__version__ == '$version', transformers.__version__"
 PYTHONPATH="$overlay" OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider \
-    tests/test_architectures.py tests/test_model.py tests/test_linear.py tests/training tests/cli
+    tests/core tests/test_model.py tests/training tests/cli

@@ -30,7 +30,7 @@ stub.mkdir(exist_ok=True)
 (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}\n")
 EOF
     fi
-    "${pip[@]}" install --quiet --editable . "pytest>=8" "hypothesis>=6.100"
+    "${pip[@]}" install --quiet --editable . "pytest>=8" "hypothesis>=6.100" "beartype>=0.20"
     touch "$venv/.installed"
 fi
 

@@ -25,9 +25,8 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
 from loraflow.saved.digests import tensors_digest
 from loraflow.saved.fusion import SavedFusion
-from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord
-from loraflow.saved.sources import relative_source
-from loraflow.saved.writing import copy_adapter, write_fusion
+from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
+from loraflow.saved.storage import copy_adapter, write_fusion
 from loraflow.training import FitConfig, FitResult
 
 

@@ -26,16 +26,8 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def fusion_digest(base: BaseRecord, adapters: Iterable[tuple[str, str]], method: Method, weights_digest: str) -> str:
     """SHA-256 of what a fusion computes from token ids: all that decides it, and nothing else.
 
-    Not in it: where the base and the adapters are, the prompt format, the record of the training, the version.
-
-    Args:
-        base: the base; its kind, shape, precision, quantisation and digest count.
-        adapters: name and digest of each, in the order of the fusion weights.
-        method: what gives the weights; its name and parameters count.
-        weights_digest: the digest of what the method has learned (`tensors_digest`).
-
-    Returns:
-        `sha256:` and 64 hexadecimal digits.
+    That is the base, name and digest of each adapter in order, the method, and the digest of what it has learned. Not
+    in it: where the base and the adapters are, the prompt format, the record of the training, the version.
     """
     facts = {
         "base": base.model_dump(exclude={"path", "revision"}),

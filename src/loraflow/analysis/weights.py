@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loraflow.analysis.mean_weights import split_batches
 from loraflow.answers import generate_answers, require_tokenizer
 from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
@@ -31,7 +30,15 @@ from loraflow.examples import Example, parse_examples
 from loraflow.methods import QueryMethod
 from loraflow.methods.base import Level, Place
 from loraflow.prompts import Message
-from loraflow.training.data import IGNORED, Collator, TokenExample, TokenExamples, longest_example, tokenize
+from loraflow.training.data import (
+    IGNORED,
+    Collator,
+    TokenExample,
+    TokenExamples,
+    longest_example,
+    split_batches,
+    tokenize,
+)
 
 TIE = 1e-6
 """Weights this near to the largest are largest too."""

@@ -20,9 +20,8 @@ from loraflow.training.config import FitResult, Run
 from loraflow.training.data import TokenExamples, prepare
 from loraflow.training.learners.base import TRAINING, Examples, Learner
 from loraflow.training.learners.gradient import training_record
-from loraflow.training.loss import mean_loss
+from loraflow.training.loss import check_score, make_scorer, mean_loss
 from loraflow.training.progress import counting_progress
-from loraflow.training.scores import check_score, make_scorer
 
 
 class Search(Learner):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow import __version__, training
-from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import Attachment, attach, open_base
@@ -23,7 +23,6 @@ from loraflow.errors import FusionError, LoraflowError
 from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
-from loraflow.saved.digests import tensors_digest
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
 from loraflow.saved.storage import copy_adapter, write_fusion

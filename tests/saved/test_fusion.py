@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from loraflow import FusedModel, LoraFlow, __version__
-from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, BaseRecord
 from loraflow.errors import FusionError, LoraflowError, StorageError
-from loraflow.saved.digests import tensors_digest
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
 from loraflow.saved.storage import copy_adapter, read_fusion, write_fusion

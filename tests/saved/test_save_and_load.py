@@ -34,11 +34,11 @@ from loraflow import (
     QaFlora,
     Static,
 )
+from loraflow.adapters import tensors_digest
 from loraflow.bases import base_record
 from loraflow.core.layers import FusedDecoderLayer
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.files import write_atomically
-from loraflow.saved.digests import tensors_digest
 from loraflow.saved.fusion import fetch_fusion
 from loraflow.saved.records import relative_source, resolve_source
 from tests.tiny import (

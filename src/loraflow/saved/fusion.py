@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,9 @@ from torch import Tensor
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.bases import BaseOptions
+from loraflow.bases import BaseOptions, BaseRecord
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, make_method
-from loraflow.saved.digests import fusion_digest
 from loraflow.saved.records import AdapterRecord, FusionConfig, resolve_source
 from loraflow.saved.storage import Stamp, read_fusion
 
@@ -206,3 +207,18 @@ def fetch_fusion(path: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(source.path, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FusionError(f"The fusion {source.path!r} is no directory here, and the Hub gives: {error}") from error
+
+
+def fusion_digest(base: BaseRecord, adapters: Iterable[tuple[str, str]], method: Method, weights_digest: str) -> str:
+    """SHA-256 of what a fusion computes from token ids: all that decides it, and nothing else.
+
+    That is the base, name and digest of each adapter in order, the method, and the digest of what it has learned. Not
+    in it: where the base and the adapters are, the prompt format, the record of the training, the version.
+    """
+    facts = {
+        "base": base.model_dump(exclude={"path", "revision"}),
+        "adapters": list(adapters),
+        "method": [method.name, method.parameters()],
+        "learned": weights_digest,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from loraflow.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from loraflow.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from loraflow.adapters import Adapter
+from loraflow.adapters import Adapter, tensors_digest
 from loraflow.errors import FusionError
 from loraflow.files import write_atomically
-from loraflow.saved.digests import tensors_digest
 from loraflow.saved.records import (
     ADAPTERS_FOLDER,
     CARD_FILE,

@@ -90,9 +90,6 @@ def get_method(
         adapters: names of the adapters that are to be fused, in order.
         parameters: parameters of a method given by name.
 
-    Returns:
-        The method.
-
     Raises:
         MethodError: if the name is unknown, or a parameter is, or it is something else.
     """

@@ -26,8 +26,6 @@ from loraflow.methods.base import Learning, Level, Method, Site, check_choice
 class LearnedWeights(nn.Module):
     """Fusion weights that are parameters, the same for every input."""
 
-    weights: nn.Parameter
-
     def __init__(self, adapters: int) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(adapters))

@@ -124,21 +124,11 @@ def finetune(
 
 
 class TrainedAdapter(nn.Module):
-    """A base model with one PEFT adapter, as the trainer takes it: its `state_dict` holds the adapter alone.
-
-    Attributes:
-        peft_model: PEFT's model of both.
-        tokenizer: the base's tokenizer.
-        prompt: how questions become prompts.
-    """
+    """A base model with one PEFT adapter, as the trainer takes it: its `state_dict` holds the adapter alone."""
 
     # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
     _hf_peft_config_loaded = True
     main_input_name = "input_ids"
-
-    peft_model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    prompt: PromptFormat
 
     def __init__(self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat) -> None:
         super().__init__()

@@ -24,19 +24,7 @@ ENTRY_POINTS = "loraflow.methods"
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (
-        Base,
-        Average,
-        Static,
-        LearnedStatic,
-        LoraHub,
-        QaFlora,
-        Logo,
-        Centroid,
-        Arrow,
-        Phatgoose,
-        LoraFlow,
-    )
+    for method in (Base, Average, Static, LearnedStatic, LoraHub, QaFlora, Logo, Centroid, Arrow, Phatgoose, LoraFlow)
 }
 
 __all__ = [

@@ -42,22 +42,17 @@ def mean_loss(
     return total / tokens
 
 
-def make_scorer(model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score) -> Callable[[], float]:
-    """What scores a model's answers to the dev examples, as they are when it is called."""
-
-    def mean_score() -> float:
-        answers = generate_answers(
-            model,
-            [example.messages for example in examples],
-            tokenizer=require_tokenizer(model.tokenizer),
-            prompt=model.prompt,
-            max_new_tokens=max_new_tokens,
-        )
-        scores = [score(answer.text, record) for answer, record in zip(answers, records, strict=True)]
-        return sum(scores) / len(scores)
-
-    records = [_scored(example) for example in examples]
-    return mean_score
+def mean_score(model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score) -> float:
+    """Mean score of a model's answers to examples."""
+    answers = generate_answers(
+        model,
+        [example.messages for example in examples],
+        tokenizer=require_tokenizer(model.tokenizer),
+        prompt=model.prompt,
+        max_new_tokens=max_new_tokens,
+    )
+    scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, examples, strict=True)]
+    return sum(scores) / len(scores)
 
 
 def check_score(score: Score | None, examples: Sequence[Example]) -> None:

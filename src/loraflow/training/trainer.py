@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from loraflow.training.checkpoints import (
 )
 from loraflow.training.config import FitConfig, FitResult, Run
 from loraflow.training.data import Collator, FitData
-from loraflow.training.loss import make_scorer
+from loraflow.training.loss import mean_score
 from loraflow.training.progress import RichProgress
 
 _KEEP = 2
@@ -77,7 +78,7 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
     """transformers' trainer, set to a recipe."""
     score = None
     if run.score is not None:
-        score = make_scorer(model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+        score = functools.partial(mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score)
     trainer = WholeCheckpointTrainer(
         model=model,
         args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),

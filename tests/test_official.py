@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from loraflow import FusedModel
 from loraflow.errors import FusionError
-from loraflow.official import load_official
-from loraflow.saved.gate_file import read_gates
+from loraflow.official import load_official, read_gates
 from tests.tiny import random_ids, relative_error, save_adapter, tiny_model
 
 WEIGHT, BIAS = "encoder.layers.{}.lora_fusion_gate.weight", "encoder.layers.{}.weight_bias"

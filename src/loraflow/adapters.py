@@ -197,7 +197,8 @@ def load_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
     """
     from peft import LoraConfig
 
-    config_path, weights_path, resolved = _locate(name, AdapterSource.parse(source))
+    place = AdapterSource.parse(source)
+    config_path, weights_path, resolved = (_locate_local if place.is_local else _locate_on_hub)(name, place)
     raw_config = _read_config(name, config_path)
     _refuse_unfusable(name, config_path, raw_config)
     known = {f.name for f in fields(LoraConfig)}
@@ -213,15 +214,14 @@ def load_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
             f"Adapter {name!r}: {weights_path} is not a readable safetensors file ({error}). Download or save it again."
         ) from error
     modules = _modules(name, weights_path, config, tensors)
-    return Adapter(name, resolved, config, modules, _digest(config, tensors))
+    maths = json.dumps({key: getattr(config, key) for key in _MATHS}, sort_keys=True)
+    return Adapter(name, resolved, config, modules, tensors_digest(tensors, maths))
 
 
 def match_adapter(adapter: Adapter, base: nn.Module) -> None:
     """Check that every tensor of an adapter has its place in a base model, and that none is missing.
 
-    Args:
-        adapter: the adapter to check.
-        base: the base model; its tensors may be on the meta device.
+    The base may be on the meta device.
 
     Raises:
         AdapterError: if a key matches nothing, a shape differs, or the file lacks a module that its own configuration
@@ -281,10 +281,6 @@ def _linears(base: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             in_features, out_features = _get_in_out_features(module)
             if in_features is not None and out_features is not None:
                 yield name, (in_features, out_features)
-
-
-def _locate(name: str, source: AdapterSource) -> tuple[Path, Path, AdapterSource]:
-    return _locate_local(name, source) if source.is_local else _locate_on_hub(name, source)
 
 
 def _locate_local(name: str, source: AdapterSource) -> tuple[Path, Path, AdapterSource]:
@@ -440,11 +436,11 @@ def _by_pattern(pattern: Mapping[str, int] | None, module: str, default: int) ->
     return pattern.get(get_pattern_key(list(pattern), module), default)
 
 
-def _digest(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps({key: getattr(config, key) for key in _MATHS}, sort_keys=True).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+def tensors_digest(tensors: Mapping[str, Tensor], settings: str = "") -> str:
+    """SHA-256 of settings and named tensors, independent of the tensors' order and of any file format."""
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

@@ -58,10 +58,6 @@ def staged(path: Path, *, folder: bool = False) -> Iterator[Path]:
     It is locked for as long. What writers that were killed have left in the same folder is removed first: nobody holds
     a lock on it any more. Folders that are missing on the way are made.
 
-    Args:
-        path: what is to be replaced.
-        folder: whether it is a folder.
-
     Yields:
         The temporary place.
 

@@ -14,20 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow import __version__, training
-from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
-from loraflow.core.attach import Attachment, attach, open_base
+from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
-from loraflow.saved.digests import tensors_digest
 from loraflow.saved.fusion import SavedFusion
-from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord
-from loraflow.saved.sources import relative_source
-from loraflow.saved.writing import copy_adapter, write_fusion
+from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
+from loraflow.saved.storage import copy_adapter, write_fusion
 from loraflow.training import FitConfig, FitResult
 
 
@@ -40,18 +38,6 @@ class FusedModel(Fusion):
 
     How it answers, weighs and traces is in `loraflow.core.fusion`; here is how it is made, fitted and saved.
     """
-
-    def __init__(
-        self,
-        attachment: Attachment,
-        method: Method,
-        tokenizer: PreTrainedTokenizerBase | None,
-        prompt: PromptFormat,
-        base_record: BaseRecord,
-    ) -> None:
-        super().__init__(attachment, method, tokenizer, prompt, base_record)
-        self.__class__ = _class_for(type(self), type(self.base_model))
-        _announce_to_pipelines()
 
     @classmethod
     def from_adapters(
@@ -146,10 +132,11 @@ class FusedModel(Fusion):
         record: BaseRecord,
     ) -> FusedModel:
         """Attach to a base; one that fails half-way is given back as it was."""
+        _announce_to_pipelines()
         prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
         attachment = attach(model, find_decoder_layers(model), adapters)
         try:
-            return cls(attachment, method, tokenizer, prompt, record)
+            return _class_for(cls, type(model))(attachment, method, tokenizer, prompt, record)
         except BaseException:
             attachment.detach()
             raise
@@ -256,18 +243,16 @@ _classes: dict[tuple[type, type], type[FusedModel]] = {}
 
 def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
     """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
-    if (cls, base_class) not in _classes:
-        _classes[cls, base_class] = _with_forward_of(cls, base_class)
-    return _classes[cls, base_class]
 
-
-def _with_forward_of(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
     def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
 
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    made = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if (cls, base_class) not in _classes:
+        _classes[cls, base_class] = type(cls.__name__, (cls,), made)
+    return _classes[cls, base_class]
 
 
 def check_adapter_names(names: Sequence[str]) -> None:

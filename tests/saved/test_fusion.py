@@ -14,15 +14,12 @@ import pytest
 import torch
 
 from loraflow import FusedModel, LoraFlow, __version__
-from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, BaseRecord
 from loraflow.errors import FusionError, LoraflowError, StorageError
-from loraflow.saved.digests import tensors_digest
 from loraflow.saved.fusion import SavedFusion
-from loraflow.saved.reading import read_fusion
-from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord
-from loraflow.saved.sources import relative_source
-from loraflow.saved.writing import copy_adapter, write_fusion
+from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
+from loraflow.saved.storage import copy_adapter, read_fusion, write_fusion
 from tests.tiny import save_adapter, tiny_model
 
 fork = multiprocessing.get_context("fork")

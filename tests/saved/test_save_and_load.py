@@ -34,12 +34,13 @@ from loraflow import (
     QaFlora,
     Static,
 )
+from loraflow.adapters import tensors_digest
 from loraflow.bases import base_record
 from loraflow.core.layers import FusedDecoderLayer
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.files import write_atomically
-from loraflow.saved.digests import tensors_digest
-from loraflow.saved.sources import fetch_fusion, relative_source, resolve_source
+from loraflow.saved.fusion import fetch_fusion
+from loraflow.saved.records import relative_source, resolve_source
 from tests.tiny import (
     edit_config,
     edit_tensors,
@@ -529,7 +530,7 @@ class FakeHub:
 def test_a_pushed_fusion_is_whole(world, tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub")
     monkeypatch.setattr("loraflow.model.HfApi", hub.api)
-    monkeypatch.setattr("loraflow.saved.sources.snapshot_download", hub.snapshot)
+    monkeypatch.setattr("loraflow.saved.fusion.snapshot_download", hub.snapshot)
     model = make(world)
     assert model.push_to_hub("fusion", private=True) == "https://huggingface.co/me/fusion"
     assert hub.created == [("fusion", True, True)]
@@ -548,7 +549,7 @@ def test_trouble_with_the_hub_is_reported(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("loraflow.saved.sources.snapshot_download", fail)
+    monkeypatch.setattr("loraflow.saved.fusion.snapshot_download", fail)
     with pytest.raises(FusionError, match=f"'me/fusion' is no directory here, and the Hub gives: {error}"):
         fetch_fusion("me/fusion", None)
 

@@ -15,12 +15,6 @@ Weights = dict[str, Float[Tensor, " adapters"]]
 """Constant fusion weights of every fused linear, by site (`layers.3.self_attn.q_proj`); float64, on the CPU."""
 
 
-def split_batches(data: TokenExamples, batch_size: int) -> list[TokenExamples]:
-    """The examples in batches of similar length."""
-    rows = sorted(data.rows, key=lambda row: len(row.input_ids))
-    return [TokenExamples(rows[start : start + batch_size], []) for start in range(0, len(rows), batch_size)]
-
-
 def mean_weights(model: Fusion, batches: list[TokenExamples], on_batch: Callable[[int], object]) -> Weights:
     """The mean of a dynamic fusion's weights for every fused linear.
 

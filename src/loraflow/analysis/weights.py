@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loraflow.analysis.mean_weights import split_batches
 from loraflow.answers import generate_answers, require_tokenizer
 from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
@@ -31,7 +30,15 @@ from loraflow.examples import Example, parse_examples
 from loraflow.methods import QueryMethod
 from loraflow.methods.base import Level, Place
 from loraflow.prompts import Message
-from loraflow.training.data import IGNORED, Collator, TokenExample, TokenExamples, longest_example, tokenize
+from loraflow.training.data import (
+    IGNORED,
+    Collator,
+    TokenExample,
+    TokenExamples,
+    longest_example,
+    split_batches,
+    tokenize,
+)
 
 TIE = 1e-6
 """Weights this near to the largest are largest too."""
@@ -173,13 +180,13 @@ def statistics_of_tokens(
     answers, prompts, tenths = (_Tally(n, len(model.adapters)) for n in (last + 1, len(layers), TENTHS))
     whole = isinstance(model.method, QueryMethod)
     for batch in split_batches(data, batch_size):
-        for row in _weights_of_rows(model, batch, layers, modules):
-            of_layers = row.answer[:, : len(layers)].mean(dim=1)
-            sites = torch.cat([row.answer, of_layers[:, None]], dim=1)
+        for answer, prompt in _weights_of_rows(model, batch, layers, modules):
+            of_layers = answer[:, : len(layers)].mean(dim=1)
+            sites = torch.cat([answer, of_layers[:, None]], dim=1)
             answers.add_all(sites[:1] if whole else sites)
             tenths.add(of_layers, torch.arange(len(of_layers)) * TENTHS // len(of_layers))
             if not whole:
-                prompts.add_all(row.prompt[:, : len(layers)])
+                prompts.add_all(prompt[:, : len(layers)])
         on_batch(len(batch))
     found = answers.summary()
     return WeightStatistics(
@@ -209,15 +216,7 @@ def answer_tokens(
 ) -> TokenExamples:
     """Answer conversations greedily, and give prompts and answers as token ids, as they were generated.
 
-    Args:
-        model: the fusion.
-        conversations: each ends with the user's turn.
-        max_new_tokens: the longest answer, in tokens.
-        batch_size: how many are generated together.
-        on_batch: called after each batch with its size, for progress bars.
-
-    Returns:
-        One example for each conversation, in order; the token that ends an answer is part of it.
+    The token that ends an answer is part of it. `on_batch` is called after each batch with its size.
     """
     tokenizer = require_tokenizer(model.tokenizer)
     answers = generate_answers(
@@ -236,18 +235,10 @@ def answer_tokens(
     return TokenExamples(rows, [])
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One example's weights: at each site, those that produced each token of the answer, and those of the prompt."""
-
-    answer: Float[Tensor, "answer sites adapters"]
-    prompt: Float[Tensor, "prompt sites adapters"]
-
-
 def _weights_of_rows(
     model: Fusion, batch: TokenExamples, layers: Sequence[int], modules: Sequence[str]
-) -> Iterator[_Row]:
-    """The weights of each example of a batch; the sites are the layers, then the modules.
+) -> Iterator[tuple[Float[Tensor, "answer sites adapters"], Float[Tensor, "prompt sites adapters"]]]:
+    """Each example's weights, at the layers, then the modules: those that produced its answer, and its prompt's.
 
     Yields:
         One example's weights after another.
@@ -266,14 +257,13 @@ def _weights_of_rows(
         weights = torch.cat([traced.weights[:, :, list(layers)], *(w[:, :, None] for w in of_modules)], dim=2).double()
     for row, example in zip(weights, batch.rows, strict=True):
         prompt = sum(label == IGNORED for label in example.labels)
-        # The last position is where nothing was produced any more.
-        found = _Row(row[prompt - 1 : len(example.input_ids) - 1], row[:prompt])
         if not row[: len(example.input_ids)].isfinite().all():
             raise LoraflowError(
                 f"The method {model.method.name!r} gave weights that are not finite (NaN or infinite). Check what it "
                 "learned, and the precision of the base (`dtype`)."
             )
-        yield found
+        # The last position is where nothing was produced any more.
+        yield row[prompt - 1 : len(example.input_ids) - 1], row[:prompt]
 
 
 class _Tally:

@@ -90,11 +90,6 @@ def check_base_files(expected: BaseRecord, base: str, empty: nn.Module) -> None:
 
     They cannot where the base is on the Hub or was quantised, or where its files name parameters otherwise than
     transformers' model does.
-
-    Args:
-        expected: what the fusion knows of its base.
-        base: where the base is.
-        empty: the base without its weights.
     """
     if expected.digest is not None and Path(base).is_dir():
         _check_digest(expected, base, files_digest(Path(base), empty, getattr(torch, expected.dtype)))

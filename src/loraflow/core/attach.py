@@ -133,10 +133,7 @@ class Attachment:
     def make_gates(self, method: Method, among: Sequence[int] | None = None) -> Gates:
         """Make a method's gates, each on the device of its layer, in float32 at least.
 
-        Args:
-            method: the method.
-            among: positions of the adapters that it is to weigh; all by default. Linears that none of them targets get
-                no gates of their own.
+        Where it is to weigh only some of the adapters, linears that none of them targets get no gates of their own.
         """
         gates = {}
         for name, site in self.sites[_gate_place(method)].items():
@@ -196,14 +193,7 @@ class Attachment:
             raise LoraflowError("The adapters were taken out of this model with `unload()`. Fuse them again.")
 
     def again(self, adapters: Sequence[Adapter]) -> Attachment:
-        """Put adapters into the model once more after `detach`; callers that wait for their turn then see these.
-
-        Args:
-            adapters: the adapters, in the order of their fusion weights.
-
-        Returns:
-            Their attachment.
-        """
+        """Put adapters into the model once more after `detach`; callers that wait for their turn then see these."""
         attached = attach(self.model, self.layers, adapters)
         attached._turn = self._turn
         return attached
@@ -263,15 +253,7 @@ def check_plain(model: nn.Module) -> None:
 def open_base(
     base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: BaseOptions | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A base model of a kind that can be fused, as it is before anything is attached, and its tokenizer.
-
-    Args:
-        base: Hub id, path, or a loaded transformers model.
-        tokenizer: by default the base's, where `base` is an id or path.
-        options: how a base given by id or path is loaded.
-
-    Returns:
-        Both; no tokenizer where there is none.
+    """A base model of a kind that can be fused, as it is before anything is attached, and its tokenizer, if it has one.
 
     Raises:
         LoraflowError: if options are given for a loaded model, or it has adapters in it.
@@ -291,13 +273,8 @@ def open_base(
 def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> Attachment:
     """Put all adapters into a model, in one fused pass for each of its target modules; it answers as the base for now.
 
-    Args:
-        model: the base model, changed in place; all of its parameters are frozen.
-        layers: where its decoder layers are.
-        adapters: the adapters, in the order of their fusion weights.
-
-    Returns:
-        The attachment, whose `install` makes gates active and whose `detach` undoes everything.
+    The model is changed in place, and all of its parameters are frozen. `install` makes gates active, and `detach`
+    undoes everything.
 
     Raises:
         AdapterError: if an adapter does not fit the base.
@@ -326,7 +303,7 @@ def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequen
         first = first or context
         fusion = LayerFusion(context)
         for names in group_by_input(_target_names(layer, layers, index, adapters)):
-            fusion.add_group(_fuse_group(model, layers, context, names, adapters))
+            fusion.groups.append(_fuse_group(model, layers, context, names, adapters))
         layer.fusion = fusion.train(layer.training)
         swap_class(layer, FusedDecoderLayer)
 

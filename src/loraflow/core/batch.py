@@ -86,18 +86,7 @@ def lanes_of_rows(
     gates_of: Callable[[RowMethod], tuple[Method, Gates]],
     weigh_prompts: WeighPrompts,
 ) -> Lanes:
-    """Who weighs the rows of a call: a method for each, or given weights.
-
-    Args:
-        attachment: the adapters in the model.
-        methods: a method for each row, or None.
-        fusion_weights: weights of each row instead.
-        rows: how many there are, where that is known.
-        gates_of: gives a method and its gates.
-        weigh_prompts: weighs the prompts of rows whose method reads them.
-
-    Returns:
-        The lanes.
+    """Who weighs the rows of a call: a method for each, or given weights; the number of rows may be unknown.
 
     Raises:
         LoraflowError: if there are not as many methods, or weights, as rows.
@@ -154,14 +143,7 @@ def weigh_prompts(
 ) -> Float[Tensor, "rows layers adapters"]:
     """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
 
-    Args:
-        attachment: the adapters in the model.
-        method: the method.
-        gate: what it has made for the model.
-        input_ids: the prompts.
-        attention_mask: 1 at real tokens, 0 at padding.
-        tokenizer: the model's.
-        among: positions of the adapters that it weighs; all by default.
+    `gate` is what the method has made for the model, for the adapters at the positions `among`, or for all.
 
     Raises:
         MethodError: if a prompt is empty.
@@ -181,15 +163,9 @@ def weigh_prompts(
 
 
 def prompt_mask(ids: Int[Tensor, "rows seq"], options: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:
-    """Which tokens of prompts are real, told as transformers' `generate` tells it where no mask is given.
+    """1 at real tokens of prompts and 0 at padding, or None where all are real.
 
-    Args:
-        ids: the prompts.
-        options: what `generate` was called with.
-        config: the model's own defaults.
-
-    Returns:
-        1 at real tokens and 0 at padding, or None where all are real.
+    Where the options of `generate` have no mask, that is told as transformers tells it; `config` is the model's own.
     """
     if options.get("attention_mask") is not None:
         return options["attention_mask"]
@@ -213,15 +189,8 @@ def read_weights(
 ) -> tuple[Float[Tensor, "batch seq layers adapters"], dict[str, Float[Tensor, "batch seq adapters"]]]:
     """The fusion weights at every position of a text, in one forward, on the CPU.
 
-    Args:
-        attachment: the adapters in the model.
-        input_ids: the text.
-        mask: 1 at real tokens, 0 at padding.
-        lanes: who weighs the rows; None for the method in use.
-        kwargs: anything else for the base model's forward.
-
-    Returns:
-        Those of each layer, gates of single modules averaged and zero where there is none; and those of such gates.
+    Those of each layer, gates of single modules averaged and zero where there is none; and those of such gates. Without
+    lanes, the method in use weighs.
     """
     model = attachment.model
     if not bool(mask.all()) and "position_ids" in inspect.signature(model.forward).parameters:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from loraflow.core.lanes import Lane, Lanes
 from loraflow.errors import ArchitectureError, MethodError
 
 
+@dataclass(slots=True, init=False, eq=False, repr=False)
 class LayerContext:
-    """What one decoder layer's gates and linears share. A plain object: modules are slow to read from and to write to.
+    """What one decoder layer's gates and linears share; no module, for those are slow to read from and to write to.
 
     Attributes:
         index: the layer's place in the model.
@@ -43,26 +45,6 @@ class LayerContext:
         member_weights: the fusion weights of each of its linears.
     """
 
-    __slots__ = (
-        "_first",
-        "_is_last",
-        "adapters",
-        "alone",
-        "embeddings",
-        "group",
-        "index",
-        "lanes",
-        "member_weights",
-        "mixes",
-        "own",
-        "products",
-        "recorded",
-        "running",
-        "seen",
-        "shape",
-        "weights",
-    )
-
     index: int
     adapters: int
     own: Lanes
@@ -78,6 +60,8 @@ class LayerContext:
     seen: Tensor | None
     products: Sequence[Tensor]
     member_weights: Sequence[Tensor]
+    _first: LayerContext
+    _is_last: bool
 
     def __init__(self, index: int, layers: int, adapters: int, first: LayerContext | None) -> None:
         self.index = index
@@ -129,13 +113,6 @@ class LayerContext:
         self, names: Sequence[str], x: Float[Tensor, "*batch features"]
     ) -> Float[Tensor, "*tokens gates"] | None:
         """The fusion weights for linears that read one input, side by side where each has its own; None for the base.
-
-        Args:
-            names: the linears, by their names within the layer.
-            x: their input.
-
-        Returns:
-            The weights.
 
         Raises:
             ArchitectureError: if the linears read only some of the layer's tokens.

@@ -134,9 +134,6 @@ class Fusion(nn.Module):
             fusion_weights: weights of each row instead.
             kwargs: the base's.
 
-        Returns:
-            What the base returns.
-
         Raises:
             MethodError: if a method weighs whole prompts: a bare forward does not say what the prompt is.
         """
@@ -172,9 +169,6 @@ class Fusion(nn.Module):
             fusion_weights: weights of each request instead, for all layers or for each.
             kwargs: transformers'.
 
-        Returns:
-            What transformers returns.
-
         Raises:
             MethodError: if the method reads the prompt, and there are no token ids.
         """
@@ -202,13 +196,10 @@ class Fusion(nn.Module):
                 return generate(*args, **given, **kwargs)
 
     def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
-        """Questions as `generate`, `weigh` and `trace` take them, in the fusion's own prompt format.
+        """Questions as `generate`, `weigh` and `trace` take them, in the fusion's prompt format, padded on the left.
 
         Args:
             questions: one text, or several; each a question, or a conversation of messages up to the user's turn.
-
-        Returns:
-            `input_ids` and `attention_mask`, padded on the left.
         """
         tokenizer = require_tokenizer(self.tokenizer)
         several = [questions] if isinstance(questions, str) else questions
@@ -218,11 +209,7 @@ class Fusion(nn.Module):
     # Who weighs.
 
     def set_method(self, method: str | Method | Mapping[str, float]) -> None:
-        """Use another method from now on, its gates as before any training.
-
-        Args:
-            method: a method's name, an adapter's name (that one alone), weights by adapter name, or a method object.
-        """
+        """Use another method, adapter alone ("name"), or weights by adapter name, its gates as before any training."""
         self.attachment.check_attached()
         chosen = get_method(method, self.adapter_names)
         self._gates = self.attachment.make_gates(chosen) if chosen.learns else self._gates_of(chosen)[1]
@@ -260,15 +247,12 @@ class Fusion(nn.Module):
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         method: str | Method | None = None,
     ) -> Float[Tensor, "batch layers adapters"]:
-        """The weights that a query-level method gives prompts, each by itself.
+        """The weights that a query-level method gives prompts, each by itself; constant while they are answered.
 
         Args:
             input_ids: the prompts.
             attention_mask: 1 at real tokens, 0 at padding on either side.
             method: the method; by default the fusion's own.
-
-        Returns:
-            One weight for each prompt, layer and adapter; constant while the prompt is answered.
 
         Raises:
             MethodError: if the method does not weigh whole prompts.

@@ -38,10 +38,6 @@ class LayerFusion(nn.Module):
         self.groups = nn.ModuleList()
         self.gates = nn.ModuleDict()
 
-    def add_group(self, group: InputGroup) -> None:
-        """Take over linears that read one input."""
-        self.groups.append(group)
-
     def set_dropout(self, probability: float) -> None:
         """Drop inputs of the adapters with this probability while training."""
         for group in self.groups:

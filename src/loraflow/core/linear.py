@@ -62,15 +62,10 @@ class StackedLora:
 
 
 def stack_adapters(modules: Sequence[LoraModule | None], base_layer: nn.Module, dtype: torch.dtype) -> StackedLora:
-    """Concatenate one module's adapters; the arithmetic is float32 at least, and rounded once, to `dtype`.
+    """Concatenate one module's adapters, on the CPU; None stands for one that does not target it.
 
-    Args:
-        modules: each adapter's update of this module, in adapter order; None where an adapter does not target it.
-        base_layer: the base's linear module; DoRA reads its (dequantised) weight, and nothing changes it.
-        dtype: precision of the result, that of the base's activations.
-
-    Returns:
-        The stacked matrices, on the CPU.
+    The arithmetic is float32 at least, and rounded once, to `dtype`, the precision of the base's activations. DoRA
+    reads the base layer's (dequantised) weight; nothing changes it.
     """
     wide = torch.promote_types(dtype, torch.float32)
     weight = dense_weight(base_layer).to(wide) if any(m and m.magnitude is not None for m in modules) else None

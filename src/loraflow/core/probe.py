@@ -31,19 +31,7 @@ _HEAD_ROWS = 16384
 
 
 class Prompt:
-    """One request's prompt, as `methods.base.Query` describes it.
-
-    Attributes:
-        input_ids: its token ids, `[seq]`.
-        layers: number of decoder layers.
-        adapters: names of the adapters, in order.
-        vocabulary: number of logits of the model's head.
-    """
-
-    input_ids: Int[Tensor, " seq"]
-    layers: int
-    adapters: tuple[str, ...]
-    vocabulary: int
+    """One request's prompt, as `methods.base.Query` describes it."""
 
     def __init__(
         self,

@@ -72,9 +72,5 @@ def reference_gate(
 ) -> Float[Tensor, "*batch adapters"]:
     r"""LoRA-Flow's gate, $\operatorname{softmax}(W x / \tau) + b$."""
     logits = torch.einsum("...d,kd->...k", x.to(weight.dtype), weight) / temperature
-    return (
-        torch.exp(logits - logits.amax(-1, keepdim=True)).div(
-            torch.exp(logits - logits.amax(-1, keepdim=True)).sum(-1, keepdim=True)
-        )
-        + bias
-    )
+    exponentials = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return exponentials / exponentials.sum(-1, keepdim=True) + bias

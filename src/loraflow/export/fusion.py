@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from loraflow.adapters import Adapter, AdapterSource, LoraModule
-from loraflow.analysis.mean_weights import Weights, mean_weights, split_batches
+from loraflow.analysis.mean_weights import Weights, mean_weights
 from loraflow.answers import require_tokenizer
 from loraflow.core.fusion import Fusion
 from loraflow.core.linear import dense_weight
@@ -22,7 +22,7 @@ from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
 from loraflow.export.files import ExportReport, MeanCost, checked_target, peft_config, write_adapter
 from loraflow.export.folding import Compression, add_up, as_module, compressed, compression_of
-from loraflow.training.data import longest_example, tokenize
+from loraflow.training.data import longest_example, split_batches, tokenize
 from loraflow.training.loss import mean_loss
 from loraflow.training.progress import counting_progress
 

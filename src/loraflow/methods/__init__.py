@@ -24,19 +24,7 @@ ENTRY_POINTS = "loraflow.methods"
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (
-        Base,
-        Average,
-        Static,
-        LearnedStatic,
-        LoraHub,
-        QaFlora,
-        Logo,
-        Centroid,
-        Arrow,
-        Phatgoose,
-        LoraFlow,
-    )
+    for method in (Base, Average, Static, LearnedStatic, LoraHub, QaFlora, Logo, Centroid, Arrow, Phatgoose, LoraFlow)
 }
 
 __all__ = [
@@ -89,9 +77,6 @@ def get_method(
         method: the name, fusion weights by adapter name, or the object.
         adapters: names of the adapters that are to be fused, in order.
         parameters: parameters of a method given by name.
-
-    Returns:
-        The method.
 
     Raises:
         MethodError: if the name is unknown, or a parameter is, or it is something else.

@@ -69,13 +69,10 @@ class Arrow(Method):
     name: ClassVar[str] = "arrow"
     paper: ClassVar[str] = "2405.11157"
     level: ClassVar[Level] = "token"
+    place: ClassVar[Place] = "module"
 
     def __post_init__(self) -> None:
         check_positive(self.temperature, "temperature")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "module"
 
     def gate(self, site: Site) -> ArrowGate:  # noqa: D102
         return ArrowGate(site, self.top_k or min(_TOP_K, len(site.adapters)), self.temperature)

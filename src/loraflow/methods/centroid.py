@@ -68,14 +68,11 @@ class Centroid(QueryMethod):
 
     name: ClassVar[str] = "centroid"
     paper: ClassVar[str] = "2402.09997"
+    place: ClassVar[Place] = "model"
     learns: ClassVar[Learning] = "samples"
 
     def __post_init__(self) -> None:
         check_positive(self.temperature, "temperature")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "model"
 
     def gate(self, site: Site) -> Centroids:
         """Make the place for the centroids.

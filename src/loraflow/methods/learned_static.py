@@ -19,15 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraflow.methods._shared.granularity import PLACES, check_granularity
-from loraflow.methods._shared.starts import StartChoice
-from loraflow.methods.base import Learning, Level, Method, Place, Site
+from loraflow.methods._shared.fitted import FittedOnExamples
+from loraflow.methods.base import Learning, Level, Method, Site, check_choice
 
 
 class LearnedWeights(nn.Module):
     """Fusion weights that are parameters, the same for every input."""
-
-    weights: nn.Parameter
 
     def __init__(self, adapters: int) -> None:
         super().__init__()
@@ -44,7 +41,7 @@ class LearnedWeights(nn.Module):
 
 
 @dataclass(frozen=True)
-class LearnedStatic(StartChoice, Method):
+class LearnedStatic(FittedOnExamples, Method):
     """Constant weights, learned by gradient.
 
     Attributes:
@@ -63,11 +60,7 @@ class LearnedStatic(StartChoice, Method):
     recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2, "weight_decay": 0.0}
 
     def __post_init__(self) -> None:
-        check_granularity(self.granularity, "task")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return PLACES[self.granularity]
+        check_choice(self.granularity, ("task", "layer", "module"), "granularity")
 
     def gate(self, site: Site) -> LearnedWeights:  # noqa: D102
         gate = LearnedWeights(len(site.adapters))

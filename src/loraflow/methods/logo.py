@@ -54,13 +54,10 @@ class Logo(QueryMethod):
 
     name: ClassVar[str] = "logo"
     paper: ClassVar[str] = "2511.07129"
+    place: ClassVar[Place] = "model"
 
     def __post_init__(self) -> None:
         check_choice(self.score, ("norm", "entropy"), "score")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "model"
 
     def gate(self, site: Site) -> LogoProbe:
         """Find the linear to probe.

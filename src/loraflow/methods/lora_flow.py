@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from loraflow.errors import MethodError
-from loraflow.methods._shared.granularity import PLACES, check_granularity
-from loraflow.methods._shared.starts import StartChoice
-from loraflow.methods.base import Learning, Level, Method, Place, Site, check_choice, check_positive, check_top_k
+from loraflow.methods._shared.fitted import FittedOnExamples
+from loraflow.methods.base import Learning, Level, Method, Site, check_choice, check_positive, check_top_k
 from loraflow.methods.flow_gates import ACTIVATIONS, INPUTS, SCORERS, FlowGate, GateShape
 
 
 @dataclass(frozen=True)
-class LoraFlow(StartChoice, Method):
+class LoraFlow(FittedOnExamples, Method):
     """LoRA-Flow's gates.
 
     Attributes:
@@ -57,17 +56,13 @@ class LoraFlow(StartChoice, Method):
     learns: ClassVar[Learning] = "gradient"
 
     def __post_init__(self) -> None:
-        check_granularity(self.granularity, "step")
+        check_choice(self.granularity, ("step", "layer", "module"), "granularity")
         check_choice(self.reads, INPUTS, "reads")
         check_choice(self.scorer, list(SCORERS), "scorer")
         check_choice(self.activation, ACTIVATIONS, "activation")
         check_positive(self.temperature, "temperature")
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
             raise MethodError(f"`width` (={self.width!r}) must be a whole number of at least 1.")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return PLACES[self.granularity]
 
     def gate(self, site: Site) -> FlowGate:  # noqa: D102
         shape = GateShape(self.temperature, self.reads == "normalized", self.activation, self.top_k, self.width)

@@ -42,6 +42,7 @@ class LoraHub(Method):
     name: ClassVar[str] = "lorahub"
     paper: ClassVar[str] = "2307.13269"
     level: ClassVar[Level] = "task"
+    place: ClassVar[Place] = "model"
     learns: ClassVar[Learning] = "search"
 
     def __post_init__(self) -> None:
@@ -51,10 +52,6 @@ class LoraHub(Method):
         check_positive(self.bound, "bound")
         if self.regularization != 0:
             check_positive(self.regularization, "regularization")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "model"
 
     @property
     def mixing(self) -> Mixing:  # noqa: D102

@@ -78,13 +78,10 @@ class Phatgoose(Method):
     name: ClassVar[str] = "phatgoose"
     paper: ClassVar[str] = "2402.05859"
     level: ClassVar[Level] = "token"
+    place: ClassVar[Place] = "module"
     learns: ClassVar[Learning] = "experts"
     # The paper trains for 100 steps. Decay would pull the other adapters' vectors to zero while one of them learns.
     recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-3, "weight_decay": 0.0, "max_steps": 100}
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "module"
 
     def gate(self, site: Site) -> PhatgooseGate:  # noqa: D102
         return PhatgooseGate(site, self.top_k or min(_TOP_K, len(site.adapters)))

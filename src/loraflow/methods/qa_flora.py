@@ -51,15 +51,12 @@ class QaFlora(QueryMethod):
 
     name: ClassVar[str] = "qa-flora"
     paper: ClassVar[str] = "2512.11366"
+    place: ClassVar[Place] = "layer"
 
     def __post_init__(self) -> None:
         check_choice(self.distance, _DISTANCES, "distance")
         check_choice(self.tokens, ("last", "all"), "tokens")
         check_positive(self.epsilon, "epsilon")
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "layer"
 
     def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"]:  # noqa: D102
         def measure(base: Tensor, alone: Tensor) -> Tensor:

@@ -38,10 +38,7 @@ class Base(Method):
 
     name: ClassVar[str] = "base"
     level: ClassVar[Level] = "task"
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "layer"
+    place: ClassVar[Place] = "layer"
 
     def gate(self, site: Site) -> nn.Module | None:  # noqa: D102
         return None
@@ -53,10 +50,7 @@ class Average(Method):
 
     name: ClassVar[str] = "average"
     level: ClassVar[Level] = "task"
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "layer"
+    place: ClassVar[Place] = "layer"
 
     def gate(self, site: Site) -> nn.Module:  # noqa: D102
         return ConstantGate([1 / len(site.adapters)] * len(site.adapters))
@@ -75,10 +69,7 @@ class Static(Method):
 
     name: ClassVar[str] = "static"
     level: ClassVar[Level] = "task"
-
-    @property
-    def place(self) -> Place:  # noqa: D102
-        return "layer"
+    place: ClassVar[Place] = "layer"
 
     def gate(self, site: Site) -> nn.Module:
         """The constant weights of one layer.

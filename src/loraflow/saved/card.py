@@ -42,6 +42,8 @@ _TRAINING = """
 def model_card(config: FusionConfig, learned: int) -> str:
     """The card's text, from a fusion's configuration and its number of learned values."""
     adapters = "\n".join(f"| `{a.name}` | `{a.path}` | {a.revision or '-'} |" for a in config.adapters)
+    known = {key: value for key, value in (config.training or {}).items() if value is not None}
+    rows = [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in known.items()]
     return _CARD.format(
         base=config.base.path or "unknown",
         # The Hub takes ids of its own there, no paths.
@@ -52,13 +54,7 @@ def model_card(config: FusionConfig, learned: int) -> str:
         adapters=adapters,
         parameters=json.dumps(config.method.parameters, ensure_ascii=False),
         learned=learned,
-        training=_TRAINING.format(rows=_rows(config.training)) if config.training else "",
-    )
-
-
-def _rows(record: dict[str, Any]) -> str:
-    return "\n".join(
-        f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in record.items() if value is not None
+        training=_TRAINING.format(rows="\n".join(rows)) if rows else "",
     )
 
 

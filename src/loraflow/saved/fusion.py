@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
-from loraflow.bases import BaseOptions
+from loraflow.bases import BaseOptions, BaseRecord
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, make_method
-from loraflow.saved.digests import fusion_digest
-from loraflow.saved.reading import Stamp, read_fusion
-from loraflow.saved.records import AdapterRecord, FusionConfig
-from loraflow.saved.sources import fetch_fusion, resolve_source
+from loraflow.saved.records import AdapterRecord, FusionConfig, resolve_source
+from loraflow.saved.storage import Stamp, read_fusion
 
 Source = str | Path | AdapterSource | Adapter
 """Where an adapter is, or the adapter itself."""
@@ -48,16 +50,7 @@ class SavedFusion:
 
     @classmethod
     def open(cls, path: str | Path, revision: str | None = None, *, name: str | None = None) -> SavedFusion:
-        """Read a fusion, but not its adapters.
-
-        Args:
-            path: its directory or its Hub id.
-            revision: branch, tag or commit on the Hub.
-            name: what messages call it; by default the path.
-
-        Returns:
-            The fusion.
-        """
+        """Read a fusion from a directory or the Hub, but not its adapters; messages call it by its path, or `name`."""
         directory = fetch_fusion(path, revision)
         return cls(name or str(path), str(path), directory, *read_fusion(directory))
 
@@ -116,9 +109,6 @@ class SavedFusion:
         Args:
             base: where the base is; the recorded revision is that of the recorded place.
             options: those that are given.
-
-        Returns:
-            The options.
         """
         options, record = options or BaseOptions(), self.config.base
         return dataclasses.replace(
@@ -129,13 +119,7 @@ class SavedFusion:
         )
 
     def sources(self, moved: Mapping[str, Source] | None = None) -> dict[str, Source]:
-        """Where its adapters are, by name and in order.
-
-        Args:
-            moved: other places of some of them, by name.
-
-        Returns:
-            The places.
+        """Where its adapters are, by name and in order; some may be in other places now.
 
         Raises:
             FusionError: if one is named that it does not have.
@@ -161,9 +145,6 @@ class SavedFusion:
             moved: other places of some of them, by name.
             loaded: adapters in memory; one with the digest of a recorded one is taken for it, not read again.
             permit: called with the recorded place of each that is read; gives the one that is meant, or raises.
-
-        Returns:
-            The fusion, and its adapters under their names in it.
 
         Raises:
             LoraflowError: if one cannot be read, or is another one.
@@ -206,3 +187,38 @@ class SavedFusion:
                 f"{record.digest[:19]}... Restore it, or fit again."
             )
         return adapter
+
+
+def fetch_fusion(path: str | Path, revision: str | None) -> Path:
+    """The local directory of a fusion: itself, or a snapshot of a Hub repository.
+
+    Raises:
+        FusionError: if there is no such directory, and the Hub has no such repository or cannot be reached.
+    """
+    source = AdapterSource(str(path), revision)
+    directory = Path(source.path).expanduser()
+    if directory.is_dir():
+        return directory
+    if source.is_local:
+        raise FusionError(
+            f"There is no fusion at {source.path!r}. Give a directory written by `save_pretrained`, or a Hub id."
+        )
+    try:
+        return Path(snapshot_download(source.path, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FusionError(f"The fusion {source.path!r} is no directory here, and the Hub gives: {error}") from error
+
+
+def fusion_digest(base: BaseRecord, adapters: Iterable[tuple[str, str]], method: Method, weights_digest: str) -> str:
+    """SHA-256 of what a fusion computes from token ids: all that decides it, and nothing else.
+
+    That is the base, name and digest of each adapter in order, the method, and the digest of what it has learned. Not
+    in it: where the base and the adapters are, the prompt format, the record of the training, the version.
+    """
+    facts = {
+        "base": base.model_dump(exclude={"path", "revision"}),
+        "adapters": list(adapters),
+        "method": [method.name, method.parameters()],
+        "learned": weights_digest,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"

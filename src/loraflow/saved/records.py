@@ -1,8 +1,10 @@
-"""What `fusion_config.json` holds, and the names of the files of a fusion."""
+"""What `fusion_config.json` holds, and how; the names of the files of a fusion."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,14 +56,7 @@ class FusionConfig(_Record):
 
 
 def parse_config(origin: str, text: str) -> FusionConfig:
-    """A configuration from its JSON.
-
-    Args:
-        origin: where it was found.
-        text: the JSON.
-
-    Returns:
-        The configuration.
+    """A configuration from its JSON, which was found at `origin`.
 
     Raises:
         FusionError: if it is damaged, or of another format.
@@ -80,3 +75,16 @@ def parse_config(origin: str, text: str) -> FusionConfig:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise FusionError(f"{origin}: `{key}`: {first['msg']}. Restore it, or save the fusion again.") from error
+
+
+def relative_source(path: str, directory: Path) -> str:
+    """A path as a fusion records it: Hub ids as they are, directories as `./...` or `../...` from the fusion's own."""
+    if not Path(path).is_absolute():
+        return path
+    relative = Path(os.path.relpath(path, directory.resolve())).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def resolve_source(path: str, directory: Path) -> str:
+    """The other way: a recorded path as it can be opened from here."""
+    return str((directory / path).resolve()) if path.startswith(".") else path

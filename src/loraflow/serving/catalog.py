@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loraflow.adapters import Adapter, load_adapter
+from loraflow.adapters import Adapter, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, check_base
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
@@ -23,8 +23,7 @@ from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, m
 from loraflow.methods.base import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
-from loraflow.saved.digests import fusion_digest, tensors_digest
-from loraflow.saved.fusion import Permit, SavedFusion
+from loraflow.saved.fusion import Permit, SavedFusion, fusion_digest
 from loraflow.saved.records import CONFIG_FILE, FusionConfig
 from loraflow.serving.jobs import Weigher
 

@@ -22,7 +22,7 @@ from loraflow.training.data import prepare
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples
 from loraflow.training.learners.gradient import fit_gates, training_record
-from loraflow.training.scores import check_score
+from loraflow.training.loss import check_score
 
 
 def fit(
@@ -109,7 +109,7 @@ def search(
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
     grid = search_grid(model.method) if grid is None else grid
     table: list[dict[str, Any]] = []
-    best: _Best | None = None
+    best: tuple[FitResult, dict[str, Tensor], dict[str, Any]] | None = None
     with _directory(checkpoints) as root:
         for number, setting in enumerate(grid, start=1):
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
@@ -119,27 +119,18 @@ def search(
             table.append({**setting, "dev_loss": result.dev_loss, "dev_score": result.dev_score})
             merit = _merit(result, score)
             # What is not finite is no result, were it the only one.
-            if math.isfinite(merit) and (best is None or merit > best.merit):
-                best = _Best(merit, result, {name: value.clone() for name, value in model.state_dict().items()}, record)
+            if math.isfinite(merit) and (best is None or merit > _merit(best[0], score)):
+                best = result, {name: value.clone() for name, value in model.state_dict().items()}, record
     if best is None:
         model.set_method(model.method)
         raise LoraflowError(
             f"None of the {len(grid)} settings gave a finite result on the dev examples: the training diverged in all "
             "of them. Try lower learning rates, and look for NaN in the data and the base's precision."
         )
-    model.load_state_dict(best.gates)
-    model.training_record = {**best.record, "search": table}
-    return dataclasses.replace(best.result, search=table)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Best:
-    """The best setting so far."""
-
-    merit: float
-    result: FitResult
-    gates: Mapping[str, Tensor]
-    record: dict[str, Any]
+    result, gates, record = best
+    model.load_state_dict(gates)
+    model.training_record = {**record, "search": table}
+    return dataclasses.replace(result, search=table)
 
 
 def _fit_cell(

@@ -1,14 +1,19 @@
-"""The loss of a fused model on examples."""
+"""How good a model is on examples: its loss, and scores of what it answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from loraflow.answers import generate_answers, require_tokenizer
 from loraflow.core.fusion import Fusion
+from loraflow.errors import DataError
+from loraflow.examples import Example
 from loraflow.methods import QueryMethod
-from loraflow.training.data import IGNORED, Collator, TokenExamples
+from loraflow.training.config import Score
+from loraflow.training.data import IGNORED, Collator, TokenExamples, split_batches
 
 
 @torch.no_grad()
@@ -22,11 +27,9 @@ def mean_loss(
     """
     collate = Collator(0)
     total, tokens = 0.0, 0
-    order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
     with fusion.evaluating():
-        for start in range(0, len(order), batch_size):
-            rows = collate([data[i] for i in order[start : start + batch_size]])
-            batch = {key: value.to(fusion.device) for key, value in rows.items()}
+        for of_similar_length in split_batches(data, batch_size):
+            batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
             labels = batch.pop("labels")
             if isinstance(fusion.method, QueryMethod):
                 prompts = batch["attention_mask"] * (labels == IGNORED)
@@ -37,3 +40,39 @@ def mean_loss(
             tokens += int((labels != IGNORED).sum())
             on_batch(len(labels))
     return total / tokens
+
+
+def mean_score(model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score) -> float:
+    """Mean score of a model's answers to examples."""
+    answers = generate_answers(
+        model,
+        [example.messages for example in examples],
+        tokenizer=require_tokenizer(model.tokenizer),
+        prompt=model.prompt,
+        max_new_tokens=max_new_tokens,
+    )
+    scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, examples, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def check_score(score: Score | None, examples: Sequence[Example]) -> None:
+    """Check before anything is trained that the dev examples have what their scorer reads.
+
+    A scorer with a method `check`, of the record, checks each of them; any other scores an empty answer to the first.
+
+    Raises:
+        DataError: if one has not; the message names it.
+    """
+    if score is None:
+        return
+    check = getattr(score, "check", None)
+    for example in examples if check is not None else examples[:1]:
+        try:
+            check(_scored(example)) if check is not None else score("", _scored(example))
+        except DataError as error:
+            raise DataError(f"{example.origin}: {error}") from error
+
+
+def _scored(example: Example) -> dict[str, Any]:
+    # Wherever the completion came from, scorers find it under one name.
+    return {**example.record, "completion": example.completion}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from loraflow.training.checkpoints import (
     remove_checkpoints,
     resumable_checkpoint,
 )
-from loraflow.training.config import FitConfig, Run
+from loraflow.training.config import FitConfig, FitResult, Run
 from loraflow.training.data import Collator, FitData
+from loraflow.training.loss import mean_score
 from loraflow.training.progress import RichProgress
-from loraflow.training.scores import make_scorer
 
 _KEEP = 2
 
@@ -37,7 +37,7 @@ def train(
     identity: Mapping[str, Any],
     label: str,
     start: Callable[[], Mapping[str, Any]] = dict,
-) -> tuple[Outcome, dict[str, Any]]:
+) -> tuple[FitResult, dict[str, Any]]:
     """Train what a model's `state_dict` holds, or go on with a training that was interrupted.
 
     Args:
@@ -46,10 +46,7 @@ def train(
         run: the recipe, and where it is run.
         identity: what makes two runs the same one, as JSON values.
         label: what the progress bar says.
-        start: brings the model to where training starts; what it gives is kept with the run.
-
-    Returns:
-        What the training did, and what is kept of the run.
+        start: brings the model to where training starts; what it gives is kept with the run, and given back.
     """
     checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
     if checkpoint is None:
@@ -81,7 +78,7 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
     """transformers' trainer, set to a recipe."""
     score = None
     if run.score is not None:
-        score = make_scorer(model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+        score = functools.partial(mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score)
     trainer = WholeCheckpointTrainer(
         model=model,
         args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
@@ -175,34 +172,13 @@ class WholeCheckpointTrainer(Trainer):
                 shutil.rmtree(old, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the log of a finished training says.
-
-    Attributes:
-        steps: optimiser steps.
-        train_loss: mean loss of the last epoch's steps.
-        dev_loss: loss on the dev examples at the kept step.
-        dev_score: score on the dev examples at the kept step.
-        kept_step: the step whose values were kept: the best on dev, else the last.
-        log: every logged loss, as (step, loss).
-    """
-
-    steps: int
-    train_loss: float
-    dev_loss: float | None
-    dev_score: float | None
-    kept_step: int
-    log: list[tuple[int, float]]
-
-
-def outcome_of(trainer: Trainer, *, has_dev: bool) -> Outcome:
+def outcome_of(trainer: Trainer, *, has_dev: bool) -> FitResult:
     """Read the log of a finished training, whose every step was logged."""
     state = trainer.state
     losses = logged(state.log_history, "loss")
     last_epoch = losses[-max(1, round(len(losses) / max(1.0, state.epoch or 1.0))) :]
     kept = (state.best_global_step if has_dev else None) or state.global_step
-    return Outcome(
+    return FitResult(
         steps=state.global_step,
         train_loss=sum(loss for _, loss in last_epoch) / len(last_epoch),
         dev_loss=dict(logged(state.log_history, "eval_loss")).get(kept),

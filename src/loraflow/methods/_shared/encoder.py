@@ -13,16 +13,9 @@ from loraflow.errors import MethodError
 class TextEncoder:
     """A model of transformers whose last hidden states, averaged over the tokens, embed a text.
 
-    Attributes:
-        name: its Hub id or directory.
-        features: width of its embeddings.
-
     Raises:
         MethodError: if there is no such model.
     """
-
-    name: str
-    features: int
 
     def __init__(self, name: str) -> None:
         # The model itself is loaded when it is first used.

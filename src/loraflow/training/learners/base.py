@@ -57,9 +57,6 @@ class Learner(ABC):
             examples: as `check_examples` gave them.
             dev: examples that decide between checkpoints.
             run: the recipe, and where it is run.
-
-        Returns:
-            What was learned how.
         """
 
     def check_method(self, fusion: Fusion) -> None:

@@ -32,36 +32,22 @@ from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import make_folder, write_atomically
 from loraflow.prompts import PromptFormat
-from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings, Run
+from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
 from loraflow.training.trainer import as_it_was, train
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(FitResult):
     """What a fine-tuning did.
 
     Attributes:
         output: directory of the trained adapter.
         parameters: number of trained values.
-        steps: optimiser steps of the whole run, those before a resume included.
-        train_loss: mean loss of the last epoch's steps, in nats for each response token.
-        dev_loss: loss on the dev examples at the kept checkpoint.
-        kept_step: the step whose weights were kept.
-        seconds: wall-clock time of this call.
-        truncated: origins of the examples that were cut to `max_length`.
-        log: every logged loss, as (step, loss).
     """
 
     output: Path
     parameters: int
-    steps: int
-    train_loss: float
-    dev_loss: float | None
-    kept_step: int
-    seconds: float
-    truncated: list[str]
-    log: list[tuple[int, float]]
 
 
 def finetune(
@@ -130,37 +116,19 @@ def finetune(
         data = prepare(trained, examples, dev, config)
         identity |= {"data": data.digest, "config": dataclasses.asdict(config)}
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
-        result = FinetuneResult(
-            output=output,
-            parameters=sum(parameter.numel() for parameter in trained.learned().values()),
-            steps=outcome.steps,
-            train_loss=outcome.train_loss,
-            dev_loss=outcome.dev_loss,
-            kept_step=outcome.kept_step,
-            seconds=time.perf_counter() - started,
-            truncated=data.train.truncated,
-            log=outcome.log,
-        )
+        parameters = sum(parameter.numel() for parameter in trained.learned().values())
+        seconds = time.perf_counter() - started
         _save(adapted, output)
-    return result
+    done = dataclasses.replace(outcome, seconds=seconds, truncated=data.train.truncated)
+    return FinetuneResult(**vars(done), output=output, parameters=parameters)
 
 
 class TrainedAdapter(nn.Module):
-    """A base model with one PEFT adapter, as the trainer takes it: its `state_dict` holds the adapter alone.
-
-    Attributes:
-        peft_model: PEFT's model of both.
-        tokenizer: the base's tokenizer.
-        prompt: how questions become prompts.
-    """
+    """A base model with one PEFT adapter, as the trainer takes it: its `state_dict` holds the adapter alone."""
 
     # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
     _hf_peft_config_loaded = True
     main_input_name = "input_ids"
-
-    peft_model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    prompt: PromptFormat
 
     def __init__(self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat) -> None:
         super().__init__()

@@ -16,8 +16,7 @@ from loraflow.training.checkpoints import identity_of
 from loraflow.training.config import FitConfig, FitResult, Run
 from loraflow.training.data import FitData, TokenExamples, prepare
 from loraflow.training.learners.base import Examples, Learner
-from loraflow.training.loss import mean_loss
-from loraflow.training.scores import check_score
+from loraflow.training.loss import check_score, mean_loss
 from loraflow.training.trainer import as_it_was, train
 
 
@@ -36,18 +35,7 @@ class Gradient(Learner):
 
 
 def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: bool = True) -> FitResult:
-    """One run of the trainer over a fusion's gates.
-
-    Args:
-        fusion: the fusion.
-        data: its examples.
-        run: the recipe, and where it is run.
-        label: what the progress bar says.
-        fresh: whether training starts from the method's start, and not from the gates as they are.
-
-    Returns:
-        What the training did.
-    """
+    """One run of the trainer over a fusion's gates, from the method's start if `fresh`, else from where they are."""
     started = time.perf_counter()
     fusion.training_record = None
 
@@ -58,12 +46,12 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
         stack.enter_context(as_it_was(fusion))
         stack.enter_context(fusion.attachment.dropping(run.config.adapter_dropout))
         outcome, recorded = train(fusion, data, run, identity_of(fusion, data, run), label, start)
-    return FitResult(
+    return dataclasses.replace(
+        outcome,
         start=_start_weights(fusion, recorded["start_losses"]),
         start_losses=recorded["start_losses"],
         seconds=time.perf_counter() - started,
         truncated=data.train.truncated,
-        **dataclasses.asdict(outcome),
     )
 
 

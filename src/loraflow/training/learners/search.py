@@ -20,9 +20,8 @@ from loraflow.training.config import FitResult, Run
 from loraflow.training.data import TokenExamples, prepare
 from loraflow.training.learners.base import TRAINING, Examples, Learner
 from loraflow.training.learners.gradient import training_record
-from loraflow.training.loss import mean_loss
+from loraflow.training.loss import check_score, mean_loss, mean_score
 from loraflow.training.progress import counting_progress
-from loraflow.training.scores import check_score, make_scorer
 
 
 class Search(Learner):
@@ -57,7 +56,7 @@ class Search(Learner):
         if data.dev is not None:
             score = None
             if run.score is not None:
-                score = make_scorer(fusion, data.dev_examples, config.score_max_new_tokens, run.score)()
+                score = mean_score(fusion, data.dev_examples, config.score_max_new_tokens, run.score)
             dev_loss = mean_loss(fusion, data.dev, config.batch_size)
             result = dataclasses.replace(result, dev_loss=dev_loss, dev_score=score)
         fusion.training_record = training_record(config, data, result)

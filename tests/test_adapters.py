@@ -368,6 +368,7 @@ def test_parts_and_settings_must_agree(base, tmp_path, config, part):
     assert f"{part}'. Save the adapter again." in refusal(directory)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("config", "part"), [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")]
 )

@@ -557,7 +557,9 @@ def vanishing(address, body, read):
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         while read > 0:
-            read -= len(connection.recv(1000))
+            received = connection.recv(1000)
+            assert received, "the server ended the answer before"
+            read -= len(received)
         yield
 
 

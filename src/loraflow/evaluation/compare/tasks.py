@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 
 from loraflow.adapters import load_adapter
 from loraflow.errors import DataError, did_you_mean
-from loraflow.evaluation import SETTINGS
 from loraflow.evaluation.compare.plan import FieldNames, MixSpec, SettingSpec, TaskSpec
 from loraflow.evaluation.scoring import Scorer, get_scorer
 from loraflow.examples import Example, Fields, parse_examples, read_examples
@@ -253,20 +252,18 @@ def load_setting(
 
 
 def _named(name: str, tasks: Sequence[str] | None, allow_code: bool) -> Setting:
-    """A setting that is built in, or that another package names as an entry point.
+    """A setting that a package names as an entry point.
 
     Raises:
         DataError: if there is none of that name, or the entry point cannot be imported or gives something else.
     """
-    points = [EntryPoint(known, place, ENTRY_POINTS) for known, place in SETTINGS.items()]
-    # Looking for other packages takes milliseconds; none of them can take a built-in name.
-    if name not in SETTINGS:
-        points.extend(entry_points(group=ENTRY_POINTS))
+    # The library's own come first: no other package can take their names.
+    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: not point.value.startswith("loraflow."))
     point = next((point for point in points if point.name == name), None)
     if point is None:
         known = did_you_mean(name, {point.name for point in points})
         raise DataError(f"There is no setting {name!r}. {known} Or give a file that ends in .yaml.")
-    package = point.dist.name if point.dist is not None else point.value
+    package = point.dist and point.dist.name
     try:
         make = point.load()
     except Exception as error:

@@ -101,9 +101,6 @@ class OwnTasks:
     def described(self, harness: list[str]) -> dict[str, Any]:
         """The tasks as a setting has them.
 
-        Args:
-            harness: tasks of lm-evaluation-harness.
-
         Raises:
             LoraflowError: if there is none.
         """

@@ -17,14 +17,7 @@ from loraflow.files import write_atomically
 
 
 def demo_plan(task: DemoTask, options: Mapping[str, Any], seed: int, count: int) -> Plan:
-    """The base, each adapter alone, their average and, last, LoRA-Flow fitted on the task.
-
-    Args:
-        task: one of the six composite tasks.
-        options: LoRA-Flow's parameters.
-        seed: of the examples' order while it is fitted.
-        count: how many of the test problems are answered.
-    """
+    """The base, each adapter alone, their average and, last, LoRA-Flow fitted on the task."""
     rows = dict.fromkeys(("base", *task.adapters, "average"))
     content = {
         "setting": "small-world",

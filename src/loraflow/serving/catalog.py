@@ -105,9 +105,6 @@ class Catalog:
             base_id: what requests call the base; by default its id, or its directory's name.
             options: precision, placement and quantisation of the base.
 
-        Returns:
-            The catalog.
-
         Raises:
             FusionError: if a fusion was made with another base.
             LoraflowError: if there is no base, nothing to serve, or a name comes twice.
@@ -131,14 +128,7 @@ class Catalog:
         """Offer another adapter, or another saved fusion, while requests are answered.
 
         Where a new adapter comes into the model, requests wait as long as it takes to stack all of them anew.
-
-        Args:
-            name: what requests will call it.
-            path: its directory; one with a `fusion_config.json` is a fusion's.
-            permit: called with every directory before it is read; gives the one that is meant, or raises.
-
-        Returns:
-            What is offered now.
+        `permit` is called with every directory before it is read; it gives the one that is meant, or raises.
 
         Raises:
             LoraflowError: if the name is taken, or cannot be used; nothing has changed then.

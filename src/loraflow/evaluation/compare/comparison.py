@@ -47,13 +47,6 @@ class Comparison:
 def open_comparison(plan: Plan, *, allow_code: bool = False) -> Comparison:
     """Read all that a plan names, and find out what is wrong with it before anything is measured.
 
-    Args:
-        plan: the plan.
-        allow_code: whether scorers may run what a model wrote, in the sandbox.
-
-    Returns:
-        The comparison.
-
     Raises:
         DataError: if a row cannot be measured on one of the tasks.
         LoraflowError: if something else in the plan is wrong.

@@ -65,9 +65,6 @@ def answer_task(
         batch_size: problems answered together.
         allow_code: whether a task of lm-evaluation-harness may run what the model wrote, in the sandbox.
         progress: called after each batch with how many are answered, and how many there are.
-
-    Returns:
-        Answers, scores, time and memory.
     """
     if task.harness is not None:
         return _answer_harness(model, task.harness, limit, batch_size, allow_code, progress)
@@ -148,15 +145,6 @@ def _answer_harness(
 
 def score_again(task: Task, items: Sequence[Item], metric: str, *, allow_code: bool = False) -> list[Item]:
     """Kept answers with new scores; needs no model.
-
-    Args:
-        task: the task that was answered.
-        items: its answers.
-        metric: the score that decided.
-        allow_code: whether scorers may run what a model wrote, in the sandbox.
-
-    Returns:
-        The same items, scored anew.
 
     Raises:
         DataError: if there are more answers than problems.

@@ -267,9 +267,6 @@ def read_plan(source: str | Path, **changes: Any) -> Plan:
         source: a YAML file, or one of `study_names()`.
         changes: fields of the plan that differ from what is written there; those that are None do not.
 
-    Returns:
-        The plan, with every path in it made absolute.
-
     Raises:
         DataError: if there is no such plan, or something in it is wrong; the message says where.
     """

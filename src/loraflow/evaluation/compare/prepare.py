@@ -119,9 +119,6 @@ def prepare(
         seed: of what is drawn at random while it learns.
         directory: where what it learns is kept, and where an interrupted fit goes on.
         say: hears how the learning goes on, line by line.
-
-    Returns:
-        The row, its model set to the task's prompt format.
     """
     facts: dict[str, Any] = {}
     if row.spec.fusion is not None:

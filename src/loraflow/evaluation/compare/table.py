@@ -134,15 +134,7 @@ class _Entry:
 
 
 def make_table(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
-    """Work out the table of a run, finished or not.
-
-    Args:
-        comparison: what was compared.
-        store: where the cells are.
-        wanted: what each cell has to be the measurement of (`compare.identities`); others count as missing.
-
-    Returns:
-        The table.
+    """Work out the table of a run, finished or not; cells that are not what is `wanted` (`identities`) are missing.
 
     Raises:
         LoraflowError: if no cell is finished, or two have not answered as many problems of a task.

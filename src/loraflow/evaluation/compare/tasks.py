@@ -225,9 +225,6 @@ def load_setting(
         tasks: the tasks that are wanted; by default all but the mixed ones.
         allow_code: whether scorers may run what a model wrote, in the sandbox.
 
-    Returns:
-        The setting.
-
     Raises:
         DataError: if there is no such setting or task, or a file of it is wrong.
         SandboxError: if a wanted task runs code, and that is not allowed.
@@ -357,9 +354,6 @@ def mix_tasks(name: str, task: Task, other: Task, how: str) -> Task:
         task: whose answers, scorers, adapters and training data it has.
         other: has the same problems in the same order, in another language.
         how: "alternate" takes every second sentence from the other, "question" the last sentence only.
-
-    Returns:
-        The mixed task.
 
     Raises:
         DataError: if the two have not the same number of problems, or one is of lm-evaluation-harness.

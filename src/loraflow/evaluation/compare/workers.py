@@ -55,13 +55,6 @@ class Options:
 def measure_cells(comparison: Comparison, missing: Job, store: Store, options: Options, console: Console) -> int:
     """Measure cells and keep what they come to.
 
-    Args:
-        comparison: the comparison.
-        missing: its cells that are to be measured, each with its identity.
-        store: where they are kept.
-        options: how it is done.
-        console: where progress is shown.
-
     Returns:
         How many failed.
     """

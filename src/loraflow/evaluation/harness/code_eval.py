@@ -114,10 +114,6 @@ def sandboxed_code_eval(task: str, *, allow_code: bool) -> Iterator[Replacement]
     lm-eval keeps the modules of its tasks, so those loaded before, which may hold the stock metric, are put aside, and
     those loaded inside are forgotten at the end.
 
-    Args:
-        task: the task's name, for messages.
-        allow_code: whether generated code may run, in the sandbox.
-
     Yields:
         Whether the metric was asked for.
     """

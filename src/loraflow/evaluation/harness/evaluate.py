@@ -117,9 +117,6 @@ def evaluate_task(
         metric: the metric that decides; by default the task's first.
         on_progress: called as requests are answered.
 
-    Returns:
-        The scores of every problem and of all.
-
     Raises:
         DataError: if the task's data is missing.
         LoraflowError: if the task is unknown, or is several, cannot be loaded, or has no such metric or setting.
@@ -146,14 +143,7 @@ def rescore_task(
 ) -> HarnessResult:
     """Score stored responses anew, by the task as it is now; needs the task's data, but no model.
 
-    Args:
-        stored: what `evaluate_task` returned.
-        allow_code: as there.
-        include_path: as there.
-        metric: the metric that decides; by default the one that did.
-
-    Returns:
-        The same prompts and responses with new scores.
+    The metric that decides is by default the one that did.
 
     Raises:
         DataError: if the problems of the task are no longer those that were answered.
@@ -179,11 +169,6 @@ def rescore_task(
 
 def check_task(task: str, *, allow_code: bool = False, include_path: Path | None = None) -> bool:
     """Find out whether there is such a task and whether it may run, without loading its data.
-
-    Args:
-        task: its name.
-        allow_code: the caller's word that a task which runs generated code may do so, in the sandbox.
-        include_path: a folder with task files of your own.
 
     Returns:
         Whether it says that it runs generated code.

@@ -166,39 +166,30 @@ class _Worker:
         def progress(done: int, total: int) -> None:
             self._events.put(("answered", cell, (done, total)))
 
-        prepared = prepare(self._bench, row, task, cell.seed, directory, say)
+        model, learned = prepare(self._bench, row, task, cell.seed, directory, say)
         self._events.put(("answering", cell, 0))
         record = self._store.read(cell)
         if record is not None:
             # All but its weights, which nobody asked for before.
             items = self._store.read_items(cell)
-            record = dataclasses.replace(record, weights=mean_answer_weights(prepared.model, task, items))
+            record = dataclasses.replace(record, weights=mean_answer_weights(model, task, items))
         else:
-            measured = answer_task(
-                prepared.model,
+            items, measured = answer_task(
+                model,
                 task,
                 limit=plan.limit,
                 batch_size=plan.batch_size,
                 allow_code=self._allow_code,
                 progress=progress,
             )
-            items = list(measured.items)
             record = Record(
                 cell=cell,
                 identity=identity,
-                metric=measured.metric,
-                scores=[item.scores[measured.metric] for item in items],
-                learned_parameters=prepared.learned_parameters,
-                examples=prepared.examples,
-                fit_s=prepared.fit_s,
-                answer_s=measured.seconds,
-                tokens=measured.tokens,
-                memory_mib=measured.memory_mib,
+                scores=[item.scores[measured["metric"]] for item in items],
                 fitted_on=row.spec.fitted_on,
-                weights=mean_answer_weights(prepared.model, task, items) if plan.weights else None,
-                details=prepared.details,
-                higher_is_better=measured.higher_is_better,
-                notice=measured.notice,
+                weights=mean_answer_weights(model, task, items) if plan.weights else None,
+                **learned,
+                **measured,
             )
         self._store.write(record, items)
         return record

@@ -35,11 +35,8 @@ class Result:
     """How one method did on a task's problems.
 
     Attributes:
-        method: the method's name.
-        answers: the answers, in order.
         right: for each problem, whether the answer is right (its final number, or its code passes the tests).
         in_language: for each problem, whether the answer is right and in the asked language.
-        seconds: time to generate all answers.
     """
 
     method: str

@@ -69,7 +69,6 @@ class MathFrame:
         person: index into `PEOPLE` of the one who has the things.
         friend: index into `PEOPLE` of the one who gives and takes.
         noun: index into `NOUNS` of the things.
-        start: how many there are at first.
         changes: each action's key and its number, in order.
     """
 
@@ -98,11 +97,8 @@ class Problem:
     """One problem and its reference answer.
 
     Args:
-        prompt: what the user asks.
-        completion: a right answer, in the language of the question.
         answer: the final number of a word problem; None for a program.
         tests: assert lines that a right program passes; empty for a word problem.
-        language: the language of prompt and completion.
     """
 
     prompt: str
@@ -118,11 +114,8 @@ class DemoTask:
 
     Args:
         name: language and skill, such as "zh-math".
-        language: the language of questions and answers.
-        skill: "math" or "code".
         adapters: names of the shipped adapters to fuse, language first.
         train: 200 problems to fit a fusion on.
-        dev: 100 problems to choose settings by.
         test: 500 problems to report.
     """
 

@@ -147,9 +147,6 @@ class Gain:
     """What a gate that was fitted on one task gains on another, over the comparison's reference.
 
     Attributes:
-        contender: the gate's name.
-        fitted_on: the task that it was fitted on.
-        task: the task that it answered.
         gain: difference of the mean scores, in points of 100.
         interval: of the gain, or None where the report has none.
     """

@@ -22,8 +22,6 @@ class PageFiles:
 
     Attributes:
         template: HTML with placeholders such as `{{script}}`.
-        style: the whole style sheet.
-        script: the whole script.
     """
 
     template: str

@@ -20,10 +20,7 @@ class Comparison:
     """A plan with all that it names.
 
     Attributes:
-        plan: the plan.
-        setting: its setting, with the problems.
         rows: the rows, by name; those that are to learn on every task are one for each.
-        cells: what is to be measured, task by task.
         left_out: why rows are missing in some tasks where they cannot be.
     """
 

@@ -32,7 +32,6 @@ class HarnessTask:
     """A task of lm-evaluation-harness.
 
     Attributes:
-        name: its name there.
         metric: the one that decides; None takes its first.
         num_fewshot: examples in its prompts; None takes its own number.
         chat: put its prompts into the fusion's prompt format.
@@ -66,7 +65,6 @@ class Task:
         dev: examples on which its checkpoints are chosen.
         prompt: how test questions become prompts.
         train_prompt: how training questions do.
-        max_new_tokens: longest answer.
         stop: an answer ends before the first of these strings.
         problems: tasks with the same name here have the same problems in the same order.
         learns_as: the name of the task whose training data it shares; its own where it shares none.
@@ -160,14 +158,8 @@ class Setting:
     """What there is to compare on.
 
     Attributes:
-        base: the base model: Hub id or directory.
-        adapters: where each adapter is, by name.
-        tasks: the tasks, by name.
         recipes: settings of `FitConfig` by method's name, and of `LoraSettings` too under `finetune`.
         adapter_examples: gives an adapter's own examples, for methods that learn from those.
-        revision: of the base on the Hub.
-        dtype: precision of the base.
-        quantization: of the base.
     """
 
     base: str
@@ -178,22 +170,16 @@ class Setting:
     revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
-    _digests: dict[tuple[str, str], str] = field(default_factory=dict, repr=False, compare=False)
 
-    def weights_digest(self, adapter: str) -> str:
+    @functools.cached_property
+    def weights_digest(self) -> Callable[[str], str]:
         """SHA-256 of an adapter as it was on disk when this was first asked."""
-        return self._once("weights", adapter, lambda: load_adapter(adapter, self.adapters[adapter]).digest)
+        return functools.cache(lambda adapter: load_adapter(adapter, self.adapters[adapter]).digest)
 
-    def examples_digest(self, adapter: str) -> str:
+    @functools.cached_property
+    def examples_digest(self) -> Callable[[str], str]:
         """SHA-256 of an adapter's own examples."""
-        return self._once(
-            "examples", adapter, lambda: _digest(_contents(parse_examples(self.adapter_examples(adapter))))
-        )
-
-    def _once(self, kind: str, adapter: str, digest: Callable[[], str]) -> str:
-        if (kind, adapter) not in self._digests:
-            self._digests[kind, adapter] = digest()
-        return self._digests[kind, adapter]
+        return functools.cache(lambda adapter: _digest(_contents(parse_examples(self.adapter_examples(adapter)))))
 
     def base_identity(self) -> list[Any]:
         """What tells the base from others: where it is on the Hub, or what its files look like."""

@@ -98,11 +98,7 @@ def pass_at_k(total: int, correct: int, k: int) -> float:
 
 @dataclass
 class Replacement:
-    """What happened while the metric was replaced.
-
-    Attributes:
-        asked: whether a task asked for it.
-    """
+    """What happened while the metric was replaced."""
 
     asked: bool = False
 

@@ -58,10 +58,8 @@ class HarnessResult:
     """How a fusion did on a task.
 
     Attributes:
-        task: the task's name.
         metric: the metric that decides: a key of `aggregate`.
         higher_is_better: what is good for that metric.
-        items: every problem, in order.
         aggregate: lm-eval's results, and for each its `..._stderr`, None where it has none.
         notice: what a reader of the scores has to know, such as that code ran in another place than lm-eval's.
     """

@@ -28,9 +28,6 @@ class FusionPlan:
     """What is to be put into a model.
 
     Attributes:
-        config: the fusion, as it is saved.
-        method: what gives its weights.
-        adapters: names of the adapters, in order.
         layers: the updates of each decoder layer.
         gates: the method's gates by site, with what they learned; none where whole prompts are weighed.
         digest: SHA-256 of all that decides what the fusion computes.

@@ -163,7 +163,7 @@ def held_out_frames(skill: str, count: int, seed: str = "task") -> tuple[MathFra
     rng = random.Random(f"loraflow small world {skill} {seed}")
     frames: dict[object, MathFrame | CodeFrame] = {}
     while len(frames) < count:
-        frame = draw_frame(skill, rng)
+        frame = draw_math(rng) if skill == "math" else draw_code(rng)
         if is_held_out(frame):
             frames.setdefault(meaning_of(frame), frame)
     return tuple(frames.values())
@@ -177,11 +177,6 @@ def is_held_out(frame: MathFrame | CodeFrame) -> bool:
 def meaning_of(frame: MathFrame | CodeFrame) -> object:
     """What makes two problems the same; who and what a word problem is about does not."""
     return (frame.start, frame.changes) if isinstance(frame, MathFrame) else (frame.takes, frame.steps)
-
-
-def draw_frame(skill: str, rng: random.Random) -> MathFrame | CodeFrame:
-    """A random frame of a skill, of one to three steps."""
-    return draw_math(rng) if skill == "math" else draw_code(rng)
 
 
 def draw_math(rng: random.Random) -> MathFrame:

@@ -108,16 +108,12 @@ def _last_readings(text: str) -> tuple[Decimal, ...]:
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return ()
-    no_exponents = (number for number in reversed(numbers) if not _is_exponent(text, number.start()))
-    last = next(no_exponents, numbers[-1])
+    starts = ((number, number.start()) for number in reversed(numbers))
+    last = next((n for n, at in starts if not _BEFORE_EXPONENT.search(text, max(0, at - 4), at)), numbers[-1])
     readings = _readings("".join(last["body"].split()), spaced=last["space"] is not None)
     if last["unit"]:
         readings = tuple(reading * _UNITS[last["unit"]] for reading in readings)
     return tuple(reading.copy_negate() for reading in readings) if last["sign"] else readings
-
-
-def _is_exponent(text: str, start: int) -> bool:
-    return _BEFORE_EXPONENT.search(text, max(0, start - 4), start) is not None
 
 
 def _readings(body: str, spaced: bool) -> tuple[Decimal, ...]:

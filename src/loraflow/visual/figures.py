@@ -205,7 +205,8 @@ def transfer_figure(report: Mapping[str, Any], title: str | None = None) -> Figu
             ]
             _draw_gains(axes, places, mine, width, index)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(gates)), [legible(_gate_label(*gate)) for gate in gates])
+        labels = [name if fitted_on in name else f"{name}\n({fitted_on})" for name, fitted_on in gates]
+        axes.set_xticks(range(len(gates)), [legible(label) for label in labels])
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel(legible(f"gain over {report['reference']} (points)"), parse_math=False)
         plain_text(axes.get_xticklabels())
@@ -233,10 +234,6 @@ def _draw_gains(axes: Axes, places: Sequence[float], gains: Sequence[Gain], widt
             axes.annotate(
                 "★", (place, top), (0, 2), textcoords="offset points", ha="center", va="bottom", gid="own task"
             )
-
-
-def _gate_label(contender: str, fitted_on: str) -> str:
-    return contender if fitted_on in contender else f"{contender}\n({fitted_on})"
 
 
 def _task_handles(tasks: Sequence[str]) -> tuple[list[Any], list[str]]:

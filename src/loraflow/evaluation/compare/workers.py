@@ -153,7 +153,10 @@ class _Worker:
             except Exception:
                 self._events.put(("failed", cell, traceback.format_exc()))
             else:
-                self._events.put(("done", cell, _line(record)))
+                mean = 100 * sum(record.scores) / len(record.scores)
+                learned = f"{record.fit_s:.0f} s to learn, " if record.examples else ""
+                said = f"{record.metric} {mean:.1f} %; {learned}{record.answer_s:.0f} s to answer"
+                self._events.put(("done", cell, said))
 
     def _measure(self, cell: Cell, identity: Mapping[str, Any]) -> Record:
         row = self._comparison.rows[cell.method]
@@ -193,9 +196,3 @@ class _Worker:
             )
         self._store.write(record, items)
         return record
-
-
-def _line(record: Record) -> str:
-    mean = sum(record.scores) / len(record.scores)
-    learned = f"{record.fit_s:.0f} s to learn, " if record.examples else ""
-    return f"{record.metric} {100 * mean:.1f} %; {learned}{record.answer_s:.0f} s to answer"

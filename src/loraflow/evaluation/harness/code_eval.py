@@ -64,19 +64,13 @@ class SandboxedCodeEval:
             for candidate in candidates
         ]
         verdicts = iter(run_many(programs, Limits(wall_s=timeout, cpu_s=timeout), num_workers))
-        outcomes: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for task_id, candidates in enumerate(predictions):
-            outcomes[task_id] = []
-            for completion_id in range(len(candidates)):
+        outcomes: dict[int, list[tuple[int, dict[str, Any]]]] = {number: [] for number in range(len(predictions))}
+        for number, candidates in enumerate(predictions):
+            for candidate in range(len(candidates)):
                 verdict = next(verdicts)
                 text = {"passed": "passed", "timeout": "timed out"}.get(verdict.reason, f"failed: {verdict.detail}")
-                record = {
-                    "task_id": task_id,
-                    "passed": verdict.passed,
-                    "result": text,
-                    "completion_id": completion_id,
-                }
-                outcomes[task_id].append((completion_id, record))
+                record = {"task_id": number, "passed": verdict.passed, "result": text, "completion_id": candidate}
+                outcomes[number].append((candidate, record))
         counts = [(len(row), sum(record["passed"] for _, record in row)) for row in outcomes.values()]
         return {
             f"pass@{size}": sum(pass_at_k(*count, size) for count in counts) / len(counts)

@@ -256,7 +256,15 @@ def _collect(task: str, found: Mapping[str, Any], metric: str | None, notice: st
     items: dict[int, HarnessItem] = {}
     names: list[str] = []
     for sample in found["samples"][task]:
-        item = items.setdefault(sample["doc_id"], _item(sample))
+        item = HarnessItem(
+            id=str(sample["doc_id"]),
+            prompt=str(sample["arguments"][0][0]),
+            responses=_plain(sample["resps"]),
+            target=str(sample["target"]),
+            scores={},
+            digest=sample["doc_hash"],
+        )
+        item = items.setdefault(sample["doc_id"], item)
         for name in sample["metrics"]:
             full = _metric_name(name, sample["filter"])
             if full not in names:
@@ -271,17 +279,6 @@ def _collect(task: str, found: Mapping[str, Any], metric: str | None, notice: st
         items=list(items.values()),
         aggregate=_aggregate(found["results"][task]),
         notice=notice,
-    )
-
-
-def _item(sample: Mapping[str, Any]) -> HarnessItem:
-    return HarnessItem(
-        id=str(sample["doc_id"]),
-        prompt=str(sample["arguments"][0][0]),
-        responses=_plain(sample["resps"]),
-        target=str(sample["target"]),
-        scores={},
-        digest=sample["doc_hash"],
     )
 
 

@@ -101,9 +101,6 @@ class OwnTasks:
     def described(self, harness: list[str]) -> dict[str, Any]:
         """The tasks as a setting has them.
 
-        Args:
-            harness: tasks of lm-evaluation-harness.
-
         Raises:
             LoraflowError: if there is none.
         """
@@ -192,7 +189,9 @@ def compare(
     if output is None:
         raise LoraflowError("`--output` is missing. Say where the run's files go; a run there goes on.")
     if plan is None and (measuring.report or measuring.rescore):
-        plan = _plan_of_run(output)
+        from loraflow.evaluation.compare.store import PLAN_FILE
+
+        plan = str(output / PLAN_FILE) if (output / PLAN_FILE).is_file() else None
     if plan is not None or setting is not None:
         for flag in given.flags({*options_of(Sources), *options_of(OwnTasks)} - {"device"}):
             raise LoraflowError(f"`{flag}` describes a setting, and a plan or --setting names one. Leave it out.")
@@ -218,13 +217,6 @@ def compare(
 
 def _known(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _plan_of_run(output: Path) -> str | None:
-    from loraflow.evaluation.compare.store import PLAN_FILE
-
-    path = output / PLAN_FILE
-    return str(path) if path.is_file() else None
 
 
 def _print_studies() -> None:

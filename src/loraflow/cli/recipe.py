@@ -78,11 +78,6 @@ class Room:
 def check_output(output: Path, *, overwrite: bool, makes: str) -> None:
     """Check that what a command writes replaces nothing unasked.
 
-    Args:
-        output: the directory that it writes to.
-        overwrite: whether it may replace what is of its own kind there.
-        makes: "fusion" or "adapter".
-
     Raises:
         LoraflowError: if there is a file, another fusion, or an adapter.
     """

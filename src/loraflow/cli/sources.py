@@ -98,9 +98,6 @@ class Sources:
     def both(self, form: str = "name=path ...") -> tuple[str, dict[str, str]]:
         """The base and the adapters.
 
-        Args:
-            form: how the adapters are to be given, where they are not.
-
         Raises:
             LoraflowError: if one of the two is missing.
         """

@@ -17,14 +17,7 @@ from loraflow.files import write_atomically
 
 
 def demo_plan(task: DemoTask, options: Mapping[str, Any], seed: int, count: int) -> Plan:
-    """The base, each adapter alone, their average and, last, LoRA-Flow fitted on the task.
-
-    Args:
-        task: one of the six composite tasks.
-        options: LoRA-Flow's parameters.
-        seed: of the examples' order while it is fitted.
-        count: how many of the test problems are answered.
-    """
+    """The base, each adapter alone, their average and, last, LoRA-Flow fitted on the task."""
     rows = dict.fromkeys(("base", *task.adapters, "average"))
     content = {
         "setting": "small-world",
@@ -42,11 +35,8 @@ class Result:
     """How one method did on a task's problems.
 
     Attributes:
-        method: the method's name.
-        answers: the answers, in order.
         right: for each problem, whether the answer is right (its final number, or its code passes the tests).
         in_language: for each problem, whether the answer is right and in the asked language.
-        seconds: time to generate all answers.
     """
 
     method: str

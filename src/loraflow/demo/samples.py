@@ -40,15 +40,7 @@ def adapter_samples(name: str, count: int = 200, seed: int = 0) -> list[dict[str
     """Samples of a shipped adapter's own data, which some methods learn from: `{"prompt": ..., "completion": ...}`.
 
     They come from the generator of the adapter's training data, with other seeds. A chat adapter also read stories
-    without a prompt, one document in seven; those are left out here.
-
-    Args:
-        name: the adapter.
-        count: how many samples.
-        seed: other seeds give other samples.
-
-    Returns:
-        The samples; the same ones for the same arguments.
+    without a prompt, one document in seven; those are left out here. The same arguments give the same samples.
 
     Raises:
         DataError: if there is no such adapter.

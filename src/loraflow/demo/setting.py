@@ -32,11 +32,7 @@ MIXED = {f"{name}-{how}": (name, how) for name in TASKS if name.endswith("math")
 
 @dataclasses.dataclass(frozen=True)
 class InLanguage:
-    """1 if an answer is right by another scorer, and its prose is in the language of the question.
-
-    Attributes:
-        right: that scorer.
-    """
+    """1 if an answer is right by another scorer, and its prose is in the language of the question."""
 
     right: Scorer
 

@@ -69,7 +69,6 @@ class MathFrame:
         person: index into `PEOPLE` of the one who has the things.
         friend: index into `PEOPLE` of the one who gives and takes.
         noun: index into `NOUNS` of the things.
-        start: how many there are at first.
         changes: each action's key and its number, in order.
     """
 
@@ -98,11 +97,8 @@ class Problem:
     """One problem and its reference answer.
 
     Args:
-        prompt: what the user asks.
-        completion: a right answer, in the language of the question.
         answer: the final number of a word problem; None for a program.
         tests: assert lines that a right program passes; empty for a word problem.
-        language: the language of prompt and completion.
     """
 
     prompt: str
@@ -118,11 +114,8 @@ class DemoTask:
 
     Args:
         name: language and skill, such as "zh-math".
-        language: the language of questions and answers.
-        skill: "math" or "code".
         adapters: names of the shipped adapters to fuse, language first.
         train: 200 problems to fit a fusion on.
-        dev: 100 problems to choose settings by.
         test: 500 problems to report.
     """
 
@@ -170,7 +163,7 @@ def held_out_frames(skill: str, count: int, seed: str = "task") -> tuple[MathFra
     rng = random.Random(f"loraflow small world {skill} {seed}")
     frames: dict[object, MathFrame | CodeFrame] = {}
     while len(frames) < count:
-        frame = draw_frame(skill, rng)
+        frame = draw_math(rng) if skill == "math" else draw_code(rng)
         if is_held_out(frame):
             frames.setdefault(meaning_of(frame), frame)
     return tuple(frames.values())
@@ -184,11 +177,6 @@ def is_held_out(frame: MathFrame | CodeFrame) -> bool:
 def meaning_of(frame: MathFrame | CodeFrame) -> object:
     """What makes two problems the same; who and what a word problem is about does not."""
     return (frame.start, frame.changes) if isinstance(frame, MathFrame) else (frame.takes, frame.steps)
-
-
-def draw_frame(skill: str, rng: random.Random) -> MathFrame | CodeFrame:
-    """A random frame of a skill, of one to three steps."""
-    return draw_math(rng) if skill == "math" else draw_code(rng)
 
 
 def draw_math(rng: random.Random) -> MathFrame:

@@ -74,18 +74,12 @@ _SPLIT_RUN = re.compile(r"\d+(?:\.\d+)?")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text: the answer of a worked solution, by the rule of MGSM's scoring.
+    """The last number in a text: the answer of a worked solution, by the rule of MGSM's scoring; None if there is none.
 
     Units, currency and percent signs, `\\boxed{}` and a closing full stop do not matter. `80,000`, `80 000` and
     `80.000.000` have thousands separators; `3,5` and `0,125` have decimal commas; `70.000` is read as 70, see
     `same_number`; `7万`, `70 тыс.` and `70 mil` are 70000. A fraction `1/2` ends in the number 2, but an area `18 cm^2`
     in the number 18.
-
-    Args:
-        text: in any language; full-width digits count.
-
-    Returns:
-        The number, or None if there is none.
     """
     readings = _last_readings(text)
     return readings[0] if readings else None
@@ -96,13 +90,6 @@ def same_number(text: str, answer: str) -> bool:
 
     Spanish and Russian texts may write seventy thousand as `70.000`. What a single dot before three digits means cannot
     be known, so either reading of it counts as right.
-
-    Args:
-        text: what the model wrote.
-        answer: the right answer, alone or at the end of a worked solution.
-
-    Returns:
-        Whether they agree; False if the text has no number.
 
     Raises:
         DataError: if the answer has no number.
@@ -121,16 +108,12 @@ def _last_readings(text: str) -> tuple[Decimal, ...]:
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return ()
-    no_exponents = (number for number in reversed(numbers) if not _is_exponent(text, number.start()))
-    last = next(no_exponents, numbers[-1])
+    starts = ((number, number.start()) for number in reversed(numbers))
+    last = next((n for n, at in starts if not _BEFORE_EXPONENT.search(text, max(0, at - 4), at)), numbers[-1])
     readings = _readings("".join(last["body"].split()), spaced=last["space"] is not None)
     if last["unit"]:
         readings = tuple(reading * _UNITS[last["unit"]] for reading in readings)
     return tuple(reading.copy_negate() for reading in readings) if last["sign"] else readings
-
-
-def _is_exponent(text: str, start: int) -> bool:
-    return _BEFORE_EXPONENT.search(text, max(0, start - 4), start) is not None
 
 
 def _readings(body: str, spaced: bool) -> tuple[Decimal, ...]:
@@ -159,13 +142,8 @@ def extract_code(text: str) -> str:
     """The Python program in a model's answer.
 
     That is the first fenced block marked as Python, else the first fenced block, else the lines from the first that
-    looks like code to the last with which they parse. A text in which none of this is found is returned as it is.
-
-    Args:
-        text: the answer; its last fence may be missing, as when the model ran out of tokens.
-
-    Returns:
-        Source code, which need not be correct.
+    looks like code to the last with which they parse. A text in which none of this is found is returned as it is. The
+    last fence may be missing, as when the model ran out of tokens.
     """
     text = text.replace("\r\n", "\n")
     fences = [(fence["language"].lower(), fence["code"]) for fence in _FENCE.finditer(text)]
@@ -296,13 +274,6 @@ SCORERS: dict[str, Scorer] = {
 
 def get_scorer(name: str, allow_code: bool = False) -> Scorer:
     """Look a scorer up.
-
-    Args:
-        name: a key of `SCORERS`.
-        allow_code: whether a scorer that runs generated code may do so.
-
-    Returns:
-        The scorer, ready to be called.
 
     Raises:
         DataError: if there is none of that name.

@@ -15,14 +15,6 @@ Values = np.ndarray
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Interval for a share of successes, at 95 % with the default `z` (Wilson 1927).
 
-    Args:
-        successes: how many succeeded.
-        trials: of how many.
-        z: standard normal quantile of the interval.
-
-    Returns:
-        Lower and upper end, between 0 and 1.
-
     Raises:
         ValueError: if there were no trials.
     """
@@ -47,15 +39,6 @@ def bootstrap_means(
     Of n > 1 runs, n - 1 are drawn each time: with n, the variance of the few seeds that anybody runs would come out too
     small by the factor (n - 1) / n (Rao and Wu 1988). Of hundreds of problems as many are drawn.
 
-    Args:
-        outcomes: a score for each run (a seed of a method) and problem.
-        problems_seed: which problems are drawn.
-        runs_seed: which runs are drawn.
-        resamples: how many means.
-
-    Returns:
-        One mean for each resample.
-
     Raises:
         ValueError: if there is no run or no problem.
     """
@@ -68,15 +51,7 @@ def bootstrap_means(
 
 
 def percentile_interval(resampled: Float[Values, " resamples"], level: float = 0.95) -> tuple[float, float]:
-    """The middle part of resampled means or differences (Efron 1979).
-
-    Args:
-        resampled: what `bootstrap_means` gave, or sums and differences of it.
-        level: share of the resamples inside the interval.
-
-    Returns:
-        Lower and upper end.
-    """
+    """The middle part of resampled means or differences (Efron 1979)."""
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -94,13 +69,6 @@ def mcnemar_p(first: Int[Values, " problems"], second: Int[Values, " problems"])
     """Exact two-sided p-value of McNemar's test (1947): two methods, right or wrong on the same problems.
 
     Only problems on which the two differ count; if both are equally good, each is as likely to be right there.
-
-    Args:
-        first: 1 where the first is right, else 0.
-        second: the same of the second.
-
-    Returns:
-        The binomial p-value; 1 where they never differ.
 
     Raises:
         ValueError: if they are not 0 or 1, or not as many.

@@ -40,14 +40,8 @@ def check_admin_key(given: bytes, service: Service) -> None:
 def permitted(path: Path, folders: Sequence[Path]) -> Path:
     """The directory that is meant, if it is in an allowed folder with all of its files; links are followed.
 
-    What is elsewhere and what is nowhere have one answer: it tells nothing of the rest of the disk.
-
-    Args:
-        path: absolute, or relative to one of the folders.
-        folders: the allowed folders.
-
-    Returns:
-        The directory, without links.
+    It is absolute, or relative to one of the folders. What is elsewhere and what is nowhere have one answer: it tells
+    nothing of the rest of the disk.
 
     Raises:
         ApiError: if it is not allowed.

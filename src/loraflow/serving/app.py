@@ -267,26 +267,22 @@ def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
 
 async def _gather(service: Service, request: Request, asked: Sequence[Asked]) -> list[list[Piece]]:
     """All pieces of each request; where one fails, or their client goes away, all are given up."""
-
-    async def collect(one: Asked) -> list[Piece]:
-        return [piece async for piece in service.pieces(one)]
-
-    work = [asyncio.ensure_future(collect(one)) for one in asked]
-    waiting = set(work)
-    try:
-        while waiting:
-            done, waiting = await asyncio.wait(waiting, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
-            for one in done:
-                one.result()
-            if waiting and await request.is_disconnected():
-                raise ApiError(499, "The client has gone away.")
-        return [one.result() for one in work]
-    finally:
-        await _end(work, asked)
+    found: list[list[Piece]] = [[] for _ in asked]
+    async with contextlib.aclosing(_pieces(service, asked, request)) as pieces:
+        async for number, piece in pieces:
+            found[number].append(piece)
+    return found
 
 
-async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _pieces(
+    service: Service, asked: Sequence[Asked], client: Request | None = None
+) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all prompts' answers as they come, each with the number of its prompt.
+
+    Args:
+        service: what answers.
+        asked: the prompts.
+        client: who may go away; where the answer is streamed, Starlette looks after that.
 
     Yields:
         Number and piece.
@@ -305,7 +301,13 @@ async def _pieces(service: Service, asked: Sequence[Asked]) -> AsyncGenerator[tu
             end = error
         arrived.put_nowait((number, end))
 
+    async def watch(client: Request) -> None:
+        while not await client.is_disconnected():
+            await asyncio.sleep(0.5)
+        arrived.put_nowait((0, ApiError(499, "The client has gone away.")))
+
     work = [asyncio.ensure_future(collect(number)) for number in range(len(asked))]
+    work += [] if client is None else [asyncio.ensure_future(watch(client))]
     unfinished = len(asked)
     try:
         while unfinished:

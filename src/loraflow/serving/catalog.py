@@ -38,17 +38,10 @@ class Served:
     """One model that requests can name.
 
     Attributes:
-        id: the name.
-        kind: what it is.
-        root: where it came from.
-        parent: the base's name; None for the base itself.
         digest: of all that its answers depend on but the request: base, adapters, method and what that has learned.
         adapters: names of its adapters, in the order of its weights.
-        parts: the digest of each of them.
         method: who weighs them.
-        prompt: how messages become prompts.
         gates: the method's gates, for its own adapters.
-        created: when it was loaded, in seconds since 1970.
     """
 
     id: str
@@ -65,20 +58,14 @@ class Served:
 
 
 class Catalog:
-    """The models of one server, over one base; adapters and fusions may come and go while it answers.
-
-    Attributes:
-        model: the base with every adapter that any of them needs.
-        served: all of them by name, the base first; replaced where it changes, so that readers need no lock.
-    """
-
-    model: FusedModel
-    served: dict[str, Served]
+    """The models of one server, over one base; adapters and fusions may come and go while it answers."""
 
     def __init__(self, model: FusedModel, base_id: str, base_root: str) -> None:
+        # With every adapter that any of them needs.
         self.model = model
         self.base_id = base_id
-        self.served = {}
+        # By name, the base first; replaced where it changes, so that readers need no lock.
+        self.served: dict[str, Served] = {}
         # Gates of methods that requests ask for, such as Arrow's directions, which take a while to find.
         self._made: dict[str, Gates] = {}
         self._offer(self._make(base_id, "base", base_root, (), make_method("base", {}), model.prompt))
@@ -104,9 +91,6 @@ class Catalog:
             base_id: what requests call the base; by default its id, or its directory's name.
             options: precision, placement and quantisation of the base.
 
-        Returns:
-            The catalog.
-
         Raises:
             FusionError: if a fusion was made with another base.
             LoraflowError: if there is no base, nothing to serve, or a name comes twice.
@@ -130,14 +114,7 @@ class Catalog:
         """Offer another adapter, or another saved fusion, while requests are answered.
 
         Where a new adapter comes into the model, requests wait as long as it takes to stack all of them anew.
-
-        Args:
-            name: what requests will call it.
-            path: its directory; one with a `fusion_config.json` is a fusion's.
-            permit: called with every directory before it is read; gives the one that is meant, or raises.
-
-        Returns:
-            What is offered now.
+        `permit` is called with every directory before it is read; it gives the one that is meant, or raises.
 
         Raises:
             LoraflowError: if the name is taken, or cannot be used; nothing has changed then.

@@ -13,7 +13,6 @@ class EngineLimits:
     """How large the engine may become; nothing is inferred from the machine.
 
     Attributes:
-        requests: requests in a batch at the same time.
         batch_tokens: tokens in one step; longer prompts are read in several.
         cache_tokens: tokens in the cache, of all running requests together.
         page_tokens: tokens in one page of it.
@@ -39,14 +38,11 @@ class ServerConfig:
     """What a server allows.
 
     Attributes:
-        limits: how large the engine may become.
         api_keys: keys of which requests must bring one; anybody may ask where there is none.
         max_waiting: answers that may be in the engine at the same time, those that wait included.
         max_new_tokens: the longest answer, and its length where a request says nothing.
-        max_body_bytes: the largest request.
         timeout_s: the longest that a request may take.
         drain_s: how long running requests may go on when the server stops.
-        log_prompts: whether logs have prompts and answers in them.
         admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
         load_from: folders that they may be loaded from.
     """

@@ -23,18 +23,11 @@ from loraflow.serving.jobs import Job
 
 
 class Engine:
-    """Answers requests until it is closed.
-
-    Attributes:
-        model: the fused model; while the engine runs, other calls of it wait for their turn between its steps.
-        limits: how large it may become.
+    """Answers requests until it is closed; other calls of the model wait for their turn between its steps.
 
     Raises:
         LoraflowError: if the base's attention cannot be shared with other calls.
     """
-
-    model: Fusion
-    limits: EngineLimits
 
     def __init__(self, model: Fusion, limits: EngineLimits | None = None) -> None:
         self.model = model

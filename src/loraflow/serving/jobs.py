@@ -84,7 +84,6 @@ class Failure:
     """The end of a request that could not be answered.
 
     Attributes:
-        message: why.
         asked_for: whether the request itself is the cause, and others go on.
     """
 
@@ -101,14 +100,9 @@ class Job:
     """A request on its way through the engine.
 
     Attributes:
-        id: its name.
-        prompt: its token ids.
         weigher: who weighs it.
-        sampling: how its tokens are chosen.
-        max_new_tokens: the longest answer.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
-        listener: who hears of its tokens.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
     """

@@ -12,23 +12,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """Counters of one server.
-
-    Attributes:
-        requests: by model and how they ended (`service.Outcome`).
-        refused: requests that came while the queue was full.
-        prompt_tokens: tokens read.
-        generated: tokens generated.
-        seconds: of whole requests.
-        first_token: seconds till a request's first token.
-    """
-
-    requests: Counter
-    refused: Counter
-    prompt_tokens: Counter
-    generated: Counter
-    seconds: Histogram
-    first_token: Histogram
+    """Counters of one server; requests by model and how they ended (`service.Outcome`)."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
@@ -16,12 +17,7 @@ class _Body(BaseModel):
 
 
 class FusionChoice(_Body):
-    """Another method for one request.
-
-    Attributes:
-        method: its name.
-        options: its parameters.
-    """
+    """Another method for one request."""
 
     method: str
     options: dict[str, Any] = {}
@@ -35,11 +31,7 @@ class FusionChoice(_Body):
 
 
 class StreamOptions(_Body):
-    """OpenAI's.
-
-    Attributes:
-        include_usage: send a last chunk with the usage.
-    """
+    """OpenAI's."""
 
     include_usage: bool = False
 
@@ -50,9 +42,7 @@ class Generation(_Body):
     Attributes:
         model: the base, an adapter or a fusion, by name.
         stream: send tokens as they come.
-        stream_options: OpenAI's.
         stop: an answer ends before the first of these strings.
-        seed: of the draws.
         n: how many answers.
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with this probability.
@@ -60,8 +50,6 @@ class Generation(_Body):
         adapter_weights: fusion weights by adapter, for this request.
         fusion: another method on the model's adapters, for this request.
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
-        presence_penalty: only 0.
-        frequency_penalty: only 0.
     """
 
     model: str
@@ -117,12 +105,7 @@ class Generation(_Body):
 
 
 class TextPart(_Body):
-    """A part of a message.
-
-    Attributes:
-        type: only text.
-        text: the text.
-    """
+    """A part of a message."""
 
     type: Literal["text"]
     text: str
@@ -132,8 +115,6 @@ class ChatMessage(_Body):
     """One message of a conversation.
 
     Attributes:
-        role: who speaks.
-        content: what is said.
         name: taken, and not used.
     """
 
@@ -170,11 +151,8 @@ class CompletionRequest(Generation):
 
     Attributes:
         prompt: text or token ids, or several of either.
-        max_tokens: the longest answer.
         logprobs: send the log-probabilities of each token and of so many of the likeliest.
-        echo: only false.
         best_of: only `n`.
-        suffix: none.
     """
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -198,15 +176,12 @@ class LoadRequest(_Body):
 
 
 class UnloadRequest(_Body):
-    """A request for `/v1/unload_lora_adapter`.
-
-    Attributes:
-        lora_name: the adapter, or the fusion.
-    """
+    """A request for `/v1/unload_lora_adapter`."""
 
     lora_name: str
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer of OpenAI's error form.
 
@@ -221,27 +196,13 @@ class ApiError(Exception):
 
     status: int
     message: str
-    kind: str
-    param: str | None
-    code: str | None
-    headers: dict[str, str]
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind
-        self.param = param
-        self.code = code
-        self.headers = headers or {}
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""

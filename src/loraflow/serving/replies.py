@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,7 @@ class Reply:
     """What all chunks of one answer share.
 
     Attributes:
-        service: what answers.
-        body: what was asked.
         asked: the requests of which it is the answer; several where there are several prompts.
-        prefix: of the answer's name.
-        object: OpenAI's.
         created: when it began, in seconds since 1970.
         lengths: characters of each choice's tokens so far; a choice that has begun is there.
     """
@@ -60,13 +56,8 @@ def chat_reply(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any]:
     choices = []
     for index in range(len(reply.asked[0].jobs)):
         mine = [piece for piece in pieces if piece.index == index]
-        choice: dict[str, Any] = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(piece.text for piece in mine)},
-            "finish_reason": mine[-1].finish,
-            "logprobs": _chat_logprobs(reply, mine),
-        }
-        choices.append(choice | _weights(reply, 0, mine))
+        message = {"role": "assistant", "content": "".join(piece.text for piece in mine)}
+        choices.append(_choice(reply, 0, index, {"message": message}, mine, _chat_logprobs(reply, mine)))
     return {**reply.head(), "choices": choices, "usage": usage(reply)}
 
 
@@ -75,13 +66,9 @@ def chat_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
     # Clients put the chunks of a message together, its role too.
     role = {} if piece.index in reply.lengths else {"role": "assistant"}
     reply.lengths[piece.index] = 0
-    choice: dict[str, Any] = {
-        "index": piece.index,
-        "delta": {**role, "content": piece.text},
-        "finish_reason": piece.finish,
-        "logprobs": _chat_logprobs(reply, [piece]),
-    }
-    return {**reply.head(chunk=True), "choices": [choice | _weights(reply, number, [piece])]}
+    delta = {"delta": {**role, "content": piece.text}}
+    choice = _choice(reply, number, piece.index, delta, [piece], _chat_logprobs(reply, [piece]))
+    return {**reply.head(chunk=True), "choices": [choice]}
 
 
 def completion_reply(reply: Reply, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
@@ -102,12 +89,14 @@ def completion_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
 
 def _completion_choice(reply: Reply, number: int, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     index += number * len(reply.asked[number].jobs)
-    choice: dict[str, Any] = {
-        "index": index,
-        "text": "".join(piece.text for piece in pieces),
-        "finish_reason": pieces[-1].finish,
-        "logprobs": _completion_logprobs(reply, index, pieces),
-    }
+    text = {"text": "".join(piece.text for piece in pieces)}
+    return _choice(reply, number, index, text, pieces, _completion_logprobs(reply, index, pieces))
+
+
+def _choice(
+    reply: Reply, number: int, index: int, said: Mapping[str, Any], pieces: Sequence[Piece], logprobs: Any
+) -> dict[str, Any]:
+    choice = {"index": index, **said, "finish_reason": pieces[-1].finish, "logprobs": logprobs}
     return choice | _weights(reply, number, pieces)
 
 

@@ -66,11 +66,7 @@ class Asked:
     """A request that has been checked.
 
     Attributes:
-        id: its name.
-        served: who answers.
-        prompt: its token ids.
         jobs: one for each answer, as the engine takes them.
-        streams: their text.
         events: what the engine says of them.
         started: when it came, in seconds of a monotonic clock.
         generated: tokens so far, of all answers.
@@ -93,21 +89,9 @@ class Asked:
 
 
 class Service:
-    """One engine and what it offers.
+    """One engine, made by `start`, and what it offers."""
 
-    Attributes:
-        catalog: the models.
-        config: what is allowed.
-        engine: what answers; made by `start`.
-        metrics: what is counted.
-        closing: whether no new requests are taken any more.
-    """
-
-    catalog: Catalog
-    config: ServerConfig
     engine: Engine
-    metrics: Metrics
-    closing: bool
 
     def __init__(self, catalog: Catalog, config: ServerConfig | None = None) -> None:
         self.catalog = catalog

@@ -12,12 +12,7 @@ class TextStream:
 
     A character of several tokens comes with its last one; text that might be the start of a stop string is held back
     until it is known.
-
-    Attributes:
-        stopped: whether a stop string has come.
     """
-
-    stopped: bool
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.stopped = False

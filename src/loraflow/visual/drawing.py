@@ -104,14 +104,7 @@ def check_figure_path(path: str | Path) -> list[Path]:
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write a figure, each file in one step.
-
-    Args:
-        figure: what a function of `figures` made.
-        path: ends in .png, .svg or .pdf; without an ending, .png and .svg are both written.
-
-    Returns:
-        The files.
+    """Write a figure, each file in one step; .png and .svg both where the path has no ending.
 
     Raises:
         LoraflowError: if the ending is of another format.

@@ -39,14 +39,6 @@ _WITHIN_SCALE = 0.995
 def explorer_html(traces: Mapping[str, TracedWeights], *, title: str = TITLE, row: int = 0) -> str:
     """The page that shows one row of some traces side by side.
 
-    Args:
-        traces: traces of the same tokens, by the name that the page calls each.
-        title: its heading.
-        row: which row of the batch.
-
-    Returns:
-        The whole page; it loads nothing.
-
     Raises:
         LoraflowError: if there is no trace or token, they are not of the same text and adapters, or a weight is not
             finite.
@@ -69,12 +61,6 @@ def explorer_html(traces: Mapping[str, TracedWeights], *, title: str = TITLE, ro
 
 def save_explorer(traces: Mapping[str, TracedWeights], path: str | Path, *, title: str = TITLE, row: int = 0) -> None:
     """Write `explorer_html` to a file.
-
-    Args:
-        traces: traces of the same tokens, by the name that the page calls each.
-        path: the file; folders that are missing are made.
-        title: its heading.
-        row: which row of the batch.
 
     Raises:
         LoraflowError: if the file cannot be written, or `explorer_html` refuses the traces.

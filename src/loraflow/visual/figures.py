@@ -82,15 +82,7 @@ class DrawnStatistics(Protocol):
 
 
 def layers_figure(statistics: DrawnStatistics, title: str | None = None) -> Figure:
-    """The paper's figure 3: each adapter's mean weight in every layer, with the middle 80 % of its weights.
-
-    Args:
-        statistics: of the fusion's weights.
-        title: above the figure.
-
-    Returns:
-        One line for each adapter.
-    """
+    """The paper's figure 3: each adapter's mean weight in every layer, with the middle 80 % of its weights."""
     require_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
@@ -104,15 +96,7 @@ def layers_figure(statistics: DrawnStatistics, title: str | None = None) -> Figu
 
 
 def decoding_figure(statistics: DrawnStatistics, title: str | None = None) -> Figure:
-    """The paper's figure 4: each adapter's mean weight in every tenth of the answers, averaged over the layers.
-
-    Args:
-        statistics: of the fusion's weights.
-        title: above the figure.
-
-    Returns:
-        One line for each adapter.
-    """
+    """The paper's figure 4: each adapter's mean weight in every tenth of the answers, averaged over the layers."""
     tenths = len(statistics.tenths.mean)
     with one_panel(title, width=6.4) as (figure, axes):
         _lines(axes, range(1, tenths + 1), statistics.tenths, statistics.adapters)
@@ -127,15 +111,7 @@ def answer_figure(trace: TracedWeights, row: int = 0, title: str | None = None) 
     """The paper's figure 5: the weight of each token of an answer, averaged over the layers.
 
     A generated token has the weights that produced it (`Trace.token_weights`). Long answers go on in further panels.
-    Characters that no installed font has are shown as their code points.
-
-    Args:
-        trace: of a prompt and its answer; without a `prompt_length`, all tokens are shown.
-        row: which row of the trace.
-        title: above the figure.
-
-    Returns:
-        One line for each adapter in every panel.
+    Without a `prompt_length`, all tokens are shown. Characters that no installed font has are shown as code points.
 
     Raises:
         LoraflowError: if nothing follows the prompt.
@@ -171,9 +147,6 @@ class Gain:
     """What a gate that was fitted on one task gains on another, over the comparison's reference.
 
     Attributes:
-        contender: the gate's name.
-        fitted_on: the task that it was fitted on.
-        task: the task that it answered.
         gain: difference of the mean scores, in points of 100.
         interval: of the gain, or None where the report has none.
     """
@@ -215,14 +188,7 @@ def transfer_gains(report: Mapping[str, Any]) -> list[Gain]:
 
 
 def transfer_figure(report: Mapping[str, Any], title: str | None = None) -> Figure:
-    """The paper's figure 6: what each gate gains over the reference on its own task and on the others.
-
-    Args:
-        report: of `loraflow compare`, its `report.json` as an object.
-        title: above the figure.
-
-    Returns:
-        A group of bars for each gate, one for each task, with intervals where there are any; its own task is marked.
+    """The paper's figure 6: what each gate gains over the reference on its own task, which is marked, and the others.
 
     Raises:
         DataError: if it is no such report, or no gate in it was fitted on a task.
@@ -239,7 +205,8 @@ def transfer_figure(report: Mapping[str, Any], title: str | None = None) -> Figu
             ]
             _draw_gains(axes, places, mine, width, index)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(gates)), [legible(_gate_label(*gate)) for gate in gates])
+        labels = [name if fitted_on in name else f"{name}\n({fitted_on})" for name, fitted_on in gates]
+        axes.set_xticks(range(len(gates)), [legible(label) for label in labels])
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel(legible(f"gain over {report['reference']} (points)"), parse_math=False)
         plain_text(axes.get_xticklabels())
@@ -267,10 +234,6 @@ def _draw_gains(axes: Axes, places: Sequence[float], gains: Sequence[Gain], widt
             axes.annotate(
                 "★", (place, top), (0, 2), textcoords="offset points", ha="center", va="bottom", gid="own task"
             )
-
-
-def _gate_label(contender: str, fitted_on: str) -> str:
-    return contender if fitted_on in contender else f"{contender}\n({fitted_on})"
 
 
 def _task_handles(tasks: Sequence[str]) -> tuple[list[Any], list[str]]:

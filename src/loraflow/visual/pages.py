@@ -22,8 +22,6 @@ class PageFiles:
 
     Attributes:
         template: HTML with placeholders such as `{{script}}`.
-        style: the whole style sheet.
-        script: the whole script.
     """
 
     template: str
@@ -45,9 +43,6 @@ def read_page(package: str, name: str, adapter_styles: str) -> PageFiles:
         package: where its folder `web` is.
         name: of the files, without their endings.
         adapter_styles: `colours.adapter_styles` of the adapters that it shows.
-
-    Returns:
-        Template, style and script.
     """
     template, style, script = (_read(package, f"{name}.{kind}") for kind in ("html", "css", "js"))
     shared_style, shared_script = (_read("loraflow.visual", f"weights.{kind}") for kind in ("css", "js"))

@@ -27,7 +27,8 @@ def render_trace(trace: TracedWeights, row: int = 0, *, numbers: bool = False) -
     parts += [Text(note, style="dim") for note in trace.notes()]
     parts.append(_summary(trace, row))
     if trace.level == "query":
-        parts.append(_layers(trace, row))
+        weights = enumerate(trace.layer_weights(row).tolist())
+        parts.append(_weight_table(trace, ["layer"], (([str(layer)], of_layer) for layer, of_layer in weights)))
     if numbers:
         parts.append(_table(trace, row))
     return Group(*parts)
@@ -111,10 +112,6 @@ def _summary(trace: TracedWeights, row: int) -> Table:
 
 def _share(tops: list[int | None], wanted: int | None) -> str:
     return f"{tops.count(wanted) / len(tops):.0%}"
-
-
-def _layers(trace: TracedWeights, row: int) -> Table:
-    return _weight_table(trace, ["layer"], (([str(i)], w) for i, w in enumerate(trace.layer_weights(row).tolist())))
 
 
 def _table(trace: TracedWeights, row: int) -> Table:

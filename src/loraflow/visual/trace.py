@@ -18,10 +18,6 @@ class Trace(TracedWeights):
     def save_html(self, path: str | Path, *, row: int = 0) -> None:
         """Write the explorer: one page to be opened in a browser, without network.
 
-        Args:
-            path: the file; folders that are missing are made.
-            row: which row of the batch.
-
         Raises:
             LoraflowError: if the file cannot be written.
         """

@@ -144,11 +144,3 @@ def test_damaged_answers_say_what_to_remove(store: Store, content: bytes | None)
     said = r"seed-3\.jsonl does not hold the answers of lora-flow, zh-math, seed 3 .* Remove seed-3\.json beside it"
     with pytest.raises(LoraflowError, match=said):
         store.read_items(CELL)
-
-
-def test_what_was_learned_can_be_forgotten(store: Store) -> None:
-    path = store.learned_path("lora-flow", "zh-math", 0)
-    path.mkdir(parents=True)
-    store.remove_learned("lora-flow", "zh-math", 0)
-    assert not path.exists()
-    assert path.parent.is_dir()

@@ -20,10 +20,7 @@ class Comparison:
     """A plan with all that it names.
 
     Attributes:
-        plan: the plan.
-        setting: its setting, with the problems.
         rows: the rows, by name; those that are to learn on every task are one for each.
-        cells: what is to be measured, task by task.
         left_out: why rows are missing in some tasks where they cannot be.
     """
 
@@ -46,13 +43,6 @@ class Comparison:
 
 def open_comparison(plan: Plan, *, allow_code: bool = False) -> Comparison:
     """Read all that a plan names, and find out what is wrong with it before anything is measured.
-
-    Args:
-        plan: the plan.
-        allow_code: whether scorers may run what a model wrote, in the sandbox.
-
-    Returns:
-        The comparison.
 
     Raises:
         DataError: if a row cannot be measured on one of the tasks.

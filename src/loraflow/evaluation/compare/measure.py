@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -24,37 +24,12 @@ from loraflow.evaluation.harness.models import Progress
 WEIGHED_ANSWERS = 64
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A task's problems, answered.
-
-    Attributes:
-        items: each problem.
-        metric: the score that decides.
-        seconds: of answering.
-        tokens: how many were generated, where they were counted.
-        memory_mib: the most memory in use.
-        higher_is_better: whether it is good to score much.
-        notice: what a reader of the scores has to know.
-    """
-
-    items: Sequence[Item]
-    metric: str
-    seconds: float
-    tokens: int | None
-    memory_mib: float
-    higher_is_better: bool = True
-    notice: str | None = None
+Measured = tuple[list[Item], dict[str, Any]]
+"""A task's problems, answered, and what a `Record` says of that."""
 
 
 def answer_task(
-    model: Fusion,
-    task: Task,
-    *,
-    limit: int | None = None,
-    batch_size: int = 16,
-    allow_code: bool = False,
-    progress: Progress = lambda done, total: None,
+    model: Fusion, task: Task, *, limit: int | None, batch_size: int, allow_code: bool, progress: Progress
 ) -> Measured:
     """Answer a task's problems greedily with a model as it is, and score the answers.
 
@@ -65,9 +40,6 @@ def answer_task(
         batch_size: problems answered together.
         allow_code: whether a task of lm-evaluation-harness may run what the model wrote, in the sandbox.
         progress: called after each batch with how many are answered, and how many there are.
-
-    Returns:
-        Answers, scores, time and memory.
     """
     if task.harness is not None:
         return _answer_harness(model, task.harness, limit, batch_size, allow_code, progress)
@@ -105,7 +77,8 @@ def answer_task(
         )
         for problem, answer, of_answer in zip(problems, answers, scores, strict=True)
     ]
-    return Measured(items, task.metric, seconds, sum(answer.tokens for answer in answers), peak())
+    tokens = sum(answer.tokens for answer in answers)
+    return items, {"metric": task.metric, "answer_s": seconds, "tokens": tokens, "memory_mib": peak()}
 
 
 def _answer_harness(
@@ -143,20 +116,12 @@ def _answer_harness(
     ]
     counts = [item.tokens for item in items]
     tokens = None if None in counts else sum(count or 0 for count in counts)
-    return Measured(items, result.metric, seconds, tokens, peak(), result.higher_is_better, result.notice)
+    facts = {name: getattr(result, name) for name in ("metric", "higher_is_better", "notice")}
+    return items, {**facts, "answer_s": seconds, "tokens": tokens, "memory_mib": peak()}
 
 
 def score_again(task: Task, items: Sequence[Item], metric: str, *, allow_code: bool = False) -> list[Item]:
     """Kept answers with new scores; needs no model.
-
-    Args:
-        task: the task that was answered.
-        items: its answers.
-        metric: the score that decided.
-        allow_code: whether scorers may run what a model wrote, in the sandbox.
-
-    Returns:
-        The same items, scored anew.
 
     Raises:
         DataError: if there are more answers than problems.

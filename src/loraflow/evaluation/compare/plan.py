@@ -124,14 +124,10 @@ class SettingSpec(_Spec):
 
     Attributes:
         base: the base model: Hub id or directory.
-        revision: of the base on the Hub.
-        dtype: precision of the base.
         quantization: bnb-4bit or bnb-8bit.
-        adapters: where each adapter is, by name.
         adapter_data: examples of each adapter's own data, for methods that learn from those.
         prompt: how questions become prompts, where a task says nothing else.
         recipes: settings of `FitConfig` by method's name, and of `LoraSettings` too under `finetune`.
-        tasks: the tasks, by name.
     """
 
     base: str
@@ -152,7 +148,6 @@ class RowSpec(_Spec):
         method: a method's name, or an adapter's.
         options: its parameters.
         adapter: one of the task's adapters alone, by name or position.
-        fusion: a saved fusion, as it is.
         finetune: train a LoRA on the task instead of fusing: "new", or one of the task's adapters further.
         adapters: what is fused: the task's adapters, all of the setting's, or these.
         fit: settings of `FitConfig` (and of `LoraSettings` for `finetune`) that differ from the recipe.
@@ -194,7 +189,6 @@ class Plan(_Spec):
     """A whole comparison.
 
     Attributes:
-        title: for the report.
         description: what it is to find out, for the report.
         setting: a built-in one by name, or written out.
         methods: the rows of the table, by name.
@@ -202,7 +196,6 @@ class Plan(_Spec):
         seeds: of everything that draws at random while it learns; what does not is run once.
         reference: the row that the others are tested against; the last one by default.
         limit: only the first so many problems of each task.
-        batch_size: problems answered together.
         weights: also record the mean fusion weights of the answers.
     """
 
@@ -266,9 +259,6 @@ def read_plan(source: str | Path, **changes: Any) -> Plan:
     Args:
         source: a YAML file, or one of `study_names()`.
         changes: fields of the plan that differ from what is written there; those that are None do not.
-
-    Returns:
-        The plan, with every path in it made absolute.
 
     Raises:
         DataError: if there is no such plan, or something in it is wrong; the message says where.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -34,33 +32,8 @@ SECONDS_FILE = "seconds.txt"
 TUNED = "tuned"
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A row that is ready to answer.
-
-    Attributes:
-        model: it.
-        learned_parameters: how many values it learned.
-        examples: how many examples it learned them from.
-        fit_s: how long that took.
-        details: what else is worth keeping.
-    """
-
-    model: FusedModel
-    learned_parameters: int = 0
-    examples: int | None = None
-    fit_s: float = 0.0
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
 class Bench:
-    """The base model of a setting, loaded once, with whatever adapters the row at hand needs.
-
-    Attributes:
-        setting: what is compared on.
-    """
-
-    setting: Setting
+    """The base model of a setting, loaded once, with whatever adapters the row at hand needs."""
 
     def __init__(self, setting: Setting, device: str | None = None) -> None:
         self.setting = setting
@@ -109,7 +82,7 @@ class Bench:
 
 def prepare(
     bench: Bench, row: PlannedRow, task: Task, seed: int | None, directory: Path, say: Callable[[str], None]
-) -> Prepared:
+) -> tuple[FusedModel, dict[str, Any]]:
     """Make a row ready for a task, learning what it learns unless that is kept in the directory.
 
     Args:
@@ -121,9 +94,9 @@ def prepare(
         say: hears how the learning goes on, line by line.
 
     Returns:
-        The row, its model set to the task's prompt format.
+        The model, and what a `Record` says of how it learned.
     """
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"learned_parameters": 0, "examples": None, "fit_s": 0.0}
     if row.spec.fusion is not None:
         model = bench.saved(row.spec.fusion)
         facts["learned_parameters"] = model.num_learned_parameters()
@@ -139,7 +112,7 @@ def prepare(
     # A saved fusion has a format of its own.
     if row.spec.fusion is None or task.prompt != PromptFormat():
         model.prompt = task.prompt.resolve(bench.tokenizer)
-    return Prepared(model, **facts)
+    return model, facts
 
 
 def _learned(

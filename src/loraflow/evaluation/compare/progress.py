@@ -18,13 +18,8 @@ class Board:
     - `"start"`, `"answering"`: what a worker is at;
     - `"learning"`: a line of how that goes on;
     - `"answered"`: how many answers there are, and how many there will be;
-    - `"done"`, `"failed"`: a line of text, or a traceback.
-
-    Attributes:
-        failed: how many cells failed.
+    - `"done"`, `"failed"`: a line of text, or a traceback. `failed` counts the latter.
     """
-
-    failed: int
 
     def __init__(self, sizes: Mapping[Cell, int], console: Console) -> None:
         self._console = console

@@ -28,16 +28,7 @@ SHOWN_PROBLEMS = 40
 
 
 def write_report(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
-    """Write `report.md`, `.csv`, `.json` and `.html` beside a run's cells.
-
-    Args:
-        comparison: what was compared.
-        store: where its cells are.
-        wanted: what each cell has to be the measurement of (`compare.identities`); others count as missing.
-
-    Returns:
-        The table that they show.
-    """
+    """Write `report.md`, `.csv`, `.json` and `.html` beside a run's cells; cells count as `make_table` says."""
     table = make_table(comparison, store, wanted)
     settings = run_settings(comparison)
     files = {

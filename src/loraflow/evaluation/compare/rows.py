@@ -19,13 +19,7 @@ from loraflow.training.learners import Learner, learner_of
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One row of the table.
-
-    Attributes:
-        name: what the table calls it.
-        spec: what it is.
-        setting: what it is compared on.
-    """
+    """One row of the table."""
 
     name: str
     spec: RowSpec

@@ -98,11 +98,6 @@ def _alone(root: Path) -> Iterator[None]:
 def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
     """Score the kept answers of all finished cells anew, without a model.
 
-    Args:
-        plan: what was compared.
-        output: directory of the run.
-        allow_code: whether scorers may run what a model wrote, in the sandbox.
-
     Returns:
         In how many cells a score changed.
 

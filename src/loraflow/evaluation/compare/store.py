@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +34,6 @@ class Cell:
     """One measurement: a row of the table on one task.
 
     Attributes:
-        task: the task's name.
-        method: the row's name.
         seed: None where nothing is drawn at random.
     """
 
@@ -56,7 +53,6 @@ class Item:
         id: which problem of its task.
         prompt: the text that the model read.
         answer: what it wrote; for tasks of lm-evaluation-harness its responses as JSON.
-        scores: by name, of which the task's metric decides.
         tokens: how many were generated, where they were counted.
         reference: a right answer, where there is one.
         digest: lm-evaluation-harness's hash of the problem, for its tasks.
@@ -76,21 +72,15 @@ class Record:
     """What a cell came to.
 
     Attributes:
-        cell: which.
         identity: what makes it this measurement and no other, as JSON values.
         metric: the score that decides.
         scores: that score of every problem, in order.
-        learned_parameters: how many values were learned.
-        examples: how many examples they were learned from.
-        fit_s: seconds of learning.
-        answer_s: seconds of answering.
         tokens: generated tokens, where they were counted.
         memory_mib: the most memory in use while answering: of the GPU, or resident in the process on a CPU.
         fitted_on: the task that it learned on, where that is another one's choice.
         weights: mean fusion weight of each adapter over the answers' tokens and the layers, and the standard deviation
             of the answers' means; empty where there are none, None where they were not recorded.
         details: more of the fit, for readers.
-        higher_is_better: whether it is good to score much.
         notice: what a reader of the scores has to know.
     """
 
@@ -112,13 +102,7 @@ class Record:
 
 
 class Store:
-    """Cells in a directory.
-
-    Attributes:
-        root: that directory.
-    """
-
-    root: Path
+    """Cells in a directory."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
@@ -181,10 +165,6 @@ class Store:
         """Forget a cell."""
         self.record_path(cell).unlink(missing_ok=True)
         self.answers_path(cell).unlink(missing_ok=True)
-
-    def remove_learned(self, method: str, task: str, seed: int | None) -> None:
-        """Forget what a row learned on a task."""
-        shutil.rmtree(self.learned_path(method, task, seed), ignore_errors=True)
 
 
 def file_name(name: str) -> str:

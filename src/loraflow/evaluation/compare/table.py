@@ -35,7 +35,6 @@ class Row:
     Attributes:
         contender: the method's name in the table.
         task: the task, or "average".
-        metric: what is scored.
         seeds: how many runs.
         seeded: whether another seed could give something else.
         problems: how many problems each run answered.
@@ -47,15 +46,10 @@ class Row:
         test: "McNemar" (one run each, scores 0 or 1) or "bootstrap" (paired).
         p: two-sided p-value of that test.
         p_corrected: the same, by Holm's method over all comparisons of the table.
-        learned_parameters: how many values were learned.
-        examples: how many examples they were learned from.
-        fit_s: mean seconds of learning.
         tokens_per_s: generated tokens a second, where they were counted.
-        memory_mib: the most memory in use.
         fitted_on: the task that it learned on, where that is another one's choice.
         weights: mean fusion weight of each adapter, and its standard deviation between answers.
         share: whether scores are shares, between 0 and 1, which are shown in per cent.
-        higher_is_better: whether it is good to score much.
         notice: what a reader of the scores has to know.
     """
 
@@ -94,15 +88,8 @@ class Table:
     """A comparison's result.
 
     Attributes:
-        title: of the plan.
-        description: of the plan.
-        reference: the row that the others are tested against.
-        contenders: names of the rows, in order.
-        tasks: names of the tasks, in order.
         rows: by task, then row; the averages last.
         missing: cells that are not finished.
-        seeds: of the plan.
-        limit: of the plan.
     """
 
     title: str
@@ -128,21 +115,9 @@ class _Entry:
     resampled: np.ndarray
     records: Sequence[Record]
 
-    @property
-    def mean(self) -> float:
-        return float(self.outcomes.mean())
-
 
 def make_table(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
-    """Work out the table of a run, finished or not.
-
-    Args:
-        comparison: what was compared.
-        store: where the cells are.
-        wanted: what each cell has to be the measurement of (`compare.identities`); others count as missing.
-
-    Returns:
-        The table.
+    """Work out the table of a run, finished or not; cells that are not what is `wanted` (`identities`) are missing.
 
     Raises:
         LoraflowError: if no cell is finished, or two have not answered as many problems of a task.
@@ -163,17 +138,19 @@ def make_table(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mappi
     # The smallest p-value that they can show, 2 of them, must stay below the level after the correction.
     resamples = max(10_000, 100 * len(records))
     entries = {key: _entry(comparison, *key, found, resamples) for key, found in records.items()}
-    rows = [
-        _row(contender, task, entries[contender, task], entries.get((comparison.reference, task)), comparison)
-        for task in tasks
-        for contender in comparison.rows
-        if (contender, task) in entries
-    ]
+
+    def rows_on(name: str, over: Sequence[str]) -> list[Row]:
+        """The rows of one task, or of the mean over several: of methods that have them all."""
+        found = {row: [entries[row, task] for task in over if (row, task) in entries] for row in comparison.rows}
+        whole = {row: several for row, several in found.items() if len(several) == len(over)}
+        return [_row(comparison, row, name, mine, whole.get(comparison.reference)) for row, mine in whole.items()]
+
+    rows = [row for task in tasks for row in rows_on(task, [task])]
     shares = {task: all(_is_share(entry) for (_, of), entry in entries.items() if of == task) for task in tasks}
     rows = [dataclasses.replace(row, share=shares[row.task]) for row in rows]
     # Shares and perplexities, say, have no mean that says anything.
     if len(tasks) > 1 and all(shares.values()) and all(row.higher_is_better for row in rows):
-        rows += _averages(comparison, tasks, entries)
+        rows += rows_on(AVERAGE, tasks)
     return Table(
         title=comparison.plan.title,
         description=comparison.plan.description,
@@ -210,53 +187,64 @@ def _number(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def _row(contender: str, task: str, entry: _Entry, reference: _Entry | None, comparison: Comparison) -> Row:
-    records = entry.records
-    recorded = [record.weights for record in records if record.weights]
-    weights = {
-        name: (
-            float(np.mean([of_run[name][0] for of_run in recorded])),
-            float(np.mean([of_run[name][1] for of_run in recorded])),
-        )
-        for name in (recorded[0] if recorded else {})
-    }
+def _row(
+    comparison: Comparison, contender: str, task: str, mine: Sequence[_Entry], theirs: Sequence[_Entry] | None
+) -> Row:
+    """A row of one task, or of the mean over several, with its difference to the reference where that has them all."""
+    first, records = mine[0].records[0], [record for entry in mine for record in entry.records]
+    resampled = np.mean([entry.resampled for entry in mine], axis=0)
     row = Row(
         contender=contender,
         task=task,
-        metric=records[0].metric,
-        seeds=len(records),
-        seeded=records[0].cell.seed is not None,
-        problems=entry.outcomes.shape[1],
-        mean=entry.mean,
-        interval=_interval(entry),
-        learned_parameters=records[0].learned_parameters,
-        examples=records[0].examples,
+        metric=first.metric,
+        seeds=min(len(entry.records) for entry in mine),
+        seeded=any(record.cell.seed is not None for record in records),
+        problems=sum(entry.outcomes.shape[1] for entry in mine),
+        mean=_mean(mine),
+        interval=_interval(mine, resampled),
+        learned_parameters=max(record.learned_parameters for record in records),
+        examples=max(record.examples or 0 for record in records) or None,
         fit_s=float(np.mean([record.fit_s for record in records])),
         tokens_per_s=_speed(records),
         memory_mib=max(record.memory_mib for record in records),
-        fitted_on=records[0].fitted_on,
-        weights=weights,
-        higher_is_better=records[0].higher_is_better,
-        notice=records[0].notice,
+        fitted_on=first.fitted_on,
     )
-    if contender == comparison.reference or reference is None:
+    if task != AVERAGE:
+        weights = _mean_weights([record.weights for record in records if record.weights])
+        row = dataclasses.replace(row, weights=weights, higher_is_better=first.higher_is_better, notice=first.notice)
+    if contender == comparison.reference or theirs is None:
         return row
-    if reference.outcomes.shape[1] != entry.outcomes.shape[1]:
-        raise LoraflowError(
-            f"{contender!r} and {comparison.reference!r} answered {entry.outcomes.shape[1]} and "
-            f"{reference.outcomes.shape[1]} problems of {task!r}. Measure one of them anew with the other's limit."
-        )
-    return _tested(row, entry, reference)
+    for entry, reference in zip(mine, theirs, strict=True):
+        if reference.outcomes.shape[1] != entry.outcomes.shape[1]:
+            raise LoraflowError(
+                f"{contender!r} and {comparison.reference!r} answered {entry.outcomes.shape[1]} and "
+                f"{reference.outcomes.shape[1]} problems of {task!r}. Measure one of them anew with the other's limit."
+            )
+    differences = resampled - np.mean([entry.resampled for entry in theirs], axis=0)
+    if len(mine) == 1 and all(len(e.outcomes) == 1 and _right_or_wrong(e) for e in (*mine, *theirs)):
+        test, p = "McNemar", mcnemar_p(*(entry.outcomes[0].astype(int) for entry in (*mine, *theirs)))
+    else:
+        test, p = "bootstrap", bootstrap_p(differences)
+    interval = percentile_interval(differences)
+    return dataclasses.replace(row, difference=row.mean - _mean(theirs), difference_interval=interval, test=test, p=p)
 
 
-def _interval(entry: _Entry) -> Interval:
-    if len(entry.outcomes) == 1 and _right_or_wrong(entry):
-        return wilson_interval(int(entry.outcomes.sum()), entry.outcomes.shape[1])
-    return _bootstrap_interval([entry], entry.resampled)
+def _mean(entries: Sequence[_Entry]) -> float:
+    return float(np.mean([entry.outcomes.mean() for entry in entries]))
 
 
-def _bootstrap_interval(entries: Sequence[_Entry], resampled: np.ndarray) -> Interval:
-    """The interval of resampled means of one entry, or of several ones' average."""
+def _mean_weights(recorded: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Means and standard deviations of the adapters' weights, over the runs that have them."""
+    if not recorded:
+        return {}
+    means = {name: np.mean([of_run[name] for of_run in recorded], axis=0).tolist() for name in recorded[0]}
+    return {name: (mean, spread) for name, (mean, spread) in means.items()}
+
+
+def _interval(entries: Sequence[_Entry], resampled: np.ndarray) -> Interval:
+    """The interval of the resampled means of one entry, or of several ones' average."""
+    if len(entries) == len(entries[0].outcomes) == 1 and _right_or_wrong(entries[0]):
+        return wilson_interval(int(entries[0].outcomes.sum()), entries[0].outcomes.shape[1])
     always = {float(value) for entry in entries for value in np.unique(entry.outcomes)}
     if always in ({0.0}, {1.0}):
         # A bootstrap of nothing but zeros knows no uncertainty. Translations of problems are no further problems.
@@ -271,60 +259,6 @@ def _is_share(entry: _Entry) -> bool:
 
 def _right_or_wrong(entry: _Entry) -> bool:
     return bool(np.isin(entry.outcomes, (0, 1)).all())
-
-
-def _tested(row: Row, entry: _Entry, reference: _Entry) -> Row:
-    """A row with its difference to the reference."""
-    differences = entry.resampled - reference.resampled
-    if all(len(e.outcomes) == 1 and _right_or_wrong(e) for e in (entry, reference)):
-        test, p = "McNemar", mcnemar_p(entry.outcomes[0].astype(int), reference.outcomes[0].astype(int))
-    else:
-        test, p = "bootstrap", bootstrap_p(differences)
-    return dataclasses.replace(
-        row,
-        difference=entry.mean - reference.mean,
-        difference_interval=percentile_interval(differences),
-        test=test,
-        p=p,
-    )
-
-
-def _averages(comparison: Comparison, tasks: Sequence[str], entries: Mapping[tuple[str, str], _Entry]) -> list[Row]:
-    """The mean over the tasks, of methods that have all of them."""
-    rows = []
-    reference = comparison.reference
-    complete = [name for name in comparison.rows if all((name, task) in entries for task in tasks)]
-    for name in complete:
-        mine = [entries[name, task] for task in tasks]
-        resampled = np.mean([entry.resampled for entry in mine], axis=0)
-        row = Row(
-            contender=name,
-            task=AVERAGE,
-            metric=mine[0].records[0].metric,
-            seeds=min(len(entry.records) for entry in mine),
-            seeded=any(record.cell.seed is not None for entry in mine for record in entry.records),
-            problems=sum(entry.outcomes.shape[1] for entry in mine),
-            mean=float(np.mean([entry.mean for entry in mine])),
-            interval=_bootstrap_interval(mine, resampled),
-            learned_parameters=max(entry.records[0].learned_parameters for entry in mine),
-            examples=max((e.records[0].examples or 0 for e in mine), default=0) or None,
-            fit_s=float(np.mean([record.fit_s for entry in mine for record in entry.records])),
-            tokens_per_s=_speed([record for entry in mine for record in entry.records]),
-            memory_mib=max(record.memory_mib for entry in mine for record in entry.records),
-            fitted_on=mine[0].records[0].fitted_on,
-        )
-        if name != reference and reference in complete:
-            theirs = [entries[reference, task] for task in tasks]
-            differences = resampled - np.mean([entry.resampled for entry in theirs], axis=0)
-            row = dataclasses.replace(
-                row,
-                difference=row.mean - float(np.mean([entry.mean for entry in theirs])),
-                difference_interval=percentile_interval(differences),
-                test="bootstrap",
-                p=bootstrap_p(differences),
-            )
-        rows.append(row)
-    return rows
 
 
 def _speed(records: Sequence[Record]) -> float | None:

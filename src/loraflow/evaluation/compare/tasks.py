@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 
 from loraflow.adapters import load_adapter
 from loraflow.errors import DataError, did_you_mean
-from loraflow.evaluation import SETTINGS
 from loraflow.evaluation.compare.plan import FieldNames, MixSpec, SettingSpec, TaskSpec
 from loraflow.evaluation.scoring import Scorer, get_scorer
 from loraflow.examples import Example, Fields, parse_examples, read_examples
@@ -33,7 +32,6 @@ class HarnessTask:
     """A task of lm-evaluation-harness.
 
     Attributes:
-        name: its name there.
         metric: the one that decides; None takes its first.
         num_fewshot: examples in its prompts; None takes its own number.
         chat: put its prompts into the fusion's prompt format.
@@ -67,7 +65,6 @@ class Task:
         dev: examples on which its checkpoints are chosen.
         prompt: how test questions become prompts.
         train_prompt: how training questions do.
-        max_new_tokens: longest answer.
         stop: an answer ends before the first of these strings.
         problems: tasks with the same name here have the same problems in the same order.
         learns_as: the name of the task whose training data it shares; its own where it shares none.
@@ -161,14 +158,8 @@ class Setting:
     """What there is to compare on.
 
     Attributes:
-        base: the base model: Hub id or directory.
-        adapters: where each adapter is, by name.
-        tasks: the tasks, by name.
         recipes: settings of `FitConfig` by method's name, and of `LoraSettings` too under `finetune`.
         adapter_examples: gives an adapter's own examples, for methods that learn from those.
-        revision: of the base on the Hub.
-        dtype: precision of the base.
-        quantization: of the base.
     """
 
     base: str
@@ -179,22 +170,16 @@ class Setting:
     revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
-    _digests: dict[tuple[str, str], str] = field(default_factory=dict, repr=False, compare=False)
 
-    def weights_digest(self, adapter: str) -> str:
+    @functools.cached_property
+    def weights_digest(self) -> Callable[[str], str]:
         """SHA-256 of an adapter as it was on disk when this was first asked."""
-        return self._once("weights", adapter, lambda: load_adapter(adapter, self.adapters[adapter]).digest)
+        return functools.cache(lambda adapter: load_adapter(adapter, self.adapters[adapter]).digest)
 
-    def examples_digest(self, adapter: str) -> str:
+    @functools.cached_property
+    def examples_digest(self) -> Callable[[str], str]:
         """SHA-256 of an adapter's own examples."""
-        return self._once(
-            "examples", adapter, lambda: _digest(_contents(parse_examples(self.adapter_examples(adapter))))
-        )
-
-    def _once(self, kind: str, adapter: str, digest: Callable[[], str]) -> str:
-        if (kind, adapter) not in self._digests:
-            self._digests[kind, adapter] = digest()
-        return self._digests[kind, adapter]
+        return functools.cache(lambda adapter: _digest(_contents(parse_examples(self.adapter_examples(adapter)))))
 
     def base_identity(self) -> list[Any]:
         """What tells the base from others: where it is on the Hub, or what its files look like."""
@@ -226,9 +211,6 @@ def load_setting(
         tasks: the tasks that are wanted; by default all but the mixed ones.
         allow_code: whether scorers may run what a model wrote, in the sandbox.
 
-    Returns:
-        The setting.
-
     Raises:
         DataError: if there is no such setting or task, or a file of it is wrong.
         SandboxError: if a wanted task runs code, and that is not allowed.
@@ -253,20 +235,18 @@ def load_setting(
 
 
 def _named(name: str, tasks: Sequence[str] | None, allow_code: bool) -> Setting:
-    """A setting that is built in, or that another package names as an entry point.
+    """A setting that a package names as an entry point.
 
     Raises:
         DataError: if there is none of that name, or the entry point cannot be imported or gives something else.
     """
-    points = [EntryPoint(known, place, ENTRY_POINTS) for known, place in SETTINGS.items()]
-    # Looking for other packages takes milliseconds; none of them can take a built-in name.
-    if name not in SETTINGS:
-        points.extend(entry_points(group=ENTRY_POINTS))
+    # The library's own come first: no other package can take their names.
+    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: not point.value.startswith("loraflow."))
     point = next((point for point in points if point.name == name), None)
     if point is None:
         known = did_you_mean(name, {point.name for point in points})
         raise DataError(f"There is no setting {name!r}. {known} Or give a file that ends in .yaml.")
-    package = point.dist.name if point.dist is not None else point.value
+    package = point.dist and point.dist.name
     try:
         make = point.load()
     except Exception as error:
@@ -360,9 +340,6 @@ def mix_tasks(name: str, task: Task, other: Task, how: str) -> Task:
         task: whose answers, scorers, adapters and training data it has.
         other: has the same problems in the same order, in another language.
         how: "alternate" takes every second sentence from the other, "question" the last sentence only.
-
-    Returns:
-        The mixed task.
 
     Raises:
         DataError: if the two have not the same number of problems, or one is of lm-evaluation-harness.

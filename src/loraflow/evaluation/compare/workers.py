@@ -55,13 +55,6 @@ class Options:
 def measure_cells(comparison: Comparison, missing: Job, store: Store, options: Options, console: Console) -> int:
     """Measure cells and keep what they come to.
 
-    Args:
-        comparison: the comparison.
-        missing: its cells that are to be measured, each with its identity.
-        store: where they are kept.
-        options: how it is done.
-        console: where progress is shown.
-
     Returns:
         How many failed.
     """
@@ -160,7 +153,10 @@ class _Worker:
             except Exception:
                 self._events.put(("failed", cell, traceback.format_exc()))
             else:
-                self._events.put(("done", cell, _line(record)))
+                mean = 100 * sum(record.scores) / len(record.scores)
+                learned = f"{record.fit_s:.0f} s to learn, " if record.examples else ""
+                said = f"{record.metric} {mean:.1f} %; {learned}{record.answer_s:.0f} s to answer"
+                self._events.put(("done", cell, said))
 
     def _measure(self, cell: Cell, identity: Mapping[str, Any]) -> Record:
         row = self._comparison.rows[cell.method]
@@ -173,45 +169,30 @@ class _Worker:
         def progress(done: int, total: int) -> None:
             self._events.put(("answered", cell, (done, total)))
 
-        prepared = prepare(self._bench, row, task, cell.seed, directory, say)
+        model, learned = prepare(self._bench, row, task, cell.seed, directory, say)
         self._events.put(("answering", cell, 0))
         record = self._store.read(cell)
         if record is not None:
             # All but its weights, which nobody asked for before.
             items = self._store.read_items(cell)
-            record = dataclasses.replace(record, weights=mean_answer_weights(prepared.model, task, items))
+            record = dataclasses.replace(record, weights=mean_answer_weights(model, task, items))
         else:
-            measured = answer_task(
-                prepared.model,
+            items, measured = answer_task(
+                model,
                 task,
                 limit=plan.limit,
                 batch_size=plan.batch_size,
                 allow_code=self._allow_code,
                 progress=progress,
             )
-            items = list(measured.items)
             record = Record(
                 cell=cell,
                 identity=identity,
-                metric=measured.metric,
-                scores=[item.scores[measured.metric] for item in items],
-                learned_parameters=prepared.learned_parameters,
-                examples=prepared.examples,
-                fit_s=prepared.fit_s,
-                answer_s=measured.seconds,
-                tokens=measured.tokens,
-                memory_mib=measured.memory_mib,
+                scores=[item.scores[measured["metric"]] for item in items],
                 fitted_on=row.spec.fitted_on,
-                weights=mean_answer_weights(prepared.model, task, items) if plan.weights else None,
-                details=prepared.details,
-                higher_is_better=measured.higher_is_better,
-                notice=measured.notice,
+                weights=mean_answer_weights(model, task, items) if plan.weights else None,
+                **learned,
+                **measured,
             )
         self._store.write(record, items)
         return record
-
-
-def _line(record: Record) -> str:
-    mean = sum(record.scores) / len(record.scores)
-    learned = f"{record.fit_s:.0f} s to learn, " if record.examples else ""
-    return f"{record.metric} {100 * mean:.1f} %; {learned}{record.answer_s:.0f} s to answer"

@@ -46,11 +46,6 @@ def check_code_task(task: str, functions: Any, replacement: Replacement) -> None
 
     This finds those that hand a model's answer to something else, as lm-eval's `cruxeval` and `longproc` do.
 
-    Args:
-        task: the task's name.
-        functions: its functions and classes, anywhere in mappings and lists.
-        replacement: what was asked for while it was loaded.
-
     Raises:
         SandboxError: if its functions use neither `code_eval` nor the sandbox, or run code by themselves.
     """

@@ -64,19 +64,13 @@ class SandboxedCodeEval:
             for candidate in candidates
         ]
         verdicts = iter(run_many(programs, Limits(wall_s=timeout, cpu_s=timeout), num_workers))
-        outcomes: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for task_id, candidates in enumerate(predictions):
-            outcomes[task_id] = []
-            for completion_id in range(len(candidates)):
+        outcomes: dict[int, list[tuple[int, dict[str, Any]]]] = {number: [] for number in range(len(predictions))}
+        for number, candidates in enumerate(predictions):
+            for candidate in range(len(candidates)):
                 verdict = next(verdicts)
                 text = {"passed": "passed", "timeout": "timed out"}.get(verdict.reason, f"failed: {verdict.detail}")
-                record = {
-                    "task_id": task_id,
-                    "passed": verdict.passed,
-                    "result": text,
-                    "completion_id": completion_id,
-                }
-                outcomes[task_id].append((completion_id, record))
+                record = {"task_id": number, "passed": verdict.passed, "result": text, "completion_id": candidate}
+                outcomes[number].append((candidate, record))
         counts = [(len(row), sum(record["passed"] for _, record in row)) for row in outcomes.values()]
         return {
             f"pass@{size}": sum(pass_at_k(*count, size) for count in counts) / len(counts)
@@ -98,11 +92,7 @@ def pass_at_k(total: int, correct: int, k: int) -> float:
 
 @dataclass
 class Replacement:
-    """What happened while the metric was replaced.
-
-    Attributes:
-        asked: whether a task asked for it.
-    """
+    """What happened while the metric was replaced."""
 
     asked: bool = False
 
@@ -113,10 +103,6 @@ def sandboxed_code_eval(task: str, *, allow_code: bool) -> Iterator[Replacement]
 
     lm-eval keeps the modules of its tasks, so those loaded before, which may hold the stock metric, are put aside, and
     those loaded inside are forgotten at the end.
-
-    Args:
-        task: the task's name, for messages.
-        allow_code: whether generated code may run, in the sandbox.
 
     Yields:
         Whether the metric was asked for.

@@ -58,10 +58,8 @@ class HarnessResult:
     """How a fusion did on a task.
 
     Attributes:
-        task: the task's name.
         metric: the metric that decides: a key of `aggregate`.
         higher_is_better: what is good for that metric.
-        items: every problem, in order.
         aggregate: lm-eval's results, and for each its `..._stderr`, None where it has none.
         notice: what a reader of the scores has to know, such as that code ran in another place than lm-eval's.
     """
@@ -117,9 +115,6 @@ def evaluate_task(
         metric: the metric that decides; by default the task's first.
         on_progress: called as requests are answered.
 
-    Returns:
-        The scores of every problem and of all.
-
     Raises:
         DataError: if the task's data is missing.
         LoraflowError: if the task is unknown, or is several, cannot be loaded, or has no such metric or setting.
@@ -146,14 +141,7 @@ def rescore_task(
 ) -> HarnessResult:
     """Score stored responses anew, by the task as it is now; needs the task's data, but no model.
 
-    Args:
-        stored: what `evaluate_task` returned.
-        allow_code: as there.
-        include_path: as there.
-        metric: the metric that decides; by default the one that did.
-
-    Returns:
-        The same prompts and responses with new scores.
+    The metric that decides is by default the one that did.
 
     Raises:
         DataError: if the problems of the task are no longer those that were answered.
@@ -179,11 +167,6 @@ def rescore_task(
 
 def check_task(task: str, *, allow_code: bool = False, include_path: Path | None = None) -> bool:
     """Find out whether there is such a task and whether it may run, without loading its data.
-
-    Args:
-        task: its name.
-        allow_code: the caller's word that a task which runs generated code may do so, in the sandbox.
-        include_path: a folder with task files of your own.
 
     Returns:
         Whether it says that it runs generated code.
@@ -273,7 +256,15 @@ def _collect(task: str, found: Mapping[str, Any], metric: str | None, notice: st
     items: dict[int, HarnessItem] = {}
     names: list[str] = []
     for sample in found["samples"][task]:
-        item = items.setdefault(sample["doc_id"], _item(sample))
+        item = HarnessItem(
+            id=str(sample["doc_id"]),
+            prompt=str(sample["arguments"][0][0]),
+            responses=_plain(sample["resps"]),
+            target=str(sample["target"]),
+            scores={},
+            digest=sample["doc_hash"],
+        )
+        item = items.setdefault(sample["doc_id"], item)
         for name in sample["metrics"]:
             full = _metric_name(name, sample["filter"])
             if full not in names:
@@ -288,17 +279,6 @@ def _collect(task: str, found: Mapping[str, Any], metric: str | None, notice: st
         items=list(items.values()),
         aggregate=_aggregate(found["results"][task]),
         notice=notice,
-    )
-
-
-def _item(sample: Mapping[str, Any]) -> HarnessItem:
-    return HarnessItem(
-        id=str(sample["doc_id"]),
-        prompt=str(sample["arguments"][0][0]),
-        responses=_plain(sample["resps"]),
-        target=str(sample["target"]),
-        scores={},
-        digest=sample["doc_hash"],
     )
 
 

@@ -24,9 +24,6 @@ def official_answer(text: str) -> str:
     1800; `18。答案` after a `=` is read well, but in `9 * 2 = 18. 答案是：36` the 18 counts, not the 36; without any of
     the marks a number with its unit or full stop, `18.`, is passed over for an earlier one that stands alone.
 
-    Args:
-        text: what the model wrote.
-
     Returns:
         Digits; empty if the word that was taken has none.
     """

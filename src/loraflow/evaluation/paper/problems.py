@@ -47,10 +47,6 @@ def load_code(language: str, **metadata: Any) -> dict[str, Dataset]:
 
     Fields: `prompt`; `stub`, the function to complete; `setup`, what it takes for granted; `entry_point`; `tests`;
     `solution`.
-
-    Args:
-        language: "zh", "ru" or "es".
-        metadata: of the task; `loraflow_paper_data` names the folder, and goes before the environment variable.
     """
     folder = _folder(metadata)
     instruction = _instruction(folder, f"{language}_code")
@@ -117,11 +113,6 @@ def program_of(answer: str, stub: str, entry_point: str) -> str:
     """The program in an answer: by itself where it defines the function, else what it adds to the stub.
 
     Tabs become four spaces, as in the official evaluation: the prompt shows tabs.
-
-    Args:
-        answer: what the model wrote.
-        stub: the function to complete; empty if there is none.
-        entry_point: that function's name.
     """
     text = answer.replace("\r", "").replace("\t", _INDENT)
     code = extract_code(text)

@@ -19,11 +19,6 @@ _UNVERIFIED = 'To serve it all the same, compare answers and give `"unverified":
 def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) -> None:
     """Check that a fusion is of a kind that is served exactly.
 
-    Args:
-        plan: the fusion.
-        requests: whether requests bring weights of their own.
-        unverified: whether what has not been compared is served too.
-
     Raises:
         AdapterError: if an adapter is more than A and B.
         MethodError: if its method cannot be served, or not so.
@@ -67,11 +62,6 @@ def _updates(plan: FusionPlan) -> Iterator[tuple[str, LoraModule]]:
 
 def check_engine(config: Any, *, requests: bool, unverified: bool = False) -> None:
     """Check that vLLM is set up so that a fusion is served exactly.
-
-    Args:
-        config: vLLM's configuration of the engine (`VllmConfig`).
-        requests: whether requests bring weights of their own.
-        unverified: whether what has not been compared is served too.
 
     Raises:
         ArchitectureError: if the base is of a kind that has not been compared.

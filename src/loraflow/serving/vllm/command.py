@@ -37,9 +37,6 @@ def vllm_command(
             must, and it is so anyway.
         unverified: whether a base that has not been compared with transformers is served too.
 
-    Returns:
-        The program and its arguments.
-
     Raises:
         LoraflowError: if `extra_args` has an option that is composed here.
     """

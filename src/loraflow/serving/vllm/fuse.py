@@ -21,15 +21,7 @@ from loraflow.serving.vllm.shards import Part, cut
 def fuse(
     model: nn.Module, plan: FusionPlan, dtype: torch.dtype, device: torch.device, requests: RequestTable | None = None
 ) -> None:
-    """Put a fusion into a model.
-
-    Args:
-        model: what vLLM has loaded, changed in place.
-        plan: the fusion.
-        dtype: precision of the activations.
-        device: where the model is.
-        requests: weights that requests bring with them, where they may.
-    """
+    """Put a fusion into a model."""
     shared = ForwardWeights(requests)
     packed = dict(getattr(model, "packed_modules_mapping", None) or {})
     layers = _decoder_layers(model, len(plan.layers))

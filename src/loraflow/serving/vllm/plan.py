@@ -28,9 +28,6 @@ class FusionPlan:
     """What is to be put into a model.
 
     Attributes:
-        config: the fusion, as it is saved.
-        method: what gives its weights.
-        adapters: names of the adapters, in order.
         layers: the updates of each decoder layer.
         gates: the method's gates by site, with what they learned; none where whole prompts are weighed.
         digest: SHA-256 of all that decides what the fusion computes.
@@ -50,17 +47,7 @@ def read_plan(
     options: BaseOptions | None = None,
     adapters: Mapping[str, str] | None = None,
 ) -> FusionPlan:
-    """Read a fusion for a base, of which only the configuration is read.
-
-    Args:
-        fusion: its directory or Hub id.
-        base: Hub id or path of the base that vLLM serves.
-        options: revision of the base, and whether its code may run.
-        adapters: other places of the adapters, by name.
-
-    Returns:
-        The plan; every file of the fusion has been compared with the digest that was recorded for it.
-    """
+    """Read a fusion, each file compared with its recorded digest, for a base whose configuration alone is read."""
     saved, loaded = SavedFusion.open(fusion).load(adapters)
     with warnings.catch_warnings():
         # torch warns of each learned tensor that it is not copied into a model without weights: it is not needed there.

@@ -35,9 +35,6 @@ def parse_weights(value: Any, adapters: Sequence[str], layers: int) -> list[list
         adapters: names of the adapters, in order.
         layers: number of decoder layers.
 
-    Returns:
-        One weight for each layer and adapter.
-
     Raises:
         MethodError: if it is something else, names an unknown adapter, or is for another number of layers.
     """
@@ -56,12 +53,6 @@ def parse_weights(value: Any, adapters: Sequence[str], layers: int) -> list[list
 
 def check_request(extra: Mapping[str, Any] | None, adapters: Sequence[str], layers: int, *, required: bool) -> None:
     """Check the weights that a request brings.
-
-    Args:
-        extra: the request's `extra_args`.
-        adapters: names of the adapters, in order.
-        layers: number of decoder layers.
-        required: whether it must bring some, since the fusion's method gives none here.
 
     Raises:
         MethodError: if they are missing or wrong.

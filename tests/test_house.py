@@ -27,8 +27,6 @@ BORROWED = {
     "_n_gpu",  # transformers: replicas of a model
     "_old_forward",  # accelerate: device maps
 }
-# Data, of which a screen shows no more the shorter it is cut.
-LONG_MODULES = {"loraflow.demo.language"}
 
 
 def room_of(module: str) -> str:
@@ -110,7 +108,7 @@ def test_underscore_names_are_used_where_they_are_defined(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_and_functions_are_short(module):
     text = MODULES[module].read_text(encoding="utf-8")
-    assert text.count("\n") <= LONGEST_MODULE or module in LONG_MODULES
+    assert text.count("\n") <= LONGEST_MODULE
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             # What it does: signatures and docstrings are as long as they have to be.

@@ -23,6 +23,7 @@ BORROWED = {
     "_get_in_out_features",  # peft: the sizes of any linear
     "_hf_hook",  # accelerate: device maps
     "_maybe_include_all_linear_layers",  # peft: what "all-linear" is
+    "_modules",  # torch: what stands under a module's names
     "_model_mapping",  # transformers: which models are causal language models
     "_n_gpu",  # transformers: replicas of a model
     "_old_forward",  # accelerate: device maps

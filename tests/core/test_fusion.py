@@ -70,6 +70,17 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("how", ["transformers", "peft"])
+def test_adapters_put_around_the_fused_ones_later_are_refused(model, adapter, tmp_path, how, use):
+    if how == "peft":
+        get_peft_model(model.base_model, LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM"))
+    else:
+        model.base_model.load_adapter(adapter)
+    with pytest.raises(LoraflowError, match=r"The fused 'self_attn\.[a-z]_proj' is inside a Linear now: something was"):
+        USES[use](model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("use", USES)
 def test_after_unloading_nothing_pretends_to_be_the_fusion(model, tmp_path, use):
     base = model.unload()
     assert model.method.name == "base"

@@ -67,6 +67,7 @@ class Attachment:
     _turn: Turn = field(default_factory=Turn)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
+    _slots: list[tuple[nn.Module, str, FusedLinear]] = field(default_factory=list)
     _detached: bool = False
 
     @property
@@ -184,13 +185,23 @@ class Attachment:
         return Lane(tuple(requests), "layer", gates)
 
     def check_attached(self) -> None:
-        """Check that the adapters have not been taken out.
+        """Check that the adapters have not been taken out, and that nothing was put around them.
 
         Raises:
-            LoraflowError: if they have.
+            LoraflowError: if they have, or something was, such as another adapter of PEFT's.
         """
         if self._detached:
             raise LoraflowError("The adapters were taken out of this model with `unload()`. Fuse them again.")
+        if torch.compiler.is_compiling():
+            return
+        for parent, name, linear in self._slots:
+            found = parent._modules.get(name)
+            if found is not linear:
+                raise LoraflowError(
+                    f"The fused '{linear.fused.name}' is inside a {type(found).__name__} now: something was put around "
+                    "it after the adapters were fused (PEFT's `get_peft_model`, transformers' `load_adapter`?), and "
+                    "speaks past the fusion weights. Name all adapters when the fusion is made, with a base as it was."
+                )
 
     def again(self, adapters: Sequence[Adapter]) -> Attachment:
         """Put adapters into the model once more after `detach`; callers that wait for their turn then see these."""
@@ -201,7 +212,7 @@ class Attachment:
     def detach(self) -> None:
         """Give the base model back as it was before, bit for bit; also one that was attached to only in part."""
         self.check_attached()
-        self._detached = True
+        self._detached, self._slots = True, []
         for layer in self.layers.layers:
             for linear in fused_linears(layer):
                 unfuse_linear(linear)
@@ -293,6 +304,13 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         attachment.detach()
         raise
     attachment.sites = _sites(attachment)
+    attachment._slots = [
+        (parent, name, child)
+        for layer in layers.layers
+        for parent in layer.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, FusedLinear)
+    ]
     return attachment
 
 

@@ -1,13 +1,20 @@
-"""What a fusion refuses: adapters of transformers' own around the fused ones, and any use after it was taken out."""
+"""What a fusion refuses: adapters of transformers' own around the fused ones, and any use after it was taken out.
+
+And what several threads see of it, while one of them changes who weighs.
+"""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from loraflow import FusedModel
+from loraflow import Arrow, FusedModel
+from loraflow.adapters import load_adapter
+from loraflow.core.attach import Attachment
 from loraflow.errors import LoraflowError
 from loraflow.training import fit
 from tests.tiny import random_ids, save_adapter, tiny_model
@@ -89,3 +96,74 @@ def test_after_unloading_nothing_pretends_to_be_the_fusion(model, tmp_path, use)
         USES[use](model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     assert torch.equal(base(random_ids()).logits, tiny_model()(random_ids()).logits)
+
+
+# ---- Turns -------------------------------------------------------------------------------------------------------
+
+
+def started(call):
+    """A call in a thread of its own, which has had time to come as far as it can."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join(0.2)
+    return thread, results
+
+
+CALLS = {
+    "forward": lambda model: model(random_ids()).logits.shape[0],
+    "generate": lambda model: len(model.generate(random_ids(), max_new_tokens=1)),
+    "weigh": lambda model: len(model.weigh(random_ids(), method="qa-flora")),
+    "rows": lambda model: model(random_ids(), methods=[{"a": 1.0}, None]).logits.shape[0],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_wait_while_adapters_are_exchanged(model, tmp_path, monkeypatch, call):
+    both = [*model.adapters, load_adapter("b", str(save_adapter(tiny_model(), tmp_path / "b", seed=1)))]
+    again, calls = Attachment.again, []
+
+    def slow(attachment, adapters):
+        calls.append(started(lambda: CALLS[call](model)))
+        return again(attachment, adapters)
+
+    monkeypatch.setattr(Attachment, "again", slow)
+    model.exchange_adapters(both)
+    thread, results = calls[0]
+    thread.join(60)
+    assert results == [len(random_ids())]
+
+
+def test_who_weighs_changes_between_calls_only(model):
+    before = model.method
+    with model.attachment.turn():
+        thread, _ = started(lambda: model.set_method("average"))
+        assert thread.is_alive()
+        assert model.method is before
+    thread.join(60)
+    assert model.method.name == "average"
+
+
+# ---- As the base ---------------------------------------------------------------------------------------------------
+
+
+def test_generate_takes_what_transformers_own_takes(model):
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = random_ids()
+    assert torch.equal(model.generate(ids, config), model.generate(inputs=ids, generation_config=config))
+    assert torch.equal(model.generate(ids, config), model.generate(ids, config, methods=[None] * len(ids)))
+
+
+def test_gates_that_are_set_aside_move_with_the_model(model):
+    with model.using("base"):
+        model.to(torch.float64)
+    assert {gate.dtype for gate in model.state_dict().values()} == {torch.float64}
+    with torch.no_grad():
+        assert model(random_ids()).logits.dtype == torch.float64
+
+
+def test_no_more_gates_are_kept_than_are_of_use(model):
+    with torch.no_grad():
+        for step in range(20):
+            model(random_ids(), methods=[Arrow(temperature=1.0 + step), None])
+    assert len(model._made) == 16

@@ -81,6 +81,11 @@ class Attachment:
         return [cast(FusedDecoderLayer, layer).fusion for layer in self.layers.layers]
 
     @property
+    def layer_count(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.layers.layers)
+
+    @property
     def contexts(self) -> list[LayerContext]:
         """Each decoder layer's context, in order."""
         return [fusion.context for fusion in self.fusions]

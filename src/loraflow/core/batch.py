@@ -35,7 +35,7 @@ def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) 
     Raises:
         LoraflowError: if they have another shape, or are not finite.
     """
-    layers, adapters = len(attachment.fusions), len(attachment.adapters)
+    layers, adapters = attachment.layer_count, len(attachment.adapters)
     weights = torch.as_tensor(weights)
     if weights.dim() == 2:
         weights = weights[:, None].expand(-1, layers, -1)
@@ -67,9 +67,9 @@ def lanes_of_methods(
         if isinstance(method, QueryMethod):
             given.update(zip(requests, weigh_prompts(method, gates, requests).cpu(), strict=True))
         elif not gates:
-            given.update(dict.fromkeys(requests, torch.zeros(len(attachment.fusions), len(attachment.adapters))))
+            given.update(dict.fromkeys(requests, torch.zeros(attachment.layer_count, len(attachment.adapters))))
         elif is_constant(method, gates):
-            given.update(dict.fromkeys(requests, layer_weights(gates, len(attachment.fusions))))
+            given.update(dict.fromkeys(requests, layer_weights(gates, attachment.layer_count)))
         else:
             lanes.append(attachment.lane(requests, method, gates))
     if given:
@@ -153,7 +153,7 @@ def weigh_prompts(
     keys = [tuple(prompt.tolist()) for prompt in prompts]
     if () in keys:
         raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
-    layers = len(attachment.fusions)
+    layers = attachment.layer_count
     read = {
         key: method.weigh(Prompt(attachment, prompt, tokenizer, among), gate).expand(layers, -1)
         for key, prompt in dict(zip(keys, prompts, strict=True)).items()

@@ -33,7 +33,8 @@ class LayerContext:
         lanes: who weighs the rows of the call that runs; `own` unless rows differ.
         alone: for each row, the position of the one adapter that it uses, or None for the base; None where rows have
             fusion weights.
-        embeddings: the input of the first layer, kept there for the others while a gate of the whole model reads it.
+        embeddings: the input of the first layer, kept there for the others while a gate of the whole model reads it; a
+            forward that was given up leaves it to the next.
         recorded: where the weights of a forward are noted, by linear ("" for the layer), while a trace is taken.
         shape: batch and seq of the running forward.
         running: the lanes of the running forward.
@@ -125,7 +126,7 @@ class LayerContext:
         return weights
 
     def close(self) -> None:
-        """Drop everything of the forward, so that no activation outlives its layer."""
+        """Drop everything of the layer's forward, so that its activations do not outlive it."""
         self.shape, self.products, self.member_weights = (), (), ()
         self.weights = self.group = self.seen = None
         self.running = self.own

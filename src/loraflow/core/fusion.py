@@ -33,6 +33,9 @@ from loraflow.prompts import Message, PromptFormat
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
 
+_KEPT = 16
+"""How many methods' gates are kept at once beside those in use."""
+
 
 class Fusion(nn.Module):
     """A base model, ordered adapters, and the method that gives their fusion weights.
@@ -81,6 +84,8 @@ class Fusion(nn.Module):
         self._gates: Gates = {}
         # Of methods that learn nothing, by name and parameters: Arrow's directions, say, take a while to find.
         self._made: dict[str, Gates] = {}
+        # Gates of methods that come back when a `using` block ends, the outermost first.
+        self._aside: list[Gates] = []
         self.set_method(method)
         self.train(self.base_model.training)
 
@@ -137,13 +142,12 @@ class Fusion(nn.Module):
         Raises:
             MethodError: if a method weighs whole prompts: a bare forward does not say what the prompt is.
         """
-        self.attachment.check_attached()
-        if methods is None and fusion_weights is None:
-            with self.attachment.turn():
-                return self.base_model(*args, **kwargs)
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         rows = None if inputs is None else len(inputs)
         with self.attachment.turn():
+            self.attachment.check_attached()
+            if methods is None and fusion_weights is None:
+                return self.base_model(*args, **kwargs)
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, refuse_prompts)
             with self.attachment.weighing(lanes):
                 return self.base_model(*args, **kwargs)
@@ -172,17 +176,11 @@ class Fusion(nn.Module):
         Raises:
             MethodError: if the method reads the prompt, and there are no token ids.
         """
-        self.attachment.check_attached()
         # `find_decoder_layers` checked that it can.
         generate = cast(Any, self.base_model).generate
-        given = {} if inputs is None else {"inputs": inputs}
+        args = () if inputs is None and not args else (inputs, *args)
         ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
         rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
-        if methods is None and fusion_weights is None:
-            if not isinstance(self.method, QueryMethod):
-                with self.attachment.turn():
-                    return generate(*args, **given, **kwargs)
-            methods = [None] * (rows or 1)
 
         def weigh(method: QueryMethod, gates: Gates, requests: list[int]) -> Tensor:
             if ids is None:
@@ -191,9 +189,14 @@ class Fusion(nn.Module):
             return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
 
         with self.attachment.turn():
+            self.attachment.check_attached()
+            if methods is None and fusion_weights is None:
+                if not isinstance(self.method, QueryMethod):
+                    return generate(*args, **kwargs)
+                methods = [None] * (rows or 1)
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
-                return generate(*args, **given, **kwargs)
+                return generate(*args, **kwargs)
 
     def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
         """Questions as `generate`, `weigh` and `trace` take them, in the fusion's prompt format, padded on the left.
@@ -210,32 +213,36 @@ class Fusion(nn.Module):
 
     def set_method(self, method: str | Method | Mapping[str, float]) -> None:
         """Use another method, adapter alone ("name"), or weights by adapter name, its gates as before any training."""
-        self.attachment.check_attached()
-        chosen = get_method(method, self.adapter_names)
-        self._gates = self.attachment.make_gates(chosen) if chosen.learns else self._gates_of(chosen)[1]
-        self.method = chosen
-        self.training_record = None
-        self.attachment.install(self.method, self._gates)
-        self.requires_grad_(False)
-        for gate in self._gates.values():
-            gate.requires_grad_(self.method.learns is not None)
+        with self.attachment.turn():
+            self.attachment.check_attached()
+            chosen = get_method(method, self.adapter_names)
+            self._gates = self.attachment.make_gates(chosen) if chosen.learns else self._gates_of(chosen)[1]
+            self.method = chosen
+            self.training_record = None
+            self.attachment.install(self.method, self._gates)
+            self.requires_grad_(False)
+            for gate in self._gates.values():
+                gate.requires_grad_(self.method.learns is not None)
 
     @contextlib.contextmanager
     def using(self, method: str | Method | Mapping[str, float]) -> Iterator[Fusion]:
         """Use another method, one adapter, or the base ("base") inside a `with` block; learned gates are kept."""
-        self.attachment.check_attached()
         with self._method_kept():
             self.set_method(method)
             yield self
 
     @contextlib.contextmanager
     def _method_kept(self) -> Iterator[None]:
-        mine = (self.method, self._gates, self.training_record)
+        with self.attachment.turn():
+            mine = (self.method, self._gates, self.training_record)
+            self._aside.append(self._gates)
         try:
             yield
         finally:
-            self.method, self._gates, self.training_record = mine
-            self.attachment.install(self.method, self._gates)
+            with self.attachment.turn():
+                self._aside.pop()
+                self.method, self._gates, self.training_record = mine
+                self.attachment.install(self.method, self._gates)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[Fusion]:
         """The base model alone inside a `with` block, as in PEFT."""
@@ -257,13 +264,14 @@ class Fusion(nn.Module):
         Raises:
             MethodError: if the method does not weigh whole prompts.
         """
-        self.attachment.check_attached()
-        chosen, gates = self._gates_of(method)
-        if not isinstance(chosen, QueryMethod):
-            raise MethodError(
-                f"The method {chosen.name!r} does not weigh whole prompts. `trace` shows the weights that it gives."
-            )
-        return self._weigh(chosen, gates, input_ids, attention_mask)
+        with self.attachment.turn():
+            self.attachment.check_attached()
+            chosen, gates = self._gates_of(method)
+            if not isinstance(chosen, QueryMethod):
+                raise MethodError(
+                    f"The method {chosen.name!r} does not weigh whole prompts. `trace` shows the weights that it gives."
+                )
+            return self._weigh(chosen, gates, input_ids, attention_mask)
 
     @torch.no_grad()
     def _weigh(self, method: QueryMethod, gates: Gates, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -300,12 +308,16 @@ class Fusion(nn.Module):
             return chosen, self.attachment.make_gates(chosen)
         key = json.dumps([chosen.name, chosen.parameters()], sort_keys=True)
         if key not in self._made:
+            while len(self._made) >= _KEPT:
+                del self._made[next(iter(self._made))]
             self._made[key] = self.attachment.make_gates(chosen)
         return chosen, self._made[key]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Fusion:
-        # Gates that are kept for later would stay behind where the model is moved.
+        # Where the model is moved, gates that are no part of it now would stay behind.
         self._made.clear()
+        for gate in (gate for gates in self._aside for gate in gates.values()):
+            gate._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
 
     # What it weighed.
@@ -334,15 +346,15 @@ class Fusion(nn.Module):
         Raises:
             LoraflowError: if the base alone is in use, which has no fusion weights.
         """
-        self.attachment.check_attached()
-        if not self._gates:
-            raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with self.attachment.turn(), self.evaluating():
-            lanes = None
-            if isinstance(self.method, QueryMethod):
+            self.attachment.check_attached()
+            method, lanes = self.method, None
+            if not self._gates:
+                raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
+            if isinstance(method, QueryMethod):
                 prompt = slice(0, prompt_length or None)
-                weights = self._weigh(self.method, self._gates, input_ids[:, prompt], mask[:, prompt])
+                weights = self._weigh(method, self._gates, input_ids[:, prompt], mask[:, prompt])
                 lanes = lanes_of_weights(self.attachment, weights, len(input_ids))
             layer_weights, module_weights = read_weights(self.attachment, input_ids, mask, lanes, **kwargs)
         return Trace(
@@ -356,9 +368,9 @@ class Fusion(nn.Module):
             attention_mask=mask.cpu(),
             prompt_length=prompt_length,
             module_weights=module_weights,
-            method=self.method.name,
-            level=self.method.level,
-            place=self.method.place,
+            method=method.name,
+            level=method.level,
+            place=method.place,
         )
 
     # What it learned.

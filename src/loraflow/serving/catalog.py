@@ -316,7 +316,7 @@ class Catalog:
         """
         if served.gates and is_constant(served.method, served.gates):
             # However many different ones there are, they are weighed together.
-            layers = len(self.model.attachment.fusions)
+            layers = self.model.attachment.layer_count
             return Weigher(weights=layer_weights(served.gates, layers), adapters=served.adapters)
         if not isinstance(served.method, QueryMethod):
             return Weigher(served.method, served.gates, adapters=served.adapters)

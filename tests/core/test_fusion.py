@@ -152,6 +152,11 @@ def test_generate_takes_what_transformers_own_takes(model):
     ids = random_ids()
     assert torch.equal(model.generate(ids, config), model.generate(inputs=ids, generation_config=config))
     assert torch.equal(model.generate(ids, config), model.generate(ids, config, methods=[None] * len(ids)))
+    # The padding token that the configuration names is no part of a prompt.
+    model.generation_config.pad_token_id = None
+    ids = torch.cat([torch.zeros_like(ids[:, :2]), ids.clamp(min=1)], dim=1)
+    with model.using("qa-flora"):
+        assert torch.equal(model.generate(ids, config), model.generate(ids, config, attention_mask=(ids > 0).long()))
 
 
 def test_gates_that_are_set_aside_move_with_the_model(model):

@@ -155,6 +155,7 @@ class Fusion(nn.Module):
     def generate(
         self,
         inputs: Int[Tensor, "batch seq"] | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         methods: Sequence[RowMethod] | None = None,
         fusion_weights: RowWeights | None = None,
@@ -167,6 +168,7 @@ class Fusion(nn.Module):
 
         Args:
             inputs: the prompts' token ids; `input_ids=` is the same.
+            generation_config: how to generate; by default, the base's.
             args: transformers'.
             methods: who weighs each request, where requests differ: a method's name, an adapter's name, weights by
                 adapter name, a method object, or None for the fusion's own method.
@@ -178,25 +180,25 @@ class Fusion(nn.Module):
         """
         # `find_decoder_layers` checked that it can.
         generate = cast(Any, self.base_model).generate
-        args = () if inputs is None and not args else (inputs, *args)
+        given = (inputs, generation_config, *args)
         ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
         rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
 
         def weigh(method: QueryMethod, gates: Gates, requests: list[int]) -> Tensor:
             if ids is None:
                 raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
-            mask = prompt_mask(ids, kwargs, self.generation_config)
+            mask = prompt_mask(ids, {**kwargs, "generation_config": generation_config}, self.generation_config)
             return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
 
         with self.attachment.turn():
             self.attachment.check_attached()
             if methods is None and fusion_weights is None:
                 if not isinstance(self.method, QueryMethod):
-                    return generate(*args, **kwargs)
+                    return generate(*given, **kwargs)
                 methods = [None] * (rows or 1)
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
-                return generate(*args, **kwargs)
+                return generate(*given, **kwargs)
 
     def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
         """Questions as `generate`, `weigh` and `trace` take them, in the fusion's prompt format, padded on the left.

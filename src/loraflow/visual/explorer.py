@@ -25,7 +25,7 @@ from loraflow.visual.colours import adapter_styles
 from loraflow.visual.dominance import EVEN
 from loraflow.visual.pages import policy_source, read_page
 from loraflow.visual.tokens import printable
-from loraflow.visual.traced import TracedWeights
+from loraflow.visual.traced_weights import TracedWeights
 
 TITLE = "Fusion weights"
 

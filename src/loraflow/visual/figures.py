@@ -26,7 +26,7 @@ from loraflow.visual.drawing import (
     save_figure,
     set_title,
 )
-from loraflow.visual.traced import TracedWeights
+from loraflow.visual.traced_weights import TracedWeights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

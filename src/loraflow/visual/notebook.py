@@ -6,7 +6,7 @@ from html import escape
 
 from loraflow.visual.colours import NEUTRAL, adapter_colour
 from loraflow.visual.dominance import dominance, dominating
-from loraflow.visual.traced import TracedWeights
+from loraflow.visual.traced_weights import TracedWeights
 
 
 def trace_html(trace: TracedWeights) -> str:

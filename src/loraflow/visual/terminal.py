@@ -15,7 +15,7 @@ from rich.text import Text
 from loraflow.visual.colours import adapter_colour
 from loraflow.visual.dominance import dominating
 from loraflow.visual.tokens import printable
-from loraflow.visual.traced import TracedWeights
+from loraflow.visual.traced_weights import TracedWeights
 
 # Stands where an adapter's name would, in text and tables.
 _EVEN = "even"

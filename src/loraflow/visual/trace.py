@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraflow.visual.explorer import save_explorer
 from loraflow.visual.notebook import trace_html
-from loraflow.visual.traced import TracedWeights
+from loraflow.visual.traced_weights import TracedWeights
 
 
 class Trace(TracedWeights):

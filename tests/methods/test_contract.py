@@ -39,7 +39,6 @@ from loraflow.methods import (
     method_names,
 )
 from loraflow.methods.base import (
-    Learning,
     Level,
     Mixing,
     Place,
@@ -48,6 +47,7 @@ from loraflow.methods.base import (
     check_top_k,
     check_weights,
 )
+from loraflow.training.learners import LEARNERS
 from tests.tiny import random_adapter, random_ids, save_adapter, set_random_gates, tiny_model
 
 NAMES = ("zh", "math", "code")
@@ -98,7 +98,7 @@ def test_what_a_method_says_of_itself_is_valid(method):
     assert (method.level == "query") == isinstance(method, QueryMethod)
     assert method.place in get_args(Place)
     assert method.mixing in get_args(Mixing)
-    assert method.learns is None or method.learns in get_args(Learning)
+    assert method.learns is None or method.learns in LEARNERS
     method.check(NAMES)
     from loraflow import FitConfig
 

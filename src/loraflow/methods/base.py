@@ -41,10 +41,10 @@ from loraflow.errors import MethodError, did_you_mean
 Level = Literal["task", "query", "token"]
 Place = Literal["model", "layer", "module"]
 Mixing = Literal["outputs", "parameters"]
-Learning = Literal["gradient", "search", "experts", "samples"]
-"""How a method learns: by gradient or by gradient-free search on examples of the task at hand; or from each adapter's
-own data, by gradient with that adapter alone ("experts"), or by looking at it ("samples"). What each needs of the
-method and its gates is in the protocols below; `loraflow.training.learners` has one file for each."""
+Learning = str
+"""The name of a learner in `loraflow.training.learners`: "gradient" and gradient-free "search" learn on examples of the
+task at hand; "experts", by gradient with one adapter alone, and "samples", by looking, on each adapter's own data. What
+they need of the method and its gates is in the protocols below."""
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,36 @@ def test_bad_recipes():
             FitConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ({name: value}, rf"`{name}` \(={value}\) must be greater than 0, and finite\.")
+            for name in ("learning_rate", "epsilon")
+            for value in (0.0, math.inf, math.nan)
+        ),
+        *(
+            ({name: value}, rf"`{name}` \(={value}\) must be at least 0, and finite\.")
+            for name in ("weight_decay", "max_grad_norm")
+            for value in (-1, math.inf, math.nan)
+        ),
+        *(
+            ({"betas": betas}, r"`betas` \(=\(.*\)\) must be two numbers, each at least 0 and less than 1\.")
+            for betas in ((math.nan, 0.9), (0.9, 2.0), (0.9, 1.0), (-0.1, 0.9), (0.9,))
+        ),
+        ({"epochs": math.inf}, r"`epochs` \(=inf\) must be greater than 0, and finite\."),
+        ({"max_steps": math.nan}, r"`max_steps` \(=nan\) must be at least 1, and finite\."),
+    ],
+)
+def test_numbers_that_are_no_recipe(settings, message):
+    with pytest.raises(LoraflowError, match=message):
+        FitConfig(**settings)
+
+
+def test_recipes_at_their_ends():
+    FitConfig(learning_rate=1e38, weight_decay=0, max_grad_norm=0, betas=(0, 0.0))
+
+
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
 def test_fits_on_a_quantised_base(tmp_path, quantization):
     pytest.importorskip("bitsandbytes")

@@ -17,6 +17,8 @@ from loraflow.evaluation.scoring import get_scorer
 from loraflow.training import fit, mean_loss, search
 from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
 from loraflow.training.data import prepare
+from loraflow.training.learners import LEARNERS
+from loraflow.training.learners.gradient import Gradient
 from loraflow.training.trainer import WholeCheckpointTrainer
 from tests.tiny import VOCAB, number_tokenizer, save_adapter, tiny_model
 
@@ -346,6 +348,52 @@ def test_a_grid_in_which_all_diverge_says_so(make_model, console):
     with pytest.raises(LoraflowError, match="None of the 2 settings gave a finite result"):
         search(model, reversals(8), dev=reversals(4, seed=1), config=QUICK, grid=grid, console=console)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+
+
+class Noting(Gradient):
+    """A learner of another's own, that notes what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def check_method(self, fusion):
+        self.asked.append("method")
+
+    def check_examples(self, fusion, examples, dev):
+        self.asked.append("examples")
+        return super().check_examples(fusion, examples[1:], dev)
+
+    def learn(self, fusion, examples, dev, run):
+        self.asked.append((run.config.learning_rate, len(examples), run.label))
+        return super().learn(fusion, examples, dev, run)
+
+    def record(self, config, data, result):
+        return {**super().record(config, data, result), "noted": len(data.train)}
+
+
+def test_a_search_goes_by_the_learner(make_model, console, tmp_path, monkeypatch):
+    learner = Noting()
+    monkeypatch.setitem(LEARNERS, "gradient", learner)
+    settings = {
+        "dev": reversals(4, seed=1),
+        "config": QUICK,
+        "grid": [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}],
+        "checkpoints": tmp_path / "search",
+        "console": console,
+    }
+    first, second = make_model(), make_model()
+    search(first, reversals(9), **settings)
+    fits = [(1e-2, 8, "search 1/2, learning_rate 0.01"), (1e-3, 8, "search 2/2, learning_rate 0.001")]
+    assert learner.asked == ["method", "examples", *fits]
+    assert first.training_record["noted"] == 8
+    search(second, reversals(9), **settings, resume=True)
+    assert learner.asked[4:] == ["method", "examples"], "finished settings must not be learned again"
+    assert second.training_record == first.training_record
+
+
+def test_a_search_reads_examples_as_a_fit_does(make_model, console):
+    with pytest.raises(DataError, match="learns from examples of the task"):
+        search(make_model(), {"a": reversals(2), "b": reversals(2)}, dev=reversals(2), console=console)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -112,6 +112,7 @@ class Run:
         resume: whether it goes on from what is there.
         console: where progress is shown.
         score: what decides on dev examples instead of their loss.
+        label: what it is called where progress is shown; empty for the learner's own words.
     """
 
     config: FitConfig
@@ -119,6 +120,7 @@ class Run:
     resume: bool
     console: Console
     score: Score | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
-from loraflow.saved.storage import copy_adapter, write_fusion
+from loraflow.saved.storage import copy_adapters, write_fusion
 from loraflow.training import FitConfig, FitResult
 
 
@@ -174,16 +174,17 @@ class FusedModel(Fusion):
             copy_adapters: copy local adapters into the directory, so that it can be moved elsewhere as it is.
 
         Raises:
-            FusionError: if the directory is a file.
+            FusionError: if the directory is a file, or an adapter that is to be copied has changed on disk.
         """
         self._save(Path(directory).expanduser(), copy_adapters=copy_adapters, publish=False)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save to a Hub repository, local adapters included, and return its address."""
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
+            # First, so that what cannot be saved leaves no empty repository.
             self._save(Path(directory), copy_adapters=True, publish=True)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(
                 api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion")
             )
@@ -198,14 +199,14 @@ class FusedModel(Fusion):
             config.base.path = ""
         write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
 
-    def _config(self, directory: Path, copy_adapters: bool) -> FusionConfig:
+    def _config(self, directory: Path, copies: bool) -> FusionConfig:
         base = self.base_record.model_copy(update={"path": relative_source(self.base_record.path, directory)})
+        copied = [adapter for adapter in self.adapters if copies and adapter.source.is_local]
+        places = dict(zip((adapter.name for adapter in copied), copy_adapters(copied, directory), strict=True))
         records = []
         for adapter in self.adapters:
-            path = adapter.source.path
+            path = str(places.get(adapter.name, adapter.source.path))
             if adapter.source.is_local:
-                if copy_adapters:
-                    path = str(copy_adapter(adapter, directory))
                 path = relative_source(path, directory)
             records.append(
                 AdapterRecord(name=adapter.name, path=path, revision=adapter.source.revision, digest=adapter.digest)

@@ -43,6 +43,7 @@ from loraflow.methods.base import (
     Mixing,
     Place,
     check_choice,
+    check_count,
     check_positive,
     check_top_k,
     check_weights,
@@ -207,6 +208,10 @@ def test_a_query_method_is_no_gate(fused):
             "`p` is unknown: 'abc'. Known: 'ab', 'cd'. Did you mean 'ab'?",
         ),
         (lambda: check_choice(None, ("ab", "cd"), "p"), "`p` is unknown: None. Known: 'ab', 'cd'."),
+        *(
+            (lambda value=value: check_count(value, "p"), f"`p` (={value!r}) must be a whole number of at least 1.")
+            for value in (0, 1.5, True, "1", None)
+        ),
         (lambda: check_positive(0, "p"), "`p` (=0) must be a positive number."),
         (lambda: check_positive(float("nan"), "p"), "`p` (=nan) must be a positive number."),
         (lambda: check_positive(float("inf"), "p"), "`p` (=inf) must be a positive number."),

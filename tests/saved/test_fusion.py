@@ -19,7 +19,7 @@ from loraflow.bases import BaseOptions, BaseRecord
 from loraflow.errors import FusionError, LoraflowError, StorageError
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
-from loraflow.saved.storage import copy_adapter, read_fusion, write_fusion
+from loraflow.saved.storage import copy_adapters, read_fusion, write_fusion
 from tests.tiny import save_adapter, tiny_model
 
 fork = multiprocessing.get_context("fork")
@@ -39,7 +39,7 @@ def adapters(tmp_path_factory) -> list[Adapter]:
 def save(directory: Path, adapter: Adapter, value: float = 0.0, *, copy: bool = False, **changes) -> None:
     """Save a fusion of one adapter that has learned one value."""
     tensors = {"model.weight": torch.full((1, 4), value)}
-    path = str(copy_adapter(adapter, directory)) if copy else adapter.source.path
+    path = str(copy_adapters([adapter], directory)[0]) if copy else adapter.source.path
     record = AdapterRecord(name=adapter.name, path=relative_source(path, directory), digest=adapter.digest)
     fields = {"base": BASE, "method": MethodRecord(name="average"), "adapters": [record], **changes}
     config = FusionConfig(loraflow_version=f"value {value}", weights_digest=tensors_digest(tensors), **fields)

@@ -109,6 +109,10 @@ def saved(world, method=None, **options) -> Path:
     return world / "fusion"
 
 
+def files_of(directory) -> dict:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def config_of(fusion) -> dict:
     return json.loads((fusion / "fusion_config.json").read_text())
 
@@ -231,6 +235,48 @@ def test_a_copy_can_be_saved_over_itself(world):
     assert torch.equal(logits(FusedModel.from_pretrained(fusion)), logits(FusedModel.from_pretrained(fusion)))
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda adapter: edit_tensors(adapter, lambda tensors: [t.mul_(2) for t in tensors.values()]),
+            "digest differs",
+        ),
+        (lambda adapter: edit_config(adapter, lora_alpha=3), "digest differs"),
+        (lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b"half"), "no whole adapter now"),
+    ],
+)
+@pytest.mark.parametrize("older", [True, False])
+def test_an_adapter_that_changed_on_disk_is_not_copied(world, change, why, older):
+    model = make(world)
+    if older:
+        model.save_pretrained(world / "fusion", copy_adapters=True)
+        expected = logits(FusedModel.from_pretrained(world / "fusion"))
+    else:
+        # The first adapter's copy is none that stays, either.
+        (world / "fusion").mkdir()
+    before = files_of(world / "fusion")
+    set_random_gates(model, 9)
+    change(world / "adapters" / "math")
+    with pytest.raises(
+        FusionError, match=rf"'math' cannot be copied .*adapters/math has changed since .*{why}\)\. Fuse"
+    ):
+        model.save_pretrained(world / "fusion", copy_adapters=True)
+    assert files_of(world / "fusion") == before
+    if older:
+        assert torch.equal(logits(FusedModel.from_pretrained(world / "fusion")), expected)
+
+
+def test_a_copy_that_changed_is_not_saved_over_itself(world):
+    fusion = saved(world, copy_adapters=True)
+    model = FusedModel.from_pretrained(fusion)
+    edit_config(Path(model.adapters[0].source.path), lora_alpha=3)
+    before = files_of(fusion)
+    with pytest.raises(FusionError, match=r"'zh' cannot be copied into the fusion: .* has changed since it was loaded"):
+        model.save_pretrained(fusion, copy_adapters=True)
+    assert files_of(fusion) == before
+
+
 def test_base_and_adapters_may_be_elsewhere(world, tmp_path):
     fusion = saved(world)
     (world / "adapters" / "zh").rename(tmp_path / "chinese")
@@ -331,7 +377,7 @@ def test_a_crash_while_saving_leaves_the_old_fusion_or_the_new(world, monkeypatc
     assert {path.name for path in (world / "fusion").iterdir()} == FILES
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(11))
 def test_a_crash_while_copying_other_adapters_leaves_the_old_fusion_or_the_new(world, monkeypatch, number):
     before = make(world, Average())
     before.save_pretrained(world / "fusion", copy_adapters=True)
@@ -540,6 +586,16 @@ def test_a_pushed_fusion_is_whole(world, tmp_path, monkeypatch):
     # The Hub refuses a card whose base model is no id.
     card = (tmp_path / "hub" / "me" / "fusion" / "README.md").read_text()
     assert ".." not in card.split("---")[1]
+
+
+def test_what_cannot_be_saved_leaves_no_repository(world, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr("loraflow.model.HfApi", hub.api)
+    model = make(world)
+    edit_config(world / "adapters" / "zh", lora_alpha=3)
+    with pytest.raises(FusionError, match="'zh' cannot be copied into the fusion"):
+        model.push_to_hub("fusion")
+    assert hub.created == []
 
 
 @pytest.mark.parametrize(

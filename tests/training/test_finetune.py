@@ -250,6 +250,8 @@ def test_bad_settings():
     for settings, message in [
         ({"r": 0}, r"`r` \(=0\) must be a whole number of at least 1"),
         ({"alpha": 0}, r"`alpha` \(=0\) must be greater than 0"),
+        ({"alpha": float("inf")}, r"`alpha` \(=inf\) must be greater than 0, and finite"),
+        ({"alpha": float("nan")}, r"`alpha` \(=nan\) must be greater than 0, and finite"),
         ({"dropout": 1.0}, r"`dropout` \(=1.0\) must be at least 0 and less than 1"),
         ({"target_modules": []}, "`target_modules` names no module"),
     ]:

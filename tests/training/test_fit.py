@@ -17,6 +17,8 @@ from loraflow.evaluation.scoring import get_scorer
 from loraflow.training import fit, mean_loss, search
 from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
 from loraflow.training.data import prepare
+from loraflow.training.learners import LEARNERS
+from loraflow.training.learners.gradient import Gradient
 from loraflow.training.trainer import WholeCheckpointTrainer
 from tests.tiny import VOCAB, number_tokenizer, save_adapter, tiny_model
 
@@ -278,6 +280,36 @@ def test_bad_recipes():
             FitConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ({name: value}, rf"`{name}` \(={value}\) must be greater than 0, and finite\.")
+            for name in ("learning_rate", "epsilon")
+            for value in (0.0, math.inf, math.nan)
+        ),
+        *(
+            ({name: value}, rf"`{name}` \(={value}\) must be at least 0, and finite\.")
+            for name in ("weight_decay", "max_grad_norm")
+            for value in (-1, math.inf, math.nan)
+        ),
+        *(
+            ({"betas": betas}, r"`betas` \(=\(.*\)\) must be two numbers, each at least 0 and less than 1\.")
+            for betas in ((math.nan, 0.9), (0.9, 2.0), (0.9, 1.0), (-0.1, 0.9), (0.9,))
+        ),
+        ({"epochs": math.inf}, r"`epochs` \(=inf\) must be greater than 0, and finite\."),
+        ({"max_steps": math.nan}, r"`max_steps` \(=nan\) must be at least 1, and finite\."),
+    ],
+)
+def test_numbers_that_are_no_recipe(settings, message):
+    with pytest.raises(LoraflowError, match=message):
+        FitConfig(**settings)
+
+
+def test_recipes_at_their_ends():
+    FitConfig(learning_rate=1e38, weight_decay=0, max_grad_norm=0, betas=(0, 0.0))
+
+
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
 def test_fits_on_a_quantised_base(tmp_path, quantization):
     pytest.importorskip("bitsandbytes")
@@ -316,6 +348,52 @@ def test_a_grid_in_which_all_diverge_says_so(make_model, console):
     with pytest.raises(LoraflowError, match="None of the 2 settings gave a finite result"):
         search(model, reversals(8), dev=reversals(4, seed=1), config=QUICK, grid=grid, console=console)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+
+
+class Noting(Gradient):
+    """A learner of another's own, that notes what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def check_method(self, fusion):
+        self.asked.append("method")
+
+    def check_examples(self, fusion, examples, dev):
+        self.asked.append("examples")
+        return super().check_examples(fusion, examples[1:], dev)
+
+    def learn(self, fusion, examples, dev, run):
+        self.asked.append((run.config.learning_rate, len(examples), run.label))
+        return super().learn(fusion, examples, dev, run)
+
+    def record(self, config, data, result):
+        return {**super().record(config, data, result), "noted": len(data.train)}
+
+
+def test_a_search_goes_by_the_learner(make_model, console, tmp_path, monkeypatch):
+    learner = Noting()
+    monkeypatch.setitem(LEARNERS, "gradient", learner)
+    settings = {
+        "dev": reversals(4, seed=1),
+        "config": QUICK,
+        "grid": [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}],
+        "checkpoints": tmp_path / "search",
+        "console": console,
+    }
+    first, second = make_model(), make_model()
+    search(first, reversals(9), **settings)
+    fits = [(1e-2, 8, "search 1/2, learning_rate 0.01"), (1e-3, 8, "search 2/2, learning_rate 0.001")]
+    assert learner.asked == ["method", "examples", *fits]
+    assert first.training_record["noted"] == 8
+    search(second, reversals(9), **settings, resume=True)
+    assert learner.asked[4:] == ["method", "examples"], "finished settings must not be learned again"
+    assert second.training_record == first.training_record
+
+
+def test_a_search_reads_examples_as_a_fit_does(make_model, console):
+    with pytest.raises(DataError, match="learns from examples of the task"):
+        search(make_model(), {"a": reversals(2), "b": reversals(2)}, dev=reversals(2), console=console)
 
 
 @pytest.mark.parametrize("training", [True, False])

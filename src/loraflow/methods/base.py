@@ -276,6 +276,16 @@ def check_choice(value: Any, known: Sequence[str], parameter: str) -> None:
         raise MethodError(f"`{parameter}` is unknown: {value!r}. {did_you_mean(str(value), known)}")
 
 
+def check_count(value: Any, parameter: str) -> None:
+    """Check that a parameter is a whole number of at least 1.
+
+    Raises:
+        MethodError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MethodError(f"`{parameter}` (={value!r}) must be a whole number of at least 1.")
+
+
 def check_positive(value: Any, parameter: str) -> None:
     """Check that a parameter is a positive, finite number.
 

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from loraflow.errors import MethodError
 from loraflow.methods._shared.fitted import FittedOnExamples
-from loraflow.methods.base import Learning, Level, Method, Site, check_choice, check_positive, check_top_k
+from loraflow.methods.base import Learning, Level, Method, Site, check_choice, check_count, check_positive, check_top_k
 from loraflow.methods.flow_gates import ACTIVATIONS, INPUTS, SCORERS, FlowGate, GateShape
 
 
@@ -61,8 +60,7 @@ class LoraFlow(FittedOnExamples, Method):
         check_choice(self.scorer, list(SCORERS), "scorer")
         check_choice(self.activation, ACTIVATIONS, "activation")
         check_positive(self.temperature, "temperature")
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise MethodError(f"`width` (={self.width!r}) must be a whole number of at least 1.")
+        check_count(self.width, "width")
 
     def gate(self, site: Site) -> FlowGate:  # noqa: D102
         shape = GateShape(self.temperature, self.reads == "normalized", self.activation, self.top_k, self.width)

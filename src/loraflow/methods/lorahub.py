@@ -19,7 +19,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loraflow.errors import MethodError
-from loraflow.methods.base import Learning, Level, Method, Mixing, Place, Site, check_choice, check_positive
+from loraflow.methods.base import (
+    Learning,
+    Level,
+    Method,
+    Mixing,
+    Place,
+    Site,
+    check_choice,
+    check_count,
+    check_positive,
+)
 from loraflow.methods.learned_static import LearnedWeights
 
 
@@ -47,8 +57,7 @@ class LoraHub(Method):
 
     def __post_init__(self) -> None:
         check_choice(self.mixes, ("parameters", "outputs"), "mixes")
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
-            raise MethodError(f"`budget` (={self.budget!r}) must be a whole number of at least 1.")
+        check_count(self.budget, "budget")
         check_positive(self.bound, "bound")
         if self.regularization != 0:
             check_positive(self.regularization, "regularization")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from loraflow.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from loraflow.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from loraflow.adapters import Adapter, tensors_digest
-from loraflow.errors import FusionError
-from loraflow.files import write_atomically
+from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
+from loraflow.errors import AdapterError, FusionError
+from loraflow.files import make_folder, staged, write_atomically
 from loraflow.saved.records import (
     ADAPTERS_FOLDER,
     CARD_FILE,
@@ -107,27 +108,71 @@ def write_fusion(directory: Path, config: FusionConfig, tensors: Mapping[str, Te
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def copy_adapter(adapter: Adapter, directory: Path) -> Path:
-    """Copy a local adapter's two files into a fusion's directory.
+def copy_adapters(adapters: Sequence[Adapter], directory: Path) -> list[Path]:
+    """Copy local adapters' two files each into a fusion's directory: all of them, or none.
 
-    The copy's folder is named by the adapter's digest, so that an older fusion there keeps its own till it is replaced.
+    A copy's folder is named by the adapter's digest, so that an older fusion there keeps its own till it is replaced.
+
+    Returns:
+        The copies' folders.
 
     Raises:
-        FusionError: if the adapter cannot be read any more.
+        FusionError: if an adapter cannot be read any more, or is not the one in memory.
     """
-    target = directory / ADAPTERS_FOLDER / f"{adapter.name}-{adapter.digest.removeprefix('sha256:')[:8]}"
+    targets, copies = [], []
+    with contextlib.ExitStack() as stack:
+        for adapter in adapters:
+            original = Path(adapter.source.path)
+            target = directory / ADAPTERS_FOLDER / f"{adapter.name}-{adapter.digest.removeprefix('sha256:')[:8]}"
+            targets.append(target)
+            # What a fusion was loaded from may be what it is saved to.
+            place = original
+            if not (target.is_dir() and original.is_dir() and target.samefile(original)):
+                place = stack.enter_context(staged(target, folder=True))
+                _copy(adapter, place)
+                copies.append((place, target))
+            _check_same(adapter, place)
+        for place, target in copies:
+            make_folder(target)
+            for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
+                os.replace(place / name, target / name)
+    return [target.resolve() for target in targets]
+
+
+def _copy(adapter: Adapter, place: Path) -> None:
+    """Copy an adapter's two files.
+
+    Raises:
+        FusionError: if they cannot be read.
+    """
     for name in (ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
         original = Path(adapter.source.path) / name
-        if not (target / name).exists() or not (target / name).samefile(original):
-            try:
-                content = original.read_bytes()
-            except OSError as error:
-                raise FusionError(
-                    f"The adapter {adapter.name!r} cannot be copied into the fusion: {original} cannot be read any "
-                    f"more ({error.strerror}). Put it back, or leave its copy out."
-                ) from error
-            write_atomically(target / name, content)
-    return target.resolve()
+        try:
+            content = original.read_bytes()
+        except OSError as error:
+            raise FusionError(
+                f"The adapter {adapter.name!r} cannot be copied into the fusion: {original} cannot be read any "
+                f"more ({error.strerror}). Put it back, or leave its copy out."
+            ) from error
+        write_atomically(place / name, content)
+
+
+def _check_same(adapter: Adapter, place: Path) -> None:
+    """Check that the files in a place are the adapter in memory.
+
+    Raises:
+        FusionError: if they are not, and a fusion with them could never be loaded.
+    """
+    why = "its digest differs"
+    try:
+        digest = load_adapter(adapter.name, AdapterSource(str(place.resolve()))).digest
+    except AdapterError:
+        digest, why = "", "it is no whole adapter now"
+    if digest != adapter.digest:
+        raise FusionError(
+            f"The adapter {adapter.name!r} cannot be copied into the fusion: {adapter.source.path} has changed since "
+            f"it was loaded ({why}). Fuse again with the adapter as it is now, or bring back the old file."
+        )
 
 
 def _recorded_copies(directory: Path) -> set[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class FitConfig:
         betas: AdamW's.
         epsilon: AdamW's.
         weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
         warmup: share of the steps over which the learning rate rises; it falls along a cosine after that.
         adapter_dropout: dropout on the adapters' input. Off here; the official code appears to leave 0.1 on.
         gradient_checkpointing: recompute activations in the backward, to save memory.
@@ -68,15 +69,21 @@ class FitConfig:
     score_max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation", "learning_rate", "score_max_new_tokens"):
-            if not getattr(self, name) > 0:
-                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")
+        positive = ("epochs", "batch_size", "gradient_accumulation", "learning_rate", "epsilon", "score_max_new_tokens")
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0, and finite.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0, and finite.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise LoraflowError(f"`betas` (={self.betas}) must be two numbers, each at least 0 and less than 1.")
         for name in ("adapter_dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0 and less than 1.")
         for name in ("max_length", "max_steps", "checkpoint_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) < math.inf:
+                raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1, and finite.")
         if self.batch_size % self.gradient_accumulation:
             raise LoraflowError(
                 f"`gradient_accumulation` (={self.gradient_accumulation}) must divide "
@@ -105,6 +112,7 @@ class Run:
         resume: whether it goes on from what is there.
         console: where progress is shown.
         score: what decides on dev examples instead of their loss.
+        label: what it is called where progress is shown; empty for the learner's own words.
     """
 
     config: FitConfig
@@ -112,6 +120,7 @@ class Run:
     resume: bool
     console: Console
     score: Score | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise LoraflowError(f"`r` (={self.r!r}) must be a whole number of at least 1.")
-        if not self.alpha > 0:
-            raise LoraflowError(f"`alpha` (={self.alpha!r}) must be greater than 0.")
+        if not 0 < self.alpha < math.inf:
+            raise LoraflowError(f"`alpha` (={self.alpha!r}) must be greater than 0, and finite.")
         if not 0 <= self.dropout < 1:
             raise LoraflowError(f"`dropout` (={self.dropout!r}) must be at least 0 and less than 1.")
         if not self.target_modules:

@@ -20,8 +20,7 @@ from loraflow.training.checkpoints import identity_of, keep_finished, load_finis
 from loraflow.training.config import FitConfig, FitResult, Run, Score, search_grid
 from loraflow.training.data import prepare
 from loraflow.training.learners import learner_of
-from loraflow.training.learners.base import Examples
-from loraflow.training.learners.gradient import fit_gates, training_record
+from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score
 
 
@@ -100,22 +99,26 @@ def search(
         MethodError: if the method does not learn by gradient on examples of a task.
     """
     model.attachment.check_attached()
-    if model.method.learns is None or not learner_of(model.method).has_grid:
+    learner = learner_of(model.method) if model.method.learns is not None else None
+    if learner is None or not learner.has_grid:
         raise MethodError(
             f"The grid is of learning rates and batch sizes, and the method {model.method.name!r} does not learn by "
             "gradient on examples of a task. Fit it without a search."
         )
+    learner.check_method(model)
+    read = learner.check_examples(model, examples, dev)
     check_score(score, parse_examples(dev))
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
     grid = search_grid(model.method) if grid is None else grid
     table: list[dict[str, Any]] = []
-    best: tuple[FitResult, dict[str, Tensor], dict[str, Any]] | None = None
+    best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
     with _directory(checkpoints) as root:
         for number, setting in enumerate(grid, start=1):
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
-            run = Run(dataclasses.replace(config, **setting), directory, resume, console, score)
             named = ", ".join(f"{key} {value}" for key, value in setting.items())
-            result, record = _fit_cell(model, examples, dev, run, f"search {number}/{len(grid)}, {named}")
+            label = f"search {number}/{len(grid)}, {named}"
+            run = Run(dataclasses.replace(config, **setting), directory, resume, console, score, label)
+            result, record = _fit_cell(learner, model, read, dev, run)
             table.append({**setting, "dev_loss": result.dev_loss, "dev_score": result.dev_score})
             merit = _merit(result, score)
             # What is not finite is no result, were it the only one.
@@ -129,23 +132,26 @@ def search(
         )
     result, gates, record = best
     model.load_state_dict(gates)
-    model.training_record = {**record, "search": table}
+    model.training_record = {**(record or {}), "search": table}
     return dataclasses.replace(result, search=table)
 
 
 def _fit_cell(
-    model: Fusion, examples: Examples, dev: Examples, run: Run, label: str
-) -> tuple[FitResult, dict[str, Any]]:
+    learner: Learner, model: Fusion, examples: Any, dev: Examples, run: Run
+) -> tuple[FitResult, dict[str, Any] | None]:
     """Fit one setting, or take it from where it is finished; its gates are the model's then."""
     data = prepare(model, examples, dev, run.config)
     identity = identity_of(model, data, run)
     result = load_finished(model, identity, run.directory) if run.resume else None
-    if result is None:
-        result = fit_gates(model, data, run, label)
+    if result is not None:
+        record: dict[str, Any] | None = learner.record(run.config, data, result)
+    else:
+        result = learner.learn(model, examples, dev, run)
+        record = model.training_record
         keep_finished(model, identity, result, run.directory)
     scored = f", score {_merit(result, run.score):.4f}" if run.score is not None else ""
-    run.console.print(f"{label}: dev loss {-_merit(result, None):.4f}{scored}")
-    return result, training_record(run.config, data, result)
+    run.console.print(f"{run.label}: dev loss {-_merit(result, None):.4f}{scored}")
+    return result, record
 
 
 def _merit(result: FitResult, score: Score | None) -> float:

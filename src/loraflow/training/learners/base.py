@@ -7,6 +7,7 @@ people goes by these facts, never by a learner's name.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from loraflow.core.fusion import Fusion
 from loraflow.errors import DataError, MethodError, did_you_mean
 from loraflow.examples import Example
-from loraflow.training.config import FitResult, Run
+from loraflow.training.config import FitConfig, FitResult, Run
+from loraflow.training.data import FitData
 
 Examples = Sequence[Mapping[str, Any] | Example]
 
@@ -34,7 +36,8 @@ class Learner(ABC):
         needs_method: the protocol that a method must keep for it, or None.
         needs_gates: the protocol that the method's gates must keep, or None.
         seeded: whether another seed may give something else.
-        has_grid: whether a grid of learning rates and batch sizes can be searched.
+        has_grid: whether a grid of learning rates and batch sizes can be searched: `learn` once for each setting, with
+            results on `dev`.
         idle: parameters of `fit`, and fields of `FitConfig`, that it has no use for.
         step: what the steps of its results are.
     """
@@ -58,6 +61,25 @@ class Learner(ABC):
             dev: examples that decide between checkpoints.
             run: the recipe, and where it is run.
         """
+
+    def record(self, config: FitConfig, data: FitData, result: FitResult) -> dict[str, Any]:
+        """What a fusion's configuration and model card say of a training.
+
+        A search asks for that of a setting which it finds finished: a learner with a grid notes the same in `learn`.
+        """
+        return {
+            "examples": len(data.train),
+            "dev_examples": len(data.dev) if data.dev is not None else None,
+            "data_sha256": data.digest,
+            "truncated_examples": len(result.truncated),
+            "started_at": dict(result.start),
+            "steps": result.steps,
+            "kept_step": result.kept_step,
+            "train_loss": result.train_loss,
+            "dev_loss": result.dev_loss,
+            "dev_score": result.dev_score,
+            "recipe": dataclasses.asdict(config),
+        }
 
     def check_method(self, fusion: Fusion) -> None:
         """Check that a method, perhaps of another package, and its gates have what the learner needs.

@@ -13,7 +13,7 @@ from loraflow.training.checkpoints import identity_of, keep_finished, load_finis
 from loraflow.training.config import FitResult, Run
 from loraflow.training.data import prepare
 from loraflow.training.learners.base import DECIDING, Examples, Learner
-from loraflow.training.learners.gradient import fit_gates, training_record
+from loraflow.training.learners.gradient import fit_gates
 
 
 class Experts(Learner):
@@ -44,7 +44,7 @@ class Experts(Learner):
                     result = fit_gates(fusion, data, cell, label, fresh=False)
                 keep_finished(fusion, identity, result, cell.directory)
             results.append(result)
-            records[name] = training_record(run.config, data, result)
+            records[name] = self.record(run.config, data, result)
         fusion.training_record = {"experts": records}
         losses = [result.train_loss for result in results if result.train_loss is not None]
         return FitResult(

@@ -29,8 +29,8 @@ class Gradient(Learner):
     def learn(self, fusion: Fusion, examples: Examples, dev: Examples | None, run: Run) -> FitResult:  # noqa: D102
         data = prepare(fusion, examples, dev, run.config)
         check_score(run.score, data.dev_examples)
-        result = fit_gates(fusion, data, run, "fitting gates")
-        fusion.training_record = training_record(run.config, data, result)
+        result = fit_gates(fusion, data, run, run.label or "fitting gates")
+        fusion.training_record = self.record(run.config, data, result)
         return result
 
 
@@ -75,20 +75,3 @@ def _start_weights(fusion: Fusion, losses: Mapping[str, float]) -> dict[str, flo
     best = min(losses, key=losses.__getitem__) if losses else None
     weights = fusion.method.start_weights(fusion.adapter_names, best)
     return {} if weights is None else dict(zip(fusion.adapter_names, weights, strict=True))
-
-
-def training_record(config: FitConfig, data: FitData, result: FitResult) -> dict[str, Any]:
-    """What a fusion's configuration and model card say of its training."""
-    return {
-        "examples": len(data.train),
-        "dev_examples": len(data.dev) if data.dev is not None else None,
-        "data_sha256": data.digest,
-        "truncated_examples": len(result.truncated),
-        "started_at": dict(result.start),
-        "steps": result.steps,
-        "kept_step": result.kept_step,
-        "train_loss": result.train_loss,
-        "dev_loss": result.dev_loss,
-        "dev_score": result.dev_score,
-        "recipe": dataclasses.asdict(config),
-    }

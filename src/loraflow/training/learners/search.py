@@ -19,7 +19,6 @@ from loraflow.training.checkpoints import SEARCH_FILE, check_same, identity_of
 from loraflow.training.config import FitResult, Run
 from loraflow.training.data import TokenExamples, prepare
 from loraflow.training.learners.base import TRAINING, Examples, Learner
-from loraflow.training.learners.gradient import training_record
 from loraflow.training.loss import check_score, mean_loss, mean_score
 from loraflow.training.progress import counting_progress
 
@@ -59,7 +58,7 @@ class Search(Learner):
                 score = mean_score(fusion, data.dev_examples, config.score_max_new_tokens, run.score)
             dev_loss = mean_loss(fusion, data.dev, config.batch_size)
             result = dataclasses.replace(result, dev_loss=dev_loss, dev_score=score)
-        fusion.training_record = training_record(config, data, result)
+        fusion.training_record = self.record(config, data, result)
         return result
 
 

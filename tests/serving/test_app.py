@@ -668,6 +668,38 @@ def test_health_and_metrics(client, server, question):
     assert after["loraflow_running_answers"] == after["loraflow_batched_answers"] == 0
 
 
+def test_prompts_are_counted_where_another_of_their_request_is_refused(catalog, caplog):
+    caplog.set_level("INFO", logger="loraflow.serving")
+    with serving(catalog, CONFIG) as (service, address):
+        answer = post(address, "completions", PLAIN | {"prompt": ["1 + 1 =", "2 + 2 =", ""]})
+        assert answer.status == 400
+        assert answer.json()["error"]["message"] == "The prompt has no tokens. Give some text."
+        wait_for(lambda: service.engine.running == 0)
+        assert outcomes(service) == {"refused": 2}
+        tokens = sum(len(service.tokenizer(text)["input_ids"]) for text in ("1 + 1 =", "2 + 2 ="))
+        assert f"loraflow_prompt_tokens_total {float(tokens)}" in call("GET", f"{address}/metrics").text
+    assert [(line["outcome"], line["finished"]) for line in logged(caplog)] == [("refused", False)] * 2
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(RuntimeError("out of paper"), "failed"), (None, "cancelled")])
+def test_prompts_are_counted_where_another_of_their_request_fails(catalog, monkeypatch, error, outcome):
+    error = error or asyncio.CancelledError()
+    with serving(catalog, CONFIG) as (service, address):
+        take, taken = service.ask, []
+
+        async def ask(*arguments):
+            if taken:
+                raise error
+            taken.append(await take(*arguments))
+            return taken[0]
+
+        monkeypatch.setattr(service, "ask", ask)
+        with contextlib.suppress(http.client.HTTPException, ConnectionError):
+            post(address, "completions", PLAIN | {"prompt": ["1 + 1 =", "2 + 2 ="]})
+        wait_for(lambda: service.engine.running == 0)
+        assert outcomes(service) == {outcome: 1}
+
+
 @pytest.mark.parametrize("log_prompts", [False, True])
 def test_logs_have_prompts_only_where_asked_for(catalog, caplog, log_prompts):
     caplog.set_level("INFO", logger="loraflow.serving")

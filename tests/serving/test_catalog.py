@@ -302,6 +302,6 @@ def test_a_fusion_whose_adapter_is_called_like_another_model_changes_nothing(roo
         "The fusion 'layers' has an adapter 'zh', and there is another model of that name. Unload that first, or give "
         "the adapter another name."
     )
-    with pytest.raises(FusionError, match=re.escape(message)):
+    with pytest.raises(LoraflowError, match=re.escape(message)):
         catalog.load("layers", str(root / "layers"))
     assert (catalog.served, catalog.model.adapter_names) == (offered, adapters)

@@ -22,7 +22,7 @@ from loraflow.serving.catalog import Served
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
-from loraflow.serving.service import Asked, Piece, Service, find_model
+from loraflow.serving.service import Asked, Outcome, Piece, Service, find_model
 
 log = logging.getLogger("loraflow.serving")
 
@@ -220,9 +220,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         try:
             for prompt in prompts:
                 asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs))
-        except BaseException:
+        except BaseException as error:
             for one in asked:
-                service.cancel(one)
+                one.outcome = _outcome_beside(error)
+                service.end(one)
             raise
         reply = Reply(service, body, asked, "cmpl", "text_completion")
         if body.stream:
@@ -263,6 +264,13 @@ def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     if not given:
         raise ApiError(400, "`prompt` is empty. Give text, or token ids.", param="prompt")
     return [service.tokenizer(one)["input_ids"] if isinstance(one, str) else list(one) for one in given]
+
+
+def _outcome_beside(error: BaseException) -> Outcome:
+    """How prompts end that were taken, where another one of their request was not."""
+    if isinstance(error, ApiError) and error.status < 500:
+        return "refused"
+    return "failed" if isinstance(error, Exception) else "cancelled"
 
 
 async def _gather(service: Service, request: Request, asked: Sequence[Asked]) -> list[list[Piece]]:

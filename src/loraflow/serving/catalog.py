@@ -141,7 +141,7 @@ class Catalog:
         new = [adapter for adapter in known.values() if adapter.name not in present]
         for adapter in new:
             if adapter.name in self.served:
-                raise FusionError(
+                raise LoraflowError(
                     f"The fusion {name!r} has an adapter {adapter.name!r}, and there is another model of that name. "
                     "Unload that first, or give the adapter another name."
                 )

@@ -29,7 +29,7 @@ log = logging.getLogger("loraflow.serving")
 
 Read = TypeVar("Read")
 
-Outcome = Literal["finished", "cancelled", "timeout", "invalid", "failed"]
+Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
 
 
 def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:

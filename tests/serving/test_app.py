@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import threading
+import time
 
 import openai
 import pytest
@@ -698,6 +699,23 @@ def test_prompts_are_counted_where_another_of_their_request_fails(catalog, monke
             post(address, "completions", PLAIN | {"prompt": ["1 + 1 =", "2 + 2 ="]})
         wait_for(lambda: service.engine.running == 0)
         assert outcomes(service) == {outcome: 1}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_seconds_begin_when_the_request_comes(catalog, caplog, monkeypatch, path):
+    caplog.set_level("INFO", logger="loraflow.serving")
+    with serving(catalog, CONFIG) as (service, address):
+        # What comes before the engine: reading the request, and weighing its prompt.
+        for owner, name in ((service, "served_for"), (catalog, "weigher")):
+            work = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *arguments, work=work: (time.sleep(0.5), work(*arguments))[1])
+        body = {"messages": asked("1 + 1 =")} if path == "chat/completions" else {"prompt": "1 + 1 ="}
+        assert post(address, path, {"model": "layers", "max_tokens": 2} | body).status == 200
+        counted = service.metrics.text().decode()
+    (line,) = logged(caplog)
+    assert min(line["seconds"], line["first_token_s"]) >= 1
+    for name in ("request", "first_token"):
+        assert float(re.search(rf"loraflow_{name}_seconds_sum (\S+)", counted)[1]) >= 1
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

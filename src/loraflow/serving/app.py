@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import reprlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -191,6 +192,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
+        started = time.monotonic()
         served = await service.read(service.served_for, body)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         if messages[-1]["role"] != "user":
@@ -200,7 +202,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         prompt = await service.read(service.prompt_ids, served, messages)
-        asked = await service.ask(body, served, prompt, longest, wanted)
+        asked = await service.ask(body, served, prompt, longest, wanted, started)
         reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
         if body.stream:
             return _stream(service, reply, chat_chunk)
@@ -209,6 +211,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
+        started = time.monotonic()
         served = await service.read(service.served_for, body)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"`best_of` (={body.best_of}) is not supported. Leave it out.", param="best_of")
@@ -219,7 +222,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         asked: list[Asked] = []
         try:
             for prompt in prompts:
-                asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs))
+                asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs, started))
         except BaseException as error:
             for one in asked:
                 one.outcome = _outcome_beside(error)

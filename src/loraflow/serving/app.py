@@ -18,8 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraflow import __version__
-from loraflow.serving.admin import Admin, check_admin_key, is_key
+from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
+from loraflow.serving.keys import check_admin_key, check_api_key
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
@@ -27,7 +28,6 @@ from loraflow.serving.service import Asked, Outcome, Piece, Service, find_model
 
 log = logging.getLogger("loraflow.serving")
 
-_OPEN = ("/health", "/metrics")
 _LOAD, _UNLOAD = _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -93,13 +93,8 @@ def _check_key(request: Request, service: Service) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
     if path in _ADMIN:
         check_admin_key(given, service)
-        return
-    keys = service.config.api_keys
-    if not keys or path in _OPEN or not path.startswith("/v1"):
-        return
-    if not is_key(given, keys):
-        message = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
-        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
+    elif path.startswith("/v1"):
+        check_api_key(given, service)
 
 
 def _check_size(request: Request, limit: int) -> None:

@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import threading
+import time
 
 import openai
 import pytest
@@ -666,6 +667,55 @@ def test_health_and_metrics(client, server, question):
     expected = sum(max(0.0, row[1]) for row in shares)
     assert grown('loraflow_fusion_weight_total{adapter="math"}') == pytest.approx(expected, abs=1e-3)
     assert after["loraflow_running_answers"] == after["loraflow_batched_answers"] == 0
+
+
+def test_prompts_are_counted_where_another_of_their_request_is_refused(catalog, caplog):
+    caplog.set_level("INFO", logger="loraflow.serving")
+    with serving(catalog, CONFIG) as (service, address):
+        answer = post(address, "completions", PLAIN | {"prompt": ["1 + 1 =", "2 + 2 =", ""]})
+        assert answer.status == 400
+        assert answer.json()["error"]["message"] == "The prompt has no tokens. Give some text."
+        wait_for(lambda: service.engine.running == 0)
+        assert outcomes(service) == {"refused": 2}
+        tokens = sum(len(service.tokenizer(text)["input_ids"]) for text in ("1 + 1 =", "2 + 2 ="))
+        assert f"loraflow_prompt_tokens_total {float(tokens)}" in call("GET", f"{address}/metrics").text
+    assert [(line["outcome"], line["finished"]) for line in logged(caplog)] == [("refused", False)] * 2
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(RuntimeError("out of paper"), "failed"), (None, "cancelled")])
+def test_prompts_are_counted_where_another_of_their_request_fails(catalog, monkeypatch, error, outcome):
+    error = error or asyncio.CancelledError()
+    with serving(catalog, CONFIG) as (service, address):
+        take, taken = service.ask, []
+
+        async def ask(*arguments):
+            if taken:
+                raise error
+            taken.append(await take(*arguments))
+            return taken[0]
+
+        monkeypatch.setattr(service, "ask", ask)
+        with contextlib.suppress(http.client.HTTPException, ConnectionError):
+            post(address, "completions", PLAIN | {"prompt": ["1 + 1 =", "2 + 2 ="]})
+        wait_for(lambda: service.engine.running == 0)
+        assert outcomes(service) == {outcome: 1}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_seconds_begin_when_the_request_comes(catalog, caplog, monkeypatch, path):
+    caplog.set_level("INFO", logger="loraflow.serving")
+    with serving(catalog, CONFIG) as (service, address):
+        # What comes before the engine: reading the request, and weighing its prompt.
+        for owner, name in ((service, "served_for"), (catalog, "weigher")):
+            work = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *arguments, work=work: (time.sleep(0.5), work(*arguments))[1])
+        body = {"messages": asked("1 + 1 =")} if path == "chat/completions" else {"prompt": "1 + 1 ="}
+        assert post(address, path, {"model": "layers", "max_tokens": 2} | body).status == 200
+        counted = service.metrics.text().decode()
+    (line,) = logged(caplog)
+    assert min(line["seconds"], line["first_token_s"]) >= 1
+    for name in ("request", "first_token"):
+        assert float(re.search(rf"loraflow_{name}_seconds_sum (\S+)", counted)[1]) >= 1
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

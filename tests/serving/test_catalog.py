@@ -250,3 +250,58 @@ def test_gates_that_do_not_fit_are_told(catalog):
     with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing or unknown"):
         catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, tensors)
     assert "new" not in catalog.served
+
+
+# ---- Names of adapters ---------------------------------------------------------------------------------------------
+
+
+def refit(root, folder, seed):
+    """The fusion "collision", made with another adapter "zh"."""
+    save_adapter(tiny_model(vocab_size=259, max_position_embeddings=256), folder / "zh", ATTENTION, seed=seed)
+    model = FusedModel.from_adapters(root / "base", {"zh": folder / "zh"}, LoraFlow("layer"))
+    set_random_gates(model, seed)
+    model.save_pretrained(folder / "fusion")
+    return str(folder / "fusion")
+
+
+def test_a_fusion_that_was_fitted_anew_is_never_answered_by_its_old_adapter(root, tmp_path):
+    catalog = Catalog.open(root / "base", {"zh": str(root / "zh")})
+    assert catalog.load("f", str(root / "collision")).adapters == ("f.zh",)
+    catalog.withdraw("f")
+    catalog.free()
+    path = refit(root, tmp_path, seed=7)
+    offered = catalog.served
+    message = (
+        "The adapter 'zh' of the fusion 'f' would be called 'f.zh', and another adapter is called so already. Unload "
+        "that first, or give the fusion another name."
+    )
+    with pytest.raises(FusionError, match=re.escape(message)):
+        catalog.load("f", path)
+    assert catalog.served == offered
+    # Both ways out.
+    catalog.load("g", path)
+    catalog.withdraw("g")
+    catalog.withdraw("g.zh")
+    catalog.withdraw("f.zh")
+    catalog.free()
+    served = catalog.load("f", path)
+    assert served.adapters == ("f.zh",)
+    assert answers(catalog, [(served, prompt())]) == [alone(FusedModel.from_pretrained(path), prompt(), new=12)]
+
+
+def test_an_adapter_that_was_given_is_never_replaced_by_a_fusions(root):
+    adapters = {"zh": str(root / "zh"), "f.zh": str(root / "math")}
+    with pytest.raises(FusionError, match=r"would be called 'f\.zh', and another adapter is called so already"):
+        Catalog.open(root / "base", adapters, {"f": str(root / "collision")})
+
+
+def test_a_fusion_whose_adapter_is_called_like_another_model_changes_nothing(root):
+    catalog = Catalog.open(root / "base", {"code": str(root / "code")}, base_id="zh")
+    offered, adapters = catalog.served, catalog.model.adapter_names
+    message = (
+        "The fusion 'layers' has an adapter 'zh', and there is another model of that name. Unload that first, or give "
+        "the adapter another name."
+    )
+    with pytest.raises(LoraflowError, match=re.escape(message)):
+        catalog.load("layers", str(root / "layers"))
+    assert (catalog.served, catalog.model.adapter_names) == (offered, adapters)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import reprlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,16 +18,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraflow import __version__
-from loraflow.serving.admin import Admin, check_admin_key, is_key
+from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
+from loraflow.serving.keys import check_admin_key, check_api_key
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
-from loraflow.serving.service import Asked, Piece, Service, find_model
+from loraflow.serving.service import Asked, Outcome, Piece, Service, find_model
 
 log = logging.getLogger("loraflow.serving")
 
-_OPEN = ("/health", "/metrics")
 _LOAD, _UNLOAD = _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -92,13 +93,8 @@ def _check_key(request: Request, service: Service) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
     if path in _ADMIN:
         check_admin_key(given, service)
-        return
-    keys = service.config.api_keys
-    if not keys or path in _OPEN or not path.startswith("/v1"):
-        return
-    if not is_key(given, keys):
-        message = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
-        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
+    elif path.startswith("/v1"):
+        check_api_key(given, service)
 
 
 def _check_size(request: Request, limit: int) -> None:
@@ -191,6 +187,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
+        started = time.monotonic()
         served = await service.read(service.served_for, body)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         if messages[-1]["role"] != "user":
@@ -200,7 +197,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         prompt = await service.read(service.prompt_ids, served, messages)
-        asked = await service.ask(body, served, prompt, longest, wanted)
+        asked = await service.ask(body, served, prompt, longest, wanted, started)
         reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
         if body.stream:
             return _stream(service, reply, chat_chunk)
@@ -209,6 +206,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
+        started = time.monotonic()
         served = await service.read(service.served_for, body)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"`best_of` (={body.best_of}) is not supported. Leave it out.", param="best_of")
@@ -219,10 +217,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         asked: list[Asked] = []
         try:
             for prompt in prompts:
-                asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs))
-        except BaseException:
+                asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs, started))
+        except BaseException as error:
             for one in asked:
-                service.cancel(one)
+                one.outcome = _outcome_beside(error)
+                service.end(one)
             raise
         reply = Reply(service, body, asked, "cmpl", "text_completion")
         if body.stream:
@@ -263,6 +262,13 @@ def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     if not given:
         raise ApiError(400, "`prompt` is empty. Give text, or token ids.", param="prompt")
     return [service.tokenizer(one)["input_ids"] if isinstance(one, str) else list(one) for one in given]
+
+
+def _outcome_beside(error: BaseException) -> Outcome:
+    """How prompts end that were taken, where another one of their request was not."""
+    if isinstance(error, ApiError) and error.status < 500:
+        return "refused"
+    return "failed" if isinstance(error, Exception) else "cancelled"
 
 
 async def _gather(service: Service, request: Request, asked: Sequence[Asked]) -> list[list[Piece]]:

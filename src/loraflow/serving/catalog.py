@@ -137,7 +137,14 @@ class Catalog:
             _check_reads_nothing_else(fusion.config)
             if name in known:
                 raise LoraflowError(f"The fusion {name!r} has an adapter of the same name. Give it another.")
-        new = list(known.values())[len(before) :]
+        present = {adapter.name for adapter in before}
+        new = [adapter for adapter in known.values() if adapter.name not in present]
+        for adapter in new:
+            if adapter.name in self.served:
+                raise LoraflowError(
+                    f"The fusion {name!r} has an adapter {adapter.name!r}, and there is another model of that name. "
+                    "Unload that first, or give the adapter another name."
+                )
         if new:
             self.model.exchange_adapters(list(known.values()))
         try:
@@ -365,6 +372,9 @@ def _add_adapters(
     """A fusion with the names of its adapters among all, to which those that are missing are added.
 
     Equal ones under several names are one; another one of the same name gets the fusion's name before its own.
+
+    Raises:
+        FusionError: if that name is another adapter's too.
     """
     fusion, adapters = fusion.load(loaded=known.values(), permit=permit)
     names = []
@@ -372,6 +382,11 @@ def _add_adapters(
         name = next((name for name, other in known.items() if other.digest == adapter.digest), None)
         if name is None:
             name = adapter.name if adapter.name not in known else f"{fusion.name}.{adapter.name}"
+            if name in known:
+                raise FusionError(
+                    f"The adapter {adapter.name!r} of the fusion {fusion.name!r} would be called {name!r}, and another "
+                    "adapter is called so already. Unload that first, or give the fusion another name."
+                )
             known[name] = dataclasses.replace(adapter, name=name)
         names.append(name)
     return fusion, names

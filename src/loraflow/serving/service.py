@@ -29,7 +29,7 @@ log = logging.getLogger("loraflow.serving")
 
 Read = TypeVar("Read")
 
-Outcome = Literal["finished", "cancelled", "timeout", "invalid", "failed"]
+Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
 
 
 def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
@@ -68,7 +68,7 @@ class Asked:
     Attributes:
         jobs: one for each answer, as the engine takes them.
         events: what the engine says of them.
-        started: when it came, in seconds of a monotonic clock.
+        started: when it came, before it was read and weighed, in seconds of a monotonic clock.
         generated: tokens so far, of all answers.
         first_token_s: seconds till the first token.
         outcome: how it ended; it was given up by its client where nothing else is known.
@@ -161,9 +161,15 @@ class Service:
             raise ApiError(400, str(error), param="messages") from error
 
     async def ask(
-        self, body: Generation, served: Served, prompt: Sequence[int], max_tokens: int | None, logprobs: int | None
+        self,
+        body: Generation,
+        served: Served,
+        prompt: Sequence[int],
+        max_tokens: int | None,
+        logprobs: int | None,
+        started: float,
     ) -> Asked:
-        """Check a request and hand it to the engine; `pieces` gives its answers.
+        """Check a request, which came when it `started`, and hand it to the engine; `pieces` gives its answers.
 
         Raises:
             ApiError: if it asks for too much, or the server has too much to do.
@@ -197,7 +203,7 @@ class Service:
             wants = bool(body.return_fusion_weights)
             jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, self._ends(), wants, listen))
         streams = [TextStream(self.tokenizer, body.stops) for _ in jobs]
-        asked = Asked(name, served, list(prompt), jobs, streams, events, time.monotonic())
+        asked = Asked(name, served, list(prompt), jobs, streams, events, started)
         # Others may have come while the prompt was weighed, or adapters gone.
         self._admit(body.n)
         self._check_offered(served)

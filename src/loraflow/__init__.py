@@ -36,26 +36,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterSource": "loraflow.adapters",
-    "Arrow": "loraflow.methods",
-    "Average": "loraflow.methods",
-    "Base": "loraflow.methods",
     "BaseOptions": "loraflow.bases",
-    "Centroid": "loraflow.methods",
     "FitConfig": "loraflow.training",
     "FitResult": "loraflow.training",
     "FusedModel": "loraflow.model",
-    "LearnedStatic": "loraflow.methods",
-    "Logo": "loraflow.methods",
-    "LoraFlow": "loraflow.methods",
-    "LoraHub": "loraflow.methods",
-    "Method": "loraflow.methods",
-    "Phatgoose": "loraflow.methods",
     "PromptFormat": "loraflow.prompts",
-    "QaFlora": "loraflow.methods",
-    "QueryMethod": "loraflow.methods",
-    "Static": "loraflow.methods",
     "Trace": "loraflow.visual.trace",
 }
+"""Where public names are; the others of `__all__` are of `loraflow.methods`."""
 
 __all__ = [
     "AdapterSource",
@@ -83,11 +71,11 @@ __all__ = [
 
 def __getattr__(name: str):
     """Import public names when they are first used: `import loraflow` loads neither torch nor transformers."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'loraflow' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "loraflow.methods")), name)
 
 
 def __dir__() -> list[str]:

@@ -12,17 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraflow.demo import tasks
-from loraflow.demo.language import (
-    COLOURS,
-    NOUNS,
-    PEOPLE,
-    PLACES,
-    colour_fields,
-    join,
-    noun_fields,
-    person_fields,
-    say,
-)
+from loraflow.demo.language import COLOURS, NOUNS, PEOPLE, PLACES, colour_fields, join, noun_fields, person_fields, say
 from loraflow.errors import DataError, did_you_mean
 
 WRONG_STEP = 0.2  # how many of the steps in unfinished code are other steps than asked for

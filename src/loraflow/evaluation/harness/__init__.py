@@ -14,13 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraflow.evaluation.harness.evaluate import (
-    HarnessItem,
-    HarnessResult,
-    check_task,
-    evaluate_task,
-    rescore_task,
-)
+from loraflow.evaluation.harness.evaluate import HarnessItem, HarnessResult, check_task, evaluate_task, rescore_task
 from loraflow.evaluation.harness.finding import PAPER_TASKS
 from loraflow.evaluation.harness.models import lm_classes
 

@@ -54,12 +54,19 @@ class Lane:
         return self.gates.get(site if module is None else f"{site}.{module}")
 
     def spread(self, weights: Float[Tensor, "*weights own"], adapters: int) -> Float[Tensor, "*weights adapters"]:
-        """The weights that a gate gave, each at its adapter's place among all; the others get zero."""
-        if self.among is None:
-            return weights
-        everywhere = weights.new_zeros(*weights.shape[:-1], adapters)
-        everywhere[..., list(self.among)] = weights
-        return everywhere
+        """The weights that a gate gave, each at its adapter's place among all."""
+        return spread(weights, self.among, adapters)
+
+
+def spread(
+    weights: Float[Tensor, "*weights own"], among: Sequence[int] | None, adapters: int
+) -> Float[Tensor, "*weights adapters"]:
+    """Weights of the adapters at these positions, each at its place among all; the others get zero."""
+    if among is None:
+        return weights
+    everywhere = weights.new_zeros(*weights.shape[:-1], adapters)
+    everywhere[..., list(among)] = weights
+    return everywhere
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from loraflow.core.fusion import Fusion
-from loraflow.core.lanes import Lane, Lanes
+from loraflow.core.lanes import Lane, Lanes, spread
 from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
@@ -186,13 +186,8 @@ def _among(model: Fusion, weigher: Weigher) -> list[int] | None:
 
 
 def _weights_of_all(model: Fusion, weigher: Weigher) -> Float[Tensor, "layers adapters"]:
-    weights, among = weigher.weights, _among(model, weigher)
-    assert weights is not None
-    if among is None:
-        return weights
-    everywhere = weights.new_zeros(weights.shape[0], len(model.adapters))
-    everywhere[:, among] = weights
-    return everywhere
+    assert weigher.weights is not None
+    return spread(weigher.weights, _among(model, weigher), len(model.adapters))
 
 
 def _with_finite_states(update: Callable[..., Any]) -> Callable[..., Any]:

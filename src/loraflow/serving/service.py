@@ -225,7 +225,7 @@ class Service:
         self.cancel(asked)
         if not asked.ended:
             asked.ended = True
-            self._log(asked)
+            self._account(asked)
 
     def _new_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
@@ -333,7 +333,7 @@ class Service:
         rest = stream.finish()
         return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish)]
 
-    def _log(self, asked: Asked) -> None:
+    def _account(self, asked: Asked) -> None:
         seconds = time.monotonic() - asked.started
         self.metrics.prompt_tokens.inc(len(asked.prompt))
         self.metrics.requests.labels(asked.served.id, asked.outcome).inc()

@@ -296,8 +296,8 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         AdapterError: if an adapter does not fit the base.
     """
     check_plain(model)
+    adapters = [match_adapter(adapter, model) for adapter in adapters]
     for adapter in adapters:
-        match_adapter(adapter, model)
         check_inside_layers(adapter, layers)
     attachment = Attachment(model, tuple(adapters), layers)
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

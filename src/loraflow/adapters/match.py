@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraModule
 from loraflow.adapters.copies import check_copies
 from loraflow.adapters.keys import KEY_PREFIX
+from loraflow.adapters.renames import renamed_for
 from loraflow.errors import AdapterError, did_you_mean
 
 
@@ -28,6 +29,7 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> Adapter:
         AdapterError: if a key matches nothing, a shape differs, the file and its own configuration disagree about what
             is adapted, or parameters of the base that were saved with it are other than the base's.
     """
+    adapter = renamed_for(adapter, base)
     linears = dict(_linears(base))
     for module_name, module in adapter.modules.items():
         if module_name not in linears:

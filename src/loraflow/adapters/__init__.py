@@ -6,6 +6,7 @@ remedy.
 """
 
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
+from loraflow.adapters.copies import uncompared_copies
 from loraflow.adapters.loading import load_adapter
 from loraflow.adapters.match import match_adapter
 
@@ -18,4 +19,5 @@ __all__ = [
     "load_adapter",
     "match_adapter",
     "tensors_digest",
+    "uncompared_copies",
 ]

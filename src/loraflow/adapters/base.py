@@ -78,6 +78,8 @@ class Adapter:
         config: PEFT's configuration of it.
         modules: its updates, keyed by the base's module name (`model.layers.0.self_attn.q_proj`).
         digest: SHA-256 of its weights and of the settings that decide the mathematics.
+        copies: values of the base's own parameters that PEFT saved with it (`save_embedding_layers`, `modules_to_save`,
+            `bias`), by parameter name; it fits a base that has the same.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Adapter:
     config: LoraConfig
     modules: Mapping[str, LoraModule] = field(repr=False)
     digest: str
+    copies: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:

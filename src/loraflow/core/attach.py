@@ -333,8 +333,8 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         AdapterError: if an adapter does not fit the base.
     """
     check_plain(model)
+    adapters = [match_adapter(adapter, model) for adapter in adapters]
     for adapter in adapters:
-        match_adapter(adapter, model)
         check_inside_layers(adapter, layers)
     rows = probe_rows(model, layers)
     attachment = Attachment(model, tuple(adapters), layers)

@@ -7,7 +7,7 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from huggingface_hub import HfApi
 from torch import nn
@@ -19,6 +19,7 @@ from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
+from loraflow.core.swap import blank
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
@@ -190,14 +191,16 @@ class FusedModel(Fusion):
             )
 
     def _save(self, directory: Path, *, copy_adapters: bool, publish: bool) -> None:
-        self.attachment.check_attached()
-        if directory.is_file():
-            raise FusionError(f"{directory} is a file. Give a directory.")
-        config = self._config(directory, copy_adapters)
-        if publish and config.base.path.startswith("."):
-            # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
-            config.base.path = ""
-        write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
+        # What is written is the fusion's own, also inside a `using` block, and of one moment.
+        with self.attachment.turn():
+            self.attachment.check_attached()
+            if directory.is_file():
+                raise FusionError(f"{directory} is a file. Give a directory.")
+            config = self._config(directory, copy_adapters)
+            if publish and config.base.path.startswith("."):
+                # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
+                config.base.path = ""
+            write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
 
     def _config(self, directory: Path, copies: bool) -> FusionConfig:
         base = self.base_record.model_copy(update={"path": relative_source(self.base_record.path, directory)})
@@ -215,7 +218,7 @@ class FusedModel(Fusion):
             loraflow_version=__version__,
             base=base,
             adapters=records,
-            method=MethodRecord(name=self.method.name, parameters=self.method.parameters()),
+            method=MethodRecord(name=self.own_method.name, parameters=self.own_method.parameters()),
             prompt=self.prompt,
             training=self.training_record,
             weights_digest=tensors_digest(self.state_dict()),
@@ -243,14 +246,20 @@ _classes: dict[tuple[type, type], type[FusedModel]] = {}
 
 
 def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
-    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
+    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes.
+
+    It stands under no name of its own, and is pickled by the two that it is made for.
+    """
 
     def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
 
+    def reduce(self: FusedModel, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return blank, (_class_for, cls, base_class), self.__getstate__()
+
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
-    made = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    made = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if (cls, base_class) not in _classes:
         _classes[cls, base_class] = type(cls.__name__, (cls,), made)
     return _classes[cls, base_class]

@@ -95,7 +95,7 @@ class LayerContext:
 
         Handed over so, a recomputation for gradient checkpointing sees those of its own forward.
         """
-        carried: dict[str, Any] = {} if self.lanes is self.own else {"fusion_lanes": self.lanes}
+        carried: dict[str, Any] = {"fusion_lanes": self.lanes}
         if self.lanes.reads_embeddings:
             first = self._first
             if first is self:
@@ -390,6 +390,16 @@ class LayerContext:
         assert self.recorded is not None
         noted = weights.detach().float()
         self.recorded[name] = noted.reshape(*self.shape, -1) if noted.dim() > 1 else noted.expand(*self.shape, -1)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        # A call that runs meanwhile is not copied.
+        return self.index, self.adapters, self.own, self._first, self._is_last
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.index, self.adapters, own, self._first, self._is_last = state
+        self.alone = self.embeddings = self.recorded = None
+        self.set_own(own)
+        self.close()
 
 
 def _by_row(weights: Float[Tensor, "*weights adapters"], rows: int) -> Float[Tensor, "*rows adapters"]:

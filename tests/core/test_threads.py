@@ -216,6 +216,25 @@ def test_a_call_inside_a_call_leaves_the_outer_one_as_it_was(model):
     assert seen == [True] * 12
 
 
+@torch.no_grad()
+def test_a_method_that_a_call_sets_is_for_the_next_one(model):
+    expected = quiet_answers(model)
+
+    def change(ids, scores, **kwargs):
+        model.set_method("average")
+        return torch.ones(len(ids), dtype=torch.bool)
+
+    # What weighs where no call runs is another thread's, whose block is left half-way.
+    left = using_for_ever(model, "b")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(next, left).result(60)
+        model.generate(IDS, max_new_tokens=2, stopping_criteria=[change])
+        assert torch.equal(forward(model), expected[4, forward])
+        assert torch.equal(pool.submit(torch.no_grad()(forward), model).result(60), expected[3, forward])
+        pool.submit(left.close).result(60)
+    assert torch.equal(forward(model), expected[4, forward])
+
+
 def test_others_wait_while_one_fits(model):
     answers, done = [], threading.Event()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -30,6 +31,23 @@ from loraflow.prompts import Message
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
 
+_INSTEAD = "Call `generate`, which takes several prompts at once, or let `loraflow serve` answer many requests."
+
+
+class _AsBase:
+    """A fusion to a forward that was written for models of transformers', in which `base_model` is what has no head."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self._fusion = fusion
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_fusion"], name)
+
+    def base_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The base without its head, with the fused adapters in it."""
+        with self._fusion.at_work():
+            return self._fusion.base_model.base_model(*args, **kwargs)
+
 
 class Fusion(FusionState):
     """A fusion that answers, used as its base model is: `forward` and `generate` take what the base's own take.
@@ -38,6 +56,12 @@ class Fusion(FusionState):
     a call's, not a training step's: with gradient checkpointing, a training loop of your own beside other threads holds
     `attachment.turn()` for each step. `fit` holds it all the time.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Bind a forward that is put on the model, as trainers do, to what it takes for a model of transformers'."""
+        if name == "forward" and getattr(value, "__self__", None) is self:
+            value = types.MethodType(value.__func__, _AsBase(self))
+        super().__setattr__(name, value)
 
     # Answering.
 
@@ -61,12 +85,12 @@ class Fusion(FusionState):
         """
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         rows = None if inputs is None else len(inputs)
-        with self._at_work():
+        with self.at_work():
             if methods is None and fusion_weights is None:
-                return self.base_model(*args, **kwargs)
+                return self.attachment.model(*args, **kwargs)
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, refuse_prompts)
             with self.attachment.weighing(lanes):
-                return self.base_model(*args, **kwargs)
+                return self.attachment.model(*args, **kwargs)
 
     def generate(
         self,
@@ -106,7 +130,7 @@ class Fusion(FusionState):
             mask = prompt_mask(ids, {**kwargs, "generation_config": generation_config}, self.generation_config)
             return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
 
-        with self._at_work():
+        with self.at_work():
             if methods is None and fusion_weights is None:
                 if not isinstance(self.method, QueryMethod):
                     return generate(*given, **kwargs)
@@ -114,6 +138,68 @@ class Fusion(FusionState):
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
                 return generate(*given, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching of many prompts, under the method in use; other threads wait till it ends.
+
+        Args:
+            args: transformers'.
+            kwargs: transformers'.
+
+        Raises:
+            LoraflowError: if requests are to have methods of their own, or the cache is to be kept for later calls.
+            MethodError: if the method weighs whole prompts.
+        """
+        for name in ("methods", "fusion_weights"):
+            if kwargs.get(name) is not None:
+                raise LoraflowError(f"`generate_batch` has one method for all requests, and no `{name}`. {_INSTEAD}")
+        if kwargs.get("persistent_manager"):
+            raise LoraflowError(
+                "`persistent_manager` would keep a cache for later calls, in which the keys and values are of the "
+                "weights of this one. Leave it out."
+            )
+        with self._batching():
+            return cast(Any, self.base_model).generate_batch(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def continuous_batching_context_manager(self, **kwargs: Any) -> Iterator[Any]:
+        """transformers' manager of a continuous batch, for the method in use; other threads wait till the block ends.
+
+        Args:
+            kwargs: transformers'.
+
+        Yields:
+            The manager.
+        """
+        with self._batching(), cast(Any, self.base_model).continuous_batching_context_manager(**kwargs) as manager:
+            yield manager
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a manager that would outlive the model's turn.
+
+        Args:
+            args: transformers'.
+            kwargs: transformers'.
+
+        Raises:
+            LoraflowError: always.
+        """
+        raise LoraflowError(
+            "A manager of continuous batching runs in a thread of its own, beside other calls that weigh otherwise. "
+            "Open it for a while with `with model.continuous_batching_context_manager() as manager:`, or call "
+            "`generate_batch`."
+        )
+
+    @contextlib.contextmanager
+    def _batching(self) -> Iterator[None]:
+        """The turn for a batch whose steps another thread runs, none of which says what the prompts are."""
+        with self.at_work():
+            if isinstance(self.method, QueryMethod):
+                raise MethodError(
+                    f"The method {self.method.name!r} weighs each prompt before it is answered, and a step of "
+                    f"continuous batching does not say what the prompts are. {_INSTEAD}"
+                )
+            yield
 
     def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
         """Questions as `generate`, `weigh` and `trace` take them, in the fusion's prompt format, padded on the left.
@@ -142,7 +228,7 @@ class Fusion(FusionState):
         Raises:
             MethodError: if the method does not weigh whole prompts.
         """
-        with self._at_work():
+        with self.at_work():
             chosen, gates = self._gates_of(method)
             if not isinstance(chosen, QueryMethod):
                 raise MethodError(
@@ -196,7 +282,7 @@ class Fusion(FusionState):
             LoraflowError: if the base alone is in use, which has no fusion weights.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with self._at_work(), self.evaluating():
+        with self.at_work(), self.evaluating():
             method, gates, lanes = self.method, self.gates, None
             if not gates:
                 raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")

@@ -20,7 +20,19 @@ from loraflow.methods import Method, get_method
 from loraflow.prompts import PromptFormat
 
 
-class FusionState(nn.Module):
+class _OfBase(nn.Module):
+    """To `isinstance` what its base model is: transformers saves models of its own whole, and of others the tensors."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        base = self.__dict__.get("_modules", {}).get("base_model")
+        return type(self) if base is None else type(base)
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+
+class FusionState(_OfBase):
     """A base model, ordered adapters, and the method that gives their fusion weights.
 
     Every attribute of the base (`config`, `device`, ...) is its own. Its `state_dict` holds what its own method has
@@ -118,8 +130,9 @@ class FusionState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # What another thread had put in place is no part of a copy.
+        self._installed = self._choice.own
         if self.attachment.is_attached:
-            self._register()
+            self.attachment.install(self._installed.method, self._installed.gates)
 
     # Who weighs.
 
@@ -175,7 +188,7 @@ class FusionState(nn.Module):
                 self.attachment.use(use.method, use.gates)
                 self._installed = use
 
-    def _at_work(self) -> contextlib.AbstractContextManager[None]:
+    def at_work(self) -> contextlib.AbstractContextManager[None]:
         """The model's turn, with what the caller uses in place; the outer call's comes back after one inside it."""
         if torch.compiler.is_compiling():
             # Nothing is put in place while a graph is made, and `using` and `set_method` did so before.
@@ -193,13 +206,16 @@ class FusionState(nn.Module):
                     f"The adapters were exchanged, and {use.method.name!r} is in use here for those before. Leave the "
                     "`using` block and enter it again."
                 )
-            in_place = self._installed is use and not self._calls
+            before = self._installed
+            in_place = before is use and not self._calls
             self._calls += 1
             try:
                 with contextlib.nullcontext() if in_place else self.attachment.using(use.method, use.gates):
                     yield
             finally:
                 self._calls -= 1
+                if not in_place:
+                    self._installed = before
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
@@ -252,9 +268,10 @@ class FusionState(nn.Module):
                 f"The learned tensors do not match the method {self.own_method.name!r}: '{wrong[0]}' is missing, "
                 f"unknown or of another shape ({len(wrong)} such). Use the fusion's own method and adapters."
             )
-        for site, gate in self._choice.own.gates.items():
-            mine_of_gate = {name: state_dict[f"{site}.{name}"] for name in gate.state_dict()}
-            gate.load_state_dict(mine_of_gate, strict=True, assign=assign)
+        with self.attachment.turn():
+            for site, gate in self._choice.own.gates.items():
+                mine_of_gate = {name: state_dict[f"{site}.{name}"] for name in gate.state_dict()}
+                gate.load_state_dict(mine_of_gate, strict=True, assign=assign)
         return nn.modules.module._IncompatibleKeys([], [])
 
     def num_learned_parameters(self) -> int:

@@ -16,7 +16,7 @@ def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class`."""
-    _set_class(module, type(module).__mro__[2])
+    _set_class(module, type(module).__bases__[1])
 
 
 _MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}

@@ -19,6 +19,7 @@ from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
@@ -48,6 +49,7 @@ class FusedModel(Fusion):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompt: PromptFormat | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> FusedModel:
         """Fuse adapters into a base model.
@@ -59,6 +61,8 @@ class FusedModel(Fusion):
             method: a method's name, an adapter's name (that one alone), or a method object.
             tokenizer: by default the base's, where `base` is an id or path.
             prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+            stop_strings: an answer ends before the first of these too; by default where the chat template, the
+                tokenizer or the base ends it.
             options: precision, placement and quantisation of a base given by id or path.
 
         Returns:
@@ -74,7 +78,8 @@ class FusedModel(Fusion):
         resolved = get_method(method, list(adapters))
         loaded = [_load(name, source) for name, source in adapters.items()]
         model, tokenizer = open_base(base, tokenizer, options)
-        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), base_record(model))
+        record = base_record(model)
+        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), record, None, stop_strings)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +90,7 @@ class FusedModel(Fusion):
         adapters: Mapping[str, str | Path | AdapterSource | Adapter] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> FusedModel:
         """Load a fusion that `save_pretrained` or `loraflow fit` wrote.
@@ -95,6 +101,7 @@ class FusedModel(Fusion):
             adapters: other places of the same adapters, by name; those not named are taken from where they were.
             tokenizer: by default the base's.
             revision: revision of a fusion on the Hub.
+            stop_strings: an answer ends before the first of these too, beside the fusion's own ends.
             options: placement of the base; its precision and quantisation where they are to differ from those that
                 the fusion was made with.
 
@@ -112,7 +119,10 @@ class FusedModel(Fusion):
         loaded_base, tokenizer = open_base(base, tokenizer, options)
         record = base_record(loaded_base)
         check_base(saved.config.base, record)
-        model = cls._attached(loaded_base, loaded, method, tokenizer, saved.config.prompt, record)
+        config = saved.config
+        model = cls._attached(
+            loaded_base, loaded, method, tokenizer, config.prompt, record, config.endings, stop_strings
+        )
         try:
             model.load_state_dict(saved.tensors)
         except FusionError:
@@ -130,13 +140,16 @@ class FusedModel(Fusion):
         tokenizer: PreTrainedTokenizerBase | None,
         prompt: PromptFormat,
         record: BaseRecord,
+        endings: Endings | None,
+        stop_strings: Sequence[str],
     ) -> FusedModel:
         """Attach to a base; one that fails half-way is given back as it was."""
         _announce_to_pipelines()
-        prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
         attachment = attach(model, find_decoder_layers(model), adapters)
         try:
-            return _class_for(cls, type(model))(attachment, method, tokenizer, prompt, record)
+            fused = _class_for(cls, type(model))(attachment, method, tokenizer, prompt, record, endings)
+            fused.endings = fused.endings.and_stop(stop_strings, tokenizer)
+            return fused
         except BaseException:
             attachment.detach()
             raise
@@ -217,6 +230,7 @@ class FusedModel(Fusion):
             adapters=records,
             method=MethodRecord(name=self.method.name, parameters=self.method.parameters()),
             prompt=self.prompt,
+            endings=self.endings,
             training=self.training_record,
             weights_digest=tensors_digest(self.state_dict()),
         )

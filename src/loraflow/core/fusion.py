@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow.adapters import Adapter
-from loraflow.answers import pad_prompts, require_tokenizer
 from loraflow.bases import BaseRecord
+from loraflow.core.asking import Asking
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import (
     RowMethod,
@@ -27,9 +27,10 @@ from loraflow.core.batch import (
     weigh_prompts,
 )
 from loraflow.core.lanes import Gates
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod, get_method
-from loraflow.prompts import Message, PromptFormat
+from loraflow.prompts import PromptFormat
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
 
@@ -37,7 +38,7 @@ _KEPT = 16
 """How many methods' gates are kept at once beside those in use."""
 
 
-class Fusion(nn.Module):
+class Fusion(Asking, nn.Module):
     """A base model, ordered adapters, and the method that gives their fusion weights.
 
     It is used as the base model is: `forward`, `generate`, and every attribute of the base (`config`, `device`, ...)
@@ -47,6 +48,7 @@ class Fusion(nn.Module):
         base_model: the transformers model that it wraps.
         tokenizer: the base's tokenizer, where there is one.
         prompt: how questions become prompts; saved with the fusion.
+        endings: what ends an answer, where a call of `generate` says nothing else; saved with the fusion.
         method: what gives the fusion weights.
         attachment: the adapters in the model, for whoever works on that level.
         base_record: what tells the base from others.
@@ -59,7 +61,7 @@ class Fusion(nn.Module):
 
     base_model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    prompt: PromptFormat
+    endings: Endings
     method: Method
     attachment: Attachment
     base_record: BaseRecord
@@ -72,11 +74,13 @@ class Fusion(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None,
         prompt: PromptFormat,
         base_record: BaseRecord,
+        endings: Endings | None = None,
     ) -> None:
         super().__init__()
         self.base_model = attachment.model
         self.tokenizer = tokenizer
-        self.prompt = prompt
+        self.set_prompt(prompt)
+        self.endings = endings or self.endings
         self.attachment = attachment
         self.base_record = base_record
         self.method = method
@@ -163,6 +167,8 @@ class Fusion(nn.Module):
     ) -> Any:
         """transformers' `generate`, with everything that it takes; the cache is on.
 
+        Answers end at the fusion's `endings`; a call's own `eos_token_id` or `stop_strings` take the place of those.
+
         Methods that look at the whole prompt weigh each request once, before generation; beams and returned sequences
         carry their request's weights along.
 
@@ -180,6 +186,9 @@ class Fusion(nn.Module):
         """
         # `find_decoder_layers` checked that it can.
         generate = cast(Any, self.base_model).generate
+        kwargs, generation_config = self.endings.options(
+            kwargs, generation_config, self.generation_config, self.tokenizer
+        )
         given = (inputs, generation_config, *args)
         ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
         rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
@@ -199,17 +208,6 @@ class Fusion(nn.Module):
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
                 return generate(*given, **kwargs)
-
-    def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
-        """Questions as `generate`, `weigh` and `trace` take them, in the fusion's prompt format, padded on the left.
-
-        Args:
-            questions: one text, or several; each a question, or a conversation of messages up to the user's turn.
-        """
-        tokenizer = require_tokenizer(self.tokenizer)
-        several = [questions] if isinstance(questions, str) else questions
-        turns = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in several]
-        return pad_prompts([self.prompt.prompt_ids(tokenizer, turn) for turn in turns], tokenizer, self.device)
 
     # Who weighs.
 

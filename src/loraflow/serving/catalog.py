@@ -18,6 +18,7 @@ from loraflow.bases import BaseOptions, check_base
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
 from loraflow.methods.base import check_weights
@@ -41,6 +42,8 @@ class Served:
         digest: of all that its answers depend on but the request: base, adapters, method and what that has learned.
         adapters: names of its adapters, in the order of its weights.
         method: who weighs them.
+        prompt: how conversations become prompts.
+        endings: what ends an answer, where a request says nothing more.
         gates: the method's gates, for its own adapters.
     """
 
@@ -53,6 +56,7 @@ class Served:
     parts: tuple[str, ...]
     method: Method
     prompt: PromptFormat
+    endings: Endings
     gates: Gates = field(repr=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -68,7 +72,7 @@ class Catalog:
         self.served: dict[str, Served] = {}
         # Gates of methods that requests ask for, such as Arrow's directions, which take a while to find.
         self._made: dict[str, Gates] = {}
-        self._offer(self._make(base_id, "base", base_root, (), make_method("base", {}), model.prompt))
+        self._offer(self._make(base_id, "base", base_root, (), make_method("base", {}), (model.prompt, model.endings)))
         for adapter in model.adapters:
             self._offer(self._make_adapter(adapter))
 
@@ -80,6 +84,8 @@ class Catalog:
         fusions: Mapping[str, str] | None = None,
         *,
         base_id: str | None = None,
+        prompt: PromptFormat | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> Catalog:
         """Load a base, adapters and saved fusions.
@@ -89,6 +95,8 @@ class Catalog:
             adapters: further adapters by name, which can be asked for alone and in weights.
             fusions: saved fusions by name.
             base_id: what requests call the base; by default its id, or its directory's name.
+            prompt: how questions to the base and to adapters become prompts; fusions have a format of their own.
+            stop_strings: answers of all of them end before the first of these too.
             options: precision, placement and quantisation of the base.
 
         Raises:
@@ -104,7 +112,8 @@ class Catalog:
         with_names = [_add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
-        model = FusedModel.from_adapters(base, union, "base", options=options)
+        asked: dict[str, Any] = {"prompt": prompt, "stop_strings": stop_strings}
+        model = FusedModel.from_adapters(base, union, "base", options=options, **asked)
         catalog = cls(model, base_id or (Path(base).name if Path(base).is_dir() else str(base)), str(base))
         for fusion, names in with_names:
             catalog._offer(catalog._make_saved(fusion, names))
@@ -202,13 +211,17 @@ class Catalog:
             self.served = {**self.served, served.id: served}
 
     def _make_adapter(self, adapter: Adapter) -> Served:
-        alone = Static({adapter.name: 1.0})
-        return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, self.model.prompt)
+        alone, manner = Static({adapter.name: 1.0}), (self.model.prompt, self.model.endings)
+        return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, manner)
 
     def _make_saved(self, fusion: SavedFusion, adapters: Sequence[str]) -> Served:
         check_base(fusion.config.base, self.model.base_record)
-        names, prompt = tuple(adapters), fusion.config.prompt
-        return self._make(fusion.name, "fusion", fusion.path, names, fusion.method, prompt, fusion.tensors)
+        model, prompt, endings = self.model, fusion.config.prompt, fusion.config.endings
+        if model.tokenizer is not None:
+            prompt = prompt.resolve(model.tokenizer)
+        endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
+        manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
+        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors)
 
     def _make(
         self,
@@ -217,7 +230,7 @@ class Catalog:
         root: str,
         adapters: tuple[str, ...],
         method: Method,
-        prompt: PromptFormat,
+        manner: tuple[PromptFormat, Endings],
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Served:
         attachment = self.model.attachment
@@ -233,7 +246,8 @@ class Catalog:
             adapters=adapters,
             parts=parts,
             method=method,
-            prompt=prompt,
+            prompt=manner[0],
+            endings=manner[1],
             gates=gates,
         )
 

@@ -25,6 +25,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import SavedFusion
 from loraflow.training import finetune, fit, search
 from loraflow.training.checkpoints import complete_checkpoints
+from loraflow.training.data import note_endings
 
 FIT_FILE = "fit.json"
 IDENTITY_FILE = "identity.json"
@@ -109,9 +110,14 @@ def prepare(
             model.load_state_dict(SavedFusion.open(directory / "fusion").tensors)
     else:
         model = bench.of_row(row, task)
-    # A saved fusion has a format of its own.
-    if row.spec.fusion is None or task.prompt != PromptFormat():
-        model.prompt = task.prompt.resolve(bench.tokenizer)
+    prompt = task.prompt.resolve(bench.tokenizer)
+    if row.spec.fusion is None:
+        model.set_prompt(prompt)
+    elif task.prompt != PromptFormat() and prompt != model.prompt:
+        # Else a saved fusion has a format of its own.
+        model.prompt = prompt
+    model.endings = model.endings.and_stop(task.stop, bench.tokenizer)
+    note_endings(model, task.test)
     return model, facts
 
 
@@ -210,7 +216,7 @@ def _learn(
         details, parameters = {}, result.parameters
     else:
         model = bench.of_row(row, task)
-        model.prompt = prompt
+        model.set_prompt(prompt, task.stop)
         if row.reads_adapters(task):
             own = {name: list(bench.setting.adapter_examples(name)) for name in model.adapter_names}
             result, examples = fit(model, own, **run), sum(map(len, own.values()))

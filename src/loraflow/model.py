@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow import __version__, training
 from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
-from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
+from loraflow.bases import BaseOptions, BaseRecord, Choice, base_record, check_base, choose, with_tokens
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
@@ -60,7 +60,8 @@ class FusedModel(Fusion):
                 directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`.
             method: a method's name, an adapter's name (that one alone), or a method object.
             tokenizer: by default the base's, where `base` is an id or path.
-            prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+            prompt: how questions become prompts; by default by the chat template that adapters bring, if all that bring
+                one bring the same, or else the tokenizer's, if it has one.
             stop_strings: an answer ends before the first of these too; by default where the chat template, the
                 tokenizer or the base ends it.
             options: precision, placement and quantisation of a base given by id or path.
@@ -71,6 +72,7 @@ class FusedModel(Fusion):
         Raises:
             AdapterError: if an adapter cannot be read, or does not fit the base.
             ArchitectureError: if the base is of a kind that cannot be fused.
+            DataError: if adapters bring different chat templates, and none is given.
             LoraflowError: if the adapters' names cannot be used.
             MethodError: if the method is unknown, or a parameter of it is wrong.
         """
@@ -79,7 +81,9 @@ class FusedModel(Fusion):
         loaded = [_load(name, source) for name, source in adapters.items()]
         model, tokenizer = open_base(base, tokenizer, options)
         record = base_record(model)
-        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), record, None, stop_strings)
+        sources = {adapter.name: adapter.source for adapter in loaded}
+        choice = choose(prompt or PromptFormat(), tokenizer, sources, record.vocab_size)
+        return cls._attached(model, loaded, resolved, tokenizer, choice, record, None, stop_strings)
 
     @classmethod
     def from_pretrained(
@@ -120,9 +124,8 @@ class FusedModel(Fusion):
         record = base_record(loaded_base)
         check_base(saved.config.base, record)
         config = saved.config
-        model = cls._attached(
-            loaded_base, loaded, method, tokenizer, config.prompt, record, config.endings, stop_strings
-        )
+        choice = Choice(config.prompt, "the fusion's own format", config.added_tokens)
+        model = cls._attached(loaded_base, loaded, method, tokenizer, choice, record, config.endings, stop_strings)
         try:
             model.load_state_dict(saved.tensors)
         except FusionError:
@@ -138,7 +141,7 @@ class FusedModel(Fusion):
         adapters: Sequence[Adapter],
         method: Method,
         tokenizer: PreTrainedTokenizerBase | None,
-        prompt: PromptFormat,
+        choice: Choice,
         record: BaseRecord,
         endings: Endings | None,
         stop_strings: Sequence[str],
@@ -147,7 +150,9 @@ class FusedModel(Fusion):
         _announce_to_pipelines()
         attachment = attach(model, find_decoder_layers(model), adapters)
         try:
-            fused = _class_for(cls, type(model))(attachment, method, tokenizer, prompt, record, endings)
+            tokenizer = tokenizer if tokenizer is None else with_tokens(tokenizer, choice.tokens)
+            fused = _class_for(cls, type(model))(attachment, method, tokenizer, choice.prompt, record, endings)
+            fused.prompt_origin, fused.added_tokens = choice.origin, choice.tokens
             fused.endings = fused.endings.and_stop(stop_strings, tokenizer)
             return fused
         except BaseException:
@@ -231,6 +236,7 @@ class FusedModel(Fusion):
             method=MethodRecord(name=self.method.name, parameters=self.method.parameters()),
             prompt=self.prompt,
             endings=self.endings,
+            added_tokens=self.added_tokens,
             training=self.training_record,
             weights_digest=tensors_digest(self.state_dict()),
         )

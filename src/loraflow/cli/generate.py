@@ -12,7 +12,7 @@ import typer
 
 from loraflow.cli.groups import with_groups
 from loraflow.cli.sources import FusionSource
-from loraflow.cli.texts import Stop, stop_strings
+from loraflow.cli.texts import Stop, manner_line, stop_strings
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def generate(
     """
     records = _read_prompts(data, prompt_field) if data is not None else []
     model = source.open(stop_strings(stop))
+    print(manner_line(model.prompt_origin, model.endings, model.tokenizer), file=sys.stderr)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
 
     from transformers import set_seed

@@ -13,6 +13,9 @@ from loraflow.cli.groups import panel
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraflow.endings import Endings
     from loraflow.examples import Example, Fields
     from loraflow.prompts import PromptFormat
 
@@ -113,6 +116,11 @@ Stop = Annotated[
 def stop_strings(stop: Sequence[str]) -> list[str]:
     """What `--stop` says."""
     return [_with_new_lines(text) for text in stop]
+
+
+def manner_line(origin: str, endings: Endings, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """How a model is asked and where its answers end, for people."""
+    return f"prompts: {origin}; answers end at {endings.describe(tokenizer)}"
 
 
 def _with_new_lines(text: str) -> str:

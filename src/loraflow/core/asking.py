@@ -9,16 +9,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow.answers import pad_prompts, require_tokenizer
+from loraflow.bases import AddedTokens
 from loraflow.endings import Endings
 from loraflow.prompts import Message, PromptFormat
 
 
 class Asking:
-    """A prompt format and the ends that go with it; a part of `Fusion`."""
+    """A prompt format and the ends that go with it; a part of `Fusion`.
+
+    Attributes:
+        prompt_origin: where the format comes from, for people.
+        added_tokens: what the adapters' tokenizers have beyond the base's, and `tokenizer` has too.
+    """
 
     base_model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     endings: Endings
+    prompt_origin: str
+    added_tokens: AddedTokens
     _prompt: PromptFormat
 
     @property
@@ -32,6 +40,7 @@ class Asking:
 
     def set_prompt(self, prompt: PromptFormat, stop_strings: Sequence[str] = ()) -> None:
         """Ask in a format from now on; answers end where it ends them, and before these texts."""
+        self.prompt_origin = "the format that was given"
         self._prompt = prompt if self.tokenizer is None else prompt.resolve(self.tokenizer)
         self.endings = Endings.find(self._prompt, self.tokenizer, self.base_model.generation_config, stop_strings)
 

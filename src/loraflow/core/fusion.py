@@ -79,6 +79,7 @@ class Fusion(Asking, nn.Module):
         super().__init__()
         self.base_model = attachment.model
         self.tokenizer = tokenizer
+        self.added_tokens = {}
         self.set_prompt(prompt)
         self.endings = endings or self.endings
         self.attachment = attachment

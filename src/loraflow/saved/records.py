@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loraflow.bases import BaseRecord
+from loraflow.bases import AddedTokens, BaseRecord
 from loraflow.endings import Endings
 from loraflow.errors import FusionError
 from loraflow.prompts import PromptFormat
@@ -56,6 +56,7 @@ class FusionConfig(_Record):
     method: MethodRecord
     prompt: PromptFormat = PromptFormat()
     endings: Endings | None = None
+    added_tokens: AddedTokens = {}
     training: dict[str, Any] | None = None
     weights_digest: str
 

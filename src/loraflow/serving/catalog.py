@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraflow.adapters import Adapter, load_adapter, tensors_digest
-from loraflow.bases import BaseOptions, check_base
+from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates
@@ -64,10 +64,12 @@ class Served:
 class Catalog:
     """The models of one server, over one base; adapters and fusions may come and go while it answers."""
 
-    def __init__(self, model: FusedModel, base_id: str, base_root: str) -> None:
+    def __init__(self, model: FusedModel, base_id: str, base_root: str, asked: PromptFormat | None = None) -> None:
         # With every adapter that any of them needs.
         self.model = model
         self.base_id = base_id
+        # What was asked for of the prompt format; adapters that bring a template fill what it leaves open.
+        self._asked = asked or PromptFormat()
         # By name, the base first; replaced where it changes, so that readers need no lock.
         self.served: dict[str, Served] = {}
         # Gates of methods that requests ask for, such as Arrow's directions, which take a while to find.
@@ -112,9 +114,17 @@ class Catalog:
         with_names = [_add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
-        asked: dict[str, Any] = {"prompt": prompt, "stop_strings": stop_strings}
-        model = FusedModel.from_adapters(base, union, "base", options=options, **asked)
-        catalog = cls(model, base_id or (Path(base).name if Path(base).is_dir() else str(base)), str(base))
+        tokenizer, how = find_tokenizer(base, options or BaseOptions()), prompt
+        if tokenizer is not None:
+            # Adapters of fusions alone say nothing of how the base is asked.
+            given = {name: union[name].source for name in adapters or {}}
+            rows = read_base_config(base, options or BaseOptions()).get_text_config(decoder=True).vocab_size
+            how = choose(prompt or PromptFormat(), tokenizer, given, rows).prompt.resolve(tokenizer)
+        model = FusedModel.from_adapters(
+            base, union, "base", tokenizer=tokenizer, prompt=how, stop_strings=stop_strings, options=options
+        )
+        name = base_id or (Path(base).name if Path(base).is_dir() else str(base))
+        catalog = cls(model, name, str(base), prompt)
         for fusion, names in with_names:
             catalog._offer(catalog._make_saved(fusion, names))
         return catalog
@@ -211,17 +221,38 @@ class Catalog:
             self.served = {**self.served, served.id: served}
 
     def _make_adapter(self, adapter: Adapter) -> Served:
-        alone, manner = Static({adapter.name: 1.0}), (self.model.prompt, self.model.endings)
+        model, alone = self.model, Static({adapter.name: 1.0})
+        manner = model.prompt, model.endings
+        choice = choose(self._asked, model.tokenizer, {adapter.name: adapter.source}, model.base_record.vocab_size)
+        self._check_tokens(f"The adapter {adapter.name!r}", choice.tokens)
+        if choice.brought and model.tokenizer is not None:
+            prompt = choice.prompt.resolve(model.tokenizer)
+            manner = prompt, Endings.find(prompt, model.tokenizer, model.generation_config, model.endings.stop)
         return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, manner)
 
     def _make_saved(self, fusion: SavedFusion, adapters: Sequence[str]) -> Served:
         check_base(fusion.config.base, self.model.base_record)
         model, prompt, endings = self.model, fusion.config.prompt, fusion.config.endings
+        self._check_tokens(f"The fusion {fusion.name!r}", fusion.config.added_tokens)
         if model.tokenizer is not None:
             prompt = prompt.resolve(model.tokenizer)
         endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
         manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
         return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors)
+
+    def _check_tokens(self, what: str, tokens: AddedTokens) -> None:
+        """Check that the one tokenizer of all has added tokens.
+
+        Raises:
+            LoraflowError: if it lacks one, or has it as another.
+        """
+        vocabulary = {} if self.model.tokenizer is None or not tokens else self.model.tokenizer.get_vocab()
+        for text, token in tokens.items():
+            if vocabulary.get(text) != token["id"]:
+                raise LoraflowError(
+                    f"{what} was made with the added token {text!r} ({token['id']}), which the server's tokenizer does "
+                    "not have. Start the server with it, so that all are read with its tokens."
+                )
 
     def _make(
         self,

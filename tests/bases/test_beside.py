@@ -10,7 +10,7 @@ import pytest
 
 from loraflow import FusedModel, PromptFormat
 from loraflow.adapters import AdapterSource
-from loraflow.bases import Beside, choose, read_beside, with_tokens
+from loraflow.bases import Beside, TokenRecord, choose, read_beside, with_tokens
 from loraflow.errors import DataError
 from loraflow.training import FitConfig, finetune
 from tests.tiny import CHATML, GEMMA, byte_tokenizer, chat_tokenizer, random_adapter, save_adapter, tiny_model
@@ -57,29 +57,32 @@ def test_a_template_stands_in_a_file_or_in_the_configuration(tmp_path: Path, fil
 def test_further_templates_stand_in_a_folder(tmp_path: Path) -> None:
     source = place(tmp_path, "a", chat_template=CHATML)
     (Path(source.path) / "additional_chat_templates").mkdir()
-    (Path(source.path) / "additional_chat_templates" / "tools.jinja").write_text(GEMMA)
-    assert read_beside(source).templates == {"default": CHATML, "tools": GEMMA}
+    (Path(source.path) / "additional_chat_templates" / "tools.jinja").symlink_to("/nowhere")
+    assert set(read_beside(source).templates) == {"default", "tools"}
     with pytest.raises(DataError, match=r"'zh' brings several chat templates \(default, tools\)\. Give one as"):
         chosen({"zh": source})
 
 
 def test_added_tokens_stand_in_three_files(tmp_path: Path) -> None:
     decoder = {str(token): {"content": text, "special": True} for text, token in TOKENS.items()}
-    expected = {text: {"id": token, "special": True} for text, token in TOKENS.items()}
+    expected = {text: TokenRecord(id=token, special=True) for text, token in TOKENS.items()}
     assert read_beside(place(tmp_path, "new", tokenizer_config={"added_tokens_decoder": decoder})).tokens == expected
     assert read_beside(place(tmp_path, "old", added_tokens=TOKENS)).tokens == expected
     chat_tokenizer().save_pretrained(tmp_path / "whole")
     whole = read_beside(AdapterSource(str(tmp_path / "whole")))
     assert whole.templates == {"default": CHATML}
-    assert {text: token["id"] for text, token in whole.tokens.items()} == {"<pad>": 0, "<s>": 1, "</s>": 2, **TOKENS}
+    assert {text: token.id for text, token in whole.tokens.items()} == {"<pad>": 0, "<s>": 1, "</s>": 2, **TOKENS}
     assert not read_beside(AdapterSource("nowhere")).tokens
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"tokenizer_config\.json beside an adapter is not valid JSON .* Restore or remove it"),
-        ("[]", r"tokenizer_config\.json beside an adapter holds no JSON object"),
+        ("{", r"tokenizer_config\.json beside an adapter: Invalid JSON: .* Restore or remove it"),
+        ("[]", r"tokenizer_config\.json beside an adapter: Input should be an object"),
+        ("[" * 10_000, r"tokenizer_config\.json beside an adapter: Invalid JSON: recursion limit exceeded"),
+        ('{"added_tokens_decoder": {"x": {}}}', r"beside an adapter: `added_tokens_decoder\.x\..*`: "),
+        ('{"chat_template": 3}', r"beside an adapter: `chat_template\.str`: Input should be a valid string"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -148,7 +151,7 @@ def test_tokens_that_the_base_lacks_are_added(tmp_path: Path) -> None:
     sources = {"a": place(tmp_path, "a", added_tokens=TOKENS), "b": place(tmp_path, "b", added_tokens=TOKENS)}
     plain = byte_tokenizer()
     tokens = chosen(sources, plain).tokens
-    assert {text: token["id"] for text, token in tokens.items()} == TOKENS
+    assert {text: token.id for text, token in tokens.items()} == TOKENS
     extended = with_tokens(plain, tokens)
     assert extended("a<|im_end|>")["input_ids"][-1] == 259
     assert len(plain) == 259, "the tokenizer that was given stays"
@@ -186,7 +189,7 @@ def test_adapters_that_disagree_on_tokens_are_named(tmp_path: Path, other: Any) 
 def test_another_tokenizer_may_have_no_room_for_a_token() -> None:
     expected = r"The token '\[A\]' must be 300, and is 259 in this tokenizer\. Give the tokenizer .* as `tokenizer="
     with pytest.raises(DataError, match=expected):
-        with_tokens(byte_tokenizer(), {"[A]": {"id": 300}})
+        with_tokens(byte_tokenizer(), {"[A]": TokenRecord(id=300)})
 
 
 # ---- Fusions -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Base models: loaded from an id or a path, and told from others."""
 
-from loraflow.bases.beside import AddedTokens, Beside, Choice, choose, read_beside, with_tokens
+from loraflow.bases.beside import AddedTokens, Beside, Choice, TokenRecord, choose, read_beside, with_tokens
 from loraflow.bases.loading import (
     QUANTIZATIONS,
     BaseOptions,
@@ -19,6 +19,7 @@ __all__ = [
     "BaseRecord",
     "Beside",
     "Choice",
+    "TokenRecord",
     "base_record",
     "check_base",
     "check_base_files",

@@ -6,12 +6,12 @@ It is used where all adapters that bring it agree; one that brings none says not
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, cached_file
@@ -21,10 +21,67 @@ from loraflow.errors import DataError
 from loraflow.prompts import PromptFormat
 
 _CONFIG, _TOKENIZER, _OLD_TOKENS = "tokenizer_config.json", "tokenizer.json", "added_tokens.json"
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-AddedTokens = dict[str, dict[str, Any]]
-"""Tokens that the base's tokenizer lacks: `id` and flags by text, as JSON values."""
+
+class TokenRecord(BaseModel):
+    """A token beyond a tokenizer's own vocabulary, as tokenizers describe it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: int
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+    def added(self, text: str) -> AddedToken:
+        """The same as tokenizers take it."""
+        return AddedToken(text, **self.model_dump(exclude={"id"}))
+
+
+AddedTokens = dict[str, TokenRecord]
+"""Tokens by their text."""
+
+
+class _Named(BaseModel):
+    name: str
+    template: str
+
+
+class _Described(BaseModel):
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+
+class _Listed(_Described):
+    id: int
+
+
+class _Config(BaseModel):
+    """What is read of `tokenizer_config.json`."""
+
+    chat_template: str | dict[str, str] | list[_Named] | None = None
+    added_tokens_decoder: dict[int, _Described] = {}
+
+
+class _Whole(BaseModel):
+    """What is read of `tokenizer.json`."""
+
+    added_tokens: list[_Listed] = []
+
+
+class _Old(RootModel[dict[str, int]]):
+    """What older versions of transformers wrote into `added_tokens.json`."""
+
+    root: dict[str, int] = {}
+
+
+_File = TypeVar("_File", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -63,17 +120,18 @@ def read_beside(source: AdapterSource) -> Beside:
     Raises:
         DataError: if a file of it is damaged.
     """
-    config = _read_json(source, _CONFIG)
-    templates = config.get("chat_template") or {}
-    if isinstance(templates, list):
-        templates = {one["name"]: one["template"] for one in templates}
-    templates = {"default": templates} if isinstance(templates, str) else dict(templates)
+    config = _read_as(_Config, source, "tokenizer_config.json")
+    found = config.chat_template or {}
+    if isinstance(found, list):
+        found = {one.name: one.template for one in found}
+    templates = {"default": found} if isinstance(found, str) else dict(found)
     path = _file(source, CHAT_TEMPLATE_FILE)
     if path is not None:
-        # As in transformers: files go before the configuration.
-        folder = Path(source.path).expanduser() / CHAT_TEMPLATE_DIR if source.is_local else path.parent
-        more = sorted(folder.glob("*.jinja")) if folder.name == CHAT_TEMPLATE_DIR else []
-        templates = {one.stem: _read(one) for one in more} | {"default": _read(path)}
+        # As in transformers: files go before the configuration. Of further ones it is enough to know that they are
+        # there; they are not read, for a link among them may lead anywhere.
+        folder = Path(source.path).expanduser() / CHAT_TEMPLATE_DIR
+        more = sorted(folder.glob("*.jinja")) if source.is_local else []
+        templates = {one.stem: one.name for one in more} | {"default": _read(path)}
     known = {name: text.removesuffix("\n") for name, text in templates.items() if text.strip()}
     return Beside(known, _tokens(source, config))
 
@@ -148,7 +206,7 @@ def _missing(tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Beside], r
     holders: dict[str | int, tuple[str, str, int]] = {}
     for name, one in beside.items():
         for text, token in one.tokens.items():
-            place = token["id"]
+            place = token.id
             if vocabulary.get(text) == place:
                 continue
             if not (len(tokenizer) <= place < rows) or text in vocabulary:
@@ -163,11 +221,11 @@ def _missing(tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Beside], r
                     )
             missing[text] = token
     following = len(tokenizer)
-    for text, token in sorted(missing.items(), key=lambda item: item[1]["id"]):
-        if token["id"] != following:
-            _refuse_written(holders[text][0], text, token["id"], written, None, rows)
+    for text, token in sorted(missing.items(), key=lambda item: item[1].id):
+        if token.id != following:
+            _refuse_written(holders[text][0], text, token.id, written, None, rows)
             del missing[text]
-        following += token["id"] == following
+        following += token.id == following
     return missing
 
 
@@ -190,13 +248,12 @@ def with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: AddedTokens) -> PreT
         DataError: if one would get another id than it has.
     """
     vocabulary = tokenizer.get_vocab()
-    wanted = sorted((token["id"], text) for text, token in tokens.items() if vocabulary.get(text) != token["id"])
+    wanted = sorted((token.id, text) for text, token in tokens.items() if vocabulary.get(text) != token.id)
     if not wanted:
         return tokenizer
     extended = copy.deepcopy(tokenizer)
     for place, text in wanted:
-        flags = {flag: tokens[text][flag] for flag in _FLAGS if flag in tokens[text]}
-        extended.add_tokens([AddedToken(text, **flags)], special_tokens=bool(flags.get("special")))
+        extended.add_tokens([tokens[text].added(text)], special_tokens=tokens[text].special)
         found = extended.convert_tokens_to_ids(text)
         if found != place:
             raise DataError(
@@ -206,15 +263,14 @@ def with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: AddedTokens) -> PreT
     return extended
 
 
-def _tokens(source: AdapterSource, config: Mapping[str, Any]) -> AddedTokens:
+def _tokens(source: AdapterSource, config: _Config) -> AddedTokens:
     """The added tokens of a tokenizer, wherever its version of transformers wrote them."""
-    found: AddedTokens = {}
-    for text, token in _read_json(source, _OLD_TOKENS).items():
-        found[text] = {"id": int(token), "special": True}
-    listed: Iterable[Mapping[str, Any]] = _read_json(source, _TOKENIZER).get("added_tokens") or ()
-    decoder = config.get("added_tokens_decoder") or {}
-    for token in (*listed, *({**entry, "id": int(key)} for key, entry in decoder.items())):
-        found[token["content"]] = {"id": token["id"], **{flag: token[flag] for flag in _FLAGS if flag in token}}
+    old = _read_as(_Old, source, "added_tokens.json").root
+    found = {text: TokenRecord(id=token, special=True) for text, token in old.items()}
+    whole = _read_as(_Whole, source, "tokenizer.json").added_tokens
+    described = [(one.id, one) for one in whole] + list(config.added_tokens_decoder.items())
+    for token, one in described:
+        found[one.content] = TokenRecord(**{**one.model_dump(exclude={"content"}), "id": token})
     return found
 
 
@@ -248,14 +304,13 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} beside an adapter is no UTF-8 text: {error}. Restore or remove it.") from error
 
 
-def _read_json(source: AdapterSource, name: str) -> dict[str, Any]:
+def _read_as(kind: type[_File], source: AdapterSource, name: str) -> _File:
+    """A JSON file of an adapter; an empty one where it has none."""
     path = _file(source, name)
-    if path is None:
-        return {}
     try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} beside an adapter is not valid JSON ({error}). Restore or remove it.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} beside an adapter holds no JSON object. Restore or remove it.")
-    return content
+        return kind.model_validate({}) if path is None else kind.model_validate_json(_read(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        where = f"{path} beside an adapter" + (f": `{place}`" if place else "")
+        raise DataError(f"{where}: {first['msg']}. Restore or remove it.") from error

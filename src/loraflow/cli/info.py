@@ -177,7 +177,7 @@ def _describe_prompts(
     if tokenizer is None:
         return []
     for name, found in ((name, read_beside(place)) for name, place in adapters.items()):
-        new = [text for text, token in found.tokens.items() if tokenizer.get_vocab().get(text) != token["id"]]
+        new = [text for text, token in found.tokens.items() if tokenizer.get_vocab().get(text) != token.id]
         brings = [f"a chat template ({_lines(text)} lines)" for text in found.templates.values()]
         brings += [f"tokens that the base's tokenizer lacks: {', '.join(map(repr, new))}"] if new else []
         if brings:

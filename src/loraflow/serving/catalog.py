@@ -248,9 +248,9 @@ class Catalog:
         """
         vocabulary = {} if self.model.tokenizer is None or not tokens else self.model.tokenizer.get_vocab()
         for text, token in tokens.items():
-            if vocabulary.get(text) != token["id"]:
+            if vocabulary.get(text) != token.id:
                 raise LoraflowError(
-                    f"{what} was made with the added token {text!r} ({token['id']}), which the server's tokenizer does "
+                    f"{what} was made with the added token {text!r} ({token.id}), which the server's tokenizer does "
                     "not have. Start the server with it, so that all are read with its tokens."
                 )
 

@@ -1,6 +1,6 @@
 """Base models: loaded from an id or a path, and told from others."""
 
-from loraflow.bases.beside import AddedTokens, Beside, Choice, TokenRecord, choose, read_beside, with_tokens
+from loraflow.bases.beside import AddedTokens, Beside, Manner, TokenRecord, choose, read_beside, with_tokens
 from loraflow.bases.loading import (
     QUANTIZATIONS,
     BaseOptions,
@@ -18,7 +18,7 @@ __all__ = [
     "BaseOptions",
     "BaseRecord",
     "Beside",
-    "Choice",
+    "Manner",
     "TokenRecord",
     "base_record",
     "check_base",

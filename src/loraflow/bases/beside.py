@@ -98,7 +98,7 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Manner:
     """How a base is asked with some adapters.
 
     Attributes:
@@ -138,7 +138,7 @@ def read_beside(source: AdapterSource) -> Beside:
 
 def choose(
     prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase | None, sources: Mapping[str, AdapterSource], rows: int
-) -> Choice:
+) -> Manner:
     """The prompt format for some adapters: the one that is given, that which they bring, or the tokenizer's.
 
     Args:
@@ -152,18 +152,18 @@ def choose(
             a token that cannot be had.
     """
     if tokenizer is None:
-        return Choice(prompt, "no tokenizer")
+        return Manner(prompt, "no tokenizer")
     beside = {name: read_beside(source) for name, source in sources.items()}
     if prompt.template is not None or prompt.chat_template is not None:
         kind = "plain" if prompt.chat_template is None else "chat"
-        choice = Choice(prompt, f"the {kind} template that was given")
+        choice = Manner(prompt, f"the {kind} template that was given")
     else:
         choice = _brought(prompt, tokenizer, beside)
     written = choice.prompt.template or choice.prompt.chat_template or ""
     return replace(choice, tokens=_missing(tokenizer, beside, rows, written))
 
 
-def _brought(prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Beside]) -> Choice:
+def _brought(prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Beside]) -> Manner:
     """The format with the template that adapters bring, or else with the tokenizer's.
 
     Raises:
@@ -185,12 +185,12 @@ def _brought(prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, beside: M
         )
     own = tokenizer.chat_template
     if not holders:
-        return Choice(prompt, "no chat template: plain text" if own is None else "the base tokenizer's chat template")
+        return Manner(prompt, "no chat template: plain text" if own is None else "the base tokenizer's chat template")
     ((text, names),) = holders.items()
     origin = f"the chat template of the adapter{'s' * (len(names) > 1)} {_names(names)}"
     if own is not None and own != text:
         origin += ", which is not the base's"
-    return Choice(prompt.model_copy(update={"chat_template": text}), origin, brought=True)
+    return Manner(prompt.model_copy(update={"chat_template": text}), origin, brought=True)
 
 
 def _missing(tokenizer: PreTrainedTokenizerBase, beside: Mapping[str, Beside], rows: int, written: str) -> AddedTokens:

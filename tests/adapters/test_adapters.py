@@ -234,7 +234,7 @@ def test_a_weights_file_that_goes_while_it_is_opened_is_refused(saved, monkeypat
     def gone(path):
         raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
 
-    monkeypatch.setattr("loraflow.adapters.load_file", gone)
+    monkeypatch.setattr("loraflow.adapters.files.load_file", gone)
     assert "is not a readable safetensors file" in refusal(saved)
 
 
@@ -294,10 +294,10 @@ def test_settings_that_cannot_be_fused_are_refused(saved, config, expected):
 
 def test_every_setting_that_peft_can_save_is_known(saved):
     """A new version of PEFT brings new settings: each is to be judged before it is let in or refused by name."""
-    from loraflow.adapters import _HARMLESS, _REFUSED
+    from loraflow.adapters.config import HARMLESS, REFUSED
 
-    assert LoraConfig.__dataclass_fields__.keys() - _HARMLESS - _REFUSED.keys() == set()
-    assert _HARMLESS & _REFUSED.keys() == set()
+    assert LoraConfig.__dataclass_fields__.keys() - HARMLESS - REFUSED.keys() == set()
+    assert HARMLESS & REFUSED.keys() == set()
 
 
 def test_unknown_settings_that_are_off_are_harmless(base, saved):
@@ -530,7 +530,7 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch, saved, tmp_path):
     fake = FakeHub(tmp_path / "hub", saved)
-    monkeypatch.setattr("loraflow.adapters.hf_hub_download", fake)
+    monkeypatch.setattr("loraflow.adapters.files.hf_hub_download", fake)
     return fake
 
 

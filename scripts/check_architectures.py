@@ -11,29 +11,23 @@ other numbers, or ended in another error than loraflow's.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
 import re
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 import transformers
 from rich.progress import track
-from tests.zoo.bases import NotBuilt, architectures, small_model
-from tests.zoo.checks import CHECKS, run_checks
-from tests.zoo.replay import Reader
-from tests.zoo.targets import targets_of
+from tests.zoo.bases import architectures
+from tests.zoo.checks import CHECKS
+from tests.zoo.trial import STOPS, Found, try_architecture
 
 import loraflow
-from loraflow.core.architecture import find_decoder_layers
-from loraflow.errors import LoraflowError
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 MARKS = {"ok": "✓", "refused": "–", "unable": "·", "wrong": "**wrong**", "raw": "**error**"}
@@ -45,6 +39,7 @@ REASONS = {
     "unable": "Not possible, and why",
     "not built": "Not built, and why",
     "not checked": "Not checked, and why",
+    "no image": "Checked without an image, and why",
 }
 HEAD = """# Architectures
 
@@ -75,11 +70,6 @@ layer's tokens; *experts* the parameters of fused experts (`target_parameters`);
 word where it adapts such parameters for it. Models compute in float64 where they can; where they give float32 by
 themselves, the bound is 1e-4.
 """
-
-STOPS = ("not built", "not checked", "raw", "refused")
-
-Found = dict[str, Any]
-"""Of one architecture: one of `STOPS` with the reason, or by targets the outcome of each check."""
 
 
 def main() -> int:
@@ -130,32 +120,13 @@ def check_apart(name: str, timeout_s: float) -> Found:
 
 
 def guarded(name: str) -> Found:
-    """What `check` found, or the error that it ended in."""
-    try:
-        return check(name)
-    except Exception as error:
-        return {"raw": f"{type(error).__name__}: {error}"}
-
-
-def check(name: str) -> Found:
-    """Check one architecture with every kind of targets that it has."""
+    """What was found, or the error that the search itself ended in."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     try:
-        base = small_model(name)
-    except NotBuilt as reason:
-        return {"not built": str(reason)}
-    found: Found = {"precise": base.precise, "targets": {}}
-    try:
-        layers = find_decoder_layers(base.model)
-    except LoraflowError as refusal:
-        return {"refused": str(refusal)}
-    reader = Reader()
-    for targets in targets_of(base, layers, reader):
-        with tempfile.TemporaryDirectory() as directory:
-            outcomes_of = run_checks(base, targets, reader, Path(directory))
-        found["targets"][targets.name] = {check: dataclasses.astuple(o) for check, o in outcomes_of.items()}
-    return found if found["targets"] else {"not built": "it has no linear modules in its decoder layers"}
+        return try_architecture(name)
+    except Exception as error:
+        return {"raw": f"{type(error).__name__}: {error}"}
 
 
 # ---- What is written down ------------------------------------------------------------------------------------------
@@ -184,7 +155,7 @@ def lines(found: dict[str, Found]) -> list[Line]:
     """Everything that was found; checks of one base and targets that ended alike are one line."""
     result = []
     for name, one in found.items():
-        result += [Line(name, "", (), stop, one[stop]) for stop in STOPS if stop in one]
+        result += [Line(name, "", (), stop, one[stop]) for stop in (*STOPS, "no image") if stop in one]
         for targets, row in one.get("targets", {}).items():
             alike: dict[tuple[str, str], list[str]] = {}
             for check, (kind, detail) in row.items():
@@ -200,7 +171,7 @@ def summary(found: dict[str, Found]) -> str:
         texts.setdefault(line.kind, []).append(
             ": ".join(part for part in (line.architecture, line.targets, ", ".join(line.checks), line.detail) if part)
         )
-    order = ["wrong", "raw", "not checked", "refused", "not built", "unable", "ok"]
+    order = ["wrong", "raw", "not checked", "refused", "not built", "no image", "unable", "ok"]
     return "\n\n".join(f"{kind} ({len(texts[kind])})\n" + "\n".join(texts[kind]) for kind in order if kind in texts)
 
 

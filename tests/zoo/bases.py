@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +84,12 @@ def small_model(architecture: str, seed: int = 0) -> Base:
     """
     torch.manual_seed(seed)
     try:
-        with _silent():
+        with silent():
             config = small_config(architecture)
             # The grouped kernels of the experts know no float64.
             model = _auto_class(architecture).from_config(config, dtype=torch.float32, experts_implementation="eager")
     except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise NotBuilt(f"{type(error).__name__}: {first_line(error)}") from error
     _randomise(model)
     if model.can_generate():
         model.generation_config.pad_token_id = 0
@@ -100,7 +100,7 @@ def small_model(architecture: str, seed: int = 0) -> Base:
     try:
         _try_forward(model.float())
     except Exception as error:
-        raise NotBuilt(f"its forward: {type(error).__name__}: {_first_line(error)}") from error
+        raise NotBuilt(f"its forward: {type(error).__name__}: {first_line(error)}") from error
     return Base(architecture, model, precise=False)
 
 
@@ -124,6 +124,8 @@ def _small_fields(config: PreTrainedConfig) -> dict[str, Any]:
             small[key] = SIZES["num_attention_heads"]
         elif key in NEVER_NONE or (key in SIZES and isinstance(value, int) and value):
             small[key] = SIZES[key]
+        elif key in ("image_size", "patch_size") and isinstance(value, list | tuple):
+            small[key] = [SIZES[key]] * len(value)
     if "is_decoder" in fields:
         small["is_decoder"] = True
     small |= _kinds_of_layers(fields)
@@ -173,7 +175,7 @@ def _randomise(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _try_forward(model: PreTrainedModel) -> torch.dtype:
     ids = torch.arange(FIRST_WORD, FIRST_WORD + 10).view(2, 5)
-    with _silent():
+    with silent():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     if not torch.isfinite(logits).all():
         raise ValueError("its logits are not finite")
@@ -181,12 +183,14 @@ def _try_forward(model: PreTrainedModel) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _silent():
+def silent() -> Iterator[None]:
+    """Without warnings, and without what libraries print."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [""]
     return " ".join(line.strip() for line in lines)[:300]

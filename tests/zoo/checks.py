@@ -17,6 +17,7 @@ from loraflow import FusedModel, LoraFlow, Static
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.reference import reference_gate
 from loraflow.errors import LoraflowError
+from loraflow.methods.qa_flora import QaFlora
 from tests.tiny import set_random_gates
 from tests.zoo.bases import Base
 from tests.zoo.oracle import Gate, NoOracle, TokenByToken, merged, updates_of
@@ -110,6 +111,14 @@ class Case:
             steps = self.reader.step_by_step(model, first, 1)
             return torch.cat([steps, torch.zeros_like(steps[:, :1])], dim=1)
 
+    def by_distance(self) -> Tensor:
+        """Weights by how far an adapter moves each layer's output at the prompt's end, `[rows, layers, adapters]`."""
+        alone = [self.merged(dict.fromkeys(RANKS, 0.0) | {name: 1.0}) for name in RANKS]
+        prompts = self.words[:, :PROMPT]
+        base, *others = (self._last_states(model, prompts) for model in (self.base.model, *alone))
+        distances = torch.stack([(states - base).norm(dim=-1) for states in others], dim=-1) + QaFlora.epsilon
+        return distances / distances.sum(dim=-1, keepdim=True)
+
     def error(self, found: Tensor, expected: Tensor, plain: Tensor | None = None) -> float:
         """The largest difference at the words whose next word is known, as a share of the adapters' largest effect.
 
@@ -159,6 +168,24 @@ class Case:
         names = {f"{name}.weight" for name in other_rows(self.base, self.layers, linears, self.reader).uncalled}
         without_module = merged(self.base.model, [{k: v for k, v in updates[0].items() if k in names}], [1.0])
         return set() if torch.equal(self.reader.at_once(without_module, self.words), self.plain) else names
+
+    def _last_states(self, model: nn.Module, words: Tensor) -> Tensor:
+        """What each layer gives at the last word, `[rows, layers, hidden]`."""
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.dim() != 3:
+                raise NoOracle(f"a decoder layer gives {states.dim()} dimensions")
+            seen.append(states[:, -1])
+
+        handles = [layer.register_forward_hook(note) for layer in model.get_submodule(self.layers.prefix)]
+        try:
+            self.reader.at_once(model, words)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(seen, dim=1)
 
     def _layer_of(self, name: str) -> int:
         place = self.layers.split(name)
@@ -226,12 +253,19 @@ def module(case: Case) -> float:
 
 
 def query(case: Case) -> float:
-    """Weights of a whole prompt (qa-FLoRA) are constants of each layer while it is answered."""
-    case.fused.set_method("qa-flora")
-    found = case.generated(case.words)
-    weights = case.fused.weigh(case.words[:, :PROMPT])
+    """Weights of a whole prompt (qa-FLoRA) are those of the slow oracle while it is answered, images included."""
+    case.fused.set_method(QaFlora(distance="euclidean"))
+    errors = [_constant_for_each_row(case, case.by_distance())]
+    if not case.reader.inputs:
+        case.fused.set_method("qa-flora")
+        errors.append(_constant_for_each_row(case, case.fused.weigh(case.words[:, :PROMPT])))
+    return max(errors)
+
+
+def _constant_for_each_row(case: Case, weights: Tensor) -> float:
     models = [case.merged(row) for row in weights]
-    return case.error(found, _each(case.reader.at_once, models, [row[None] for row in case.words]))
+    expected = _each(case.reader.at_once, models, [row[None] for row in case.words])
+    return case.error(case.generated(case.words), expected)
 
 
 CHECKS: dict[str, Callable[[Case], float]] = {

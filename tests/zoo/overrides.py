@@ -83,6 +83,9 @@ SIZES = {
     "state_size": 8,
     "chunk_size": 4,
     # Images and sound.
+    "image_size": 32,
+    "patch_size": 8,
+    "mm_tokens_per_image": 4,
     "depth": 2,
     "embed_dim": 32,
     "out_hidden_size": 32,
@@ -182,6 +185,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_head_size": 8,
     },
     "step3p7": {"text_config": {"sliding_window": 6}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "xlm": {"emb_dim": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},

@@ -30,16 +30,20 @@ class Reader:
     Attributes:
         prefix: token ids before the words, such as those of an image.
         inputs: what the model is given beside token ids, for one row.
+        types: its name for what tells the image's tokens from others, where it takes that.
+        image: the token id of an image's parts.
     """
 
     prefix: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    types: str | None = None
+    image: int | None = None
 
     @torch.no_grad()
     def at_once(self, model: Any, words: Tensor, **kwargs: Any) -> Tensor:
         """Logits at every word in one forward without a cache, `[batch, LENGTH, vocabulary]`."""
         ids = self._ids(words)
-        return model(input_ids=ids, use_cache=False, **self._inputs(len(ids)), **kwargs).logits[:, -LENGTH:]
+        return model(input_ids=ids, use_cache=False, **self._inputs(ids), **kwargs).logits[:, -LENGTH:]
 
     @torch.no_grad()
     def step_by_step(self, model: Any, words: Tensor, prompt: int = PROMPT, padding: int = 0, **kwargs: Any) -> Tensor:
@@ -66,7 +70,7 @@ class Reader:
                 use_cache=True,
                 eos_token_id=None,
                 logits_processor=LogitsProcessorList([_Dictated(ids)]),
-                **self._inputs(len(ids)),
+                **self._inputs(ids[:, :-steps]),
                 **kwargs,
             )
         finally:
@@ -81,13 +85,14 @@ class Reader:
     @torch.no_grad()
     def whole(self, model: Any, ids: Tensor) -> Tensor:
         """`at_once` for one row of `alone`."""
-        return model(input_ids=ids, use_cache=False, **self._inputs(1)).logits[:, -LENGTH:]
+        return model(input_ids=ids, use_cache=False, **self._inputs(ids)).logits[:, -LENGTH:]
 
     def _ids(self, words: Tensor) -> Tensor:
         return torch.cat([self.prefix.expand(len(words), -1), words], dim=1)
 
-    def _inputs(self, rows: int) -> dict[str, Tensor]:
-        return {name: torch.cat([value] * rows) for name, value in self.inputs.items()}
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        inputs = {name: torch.cat([value] * len(ids)) for name, value in self.inputs.items()}
+        return inputs if self.types is None else {**inputs, self.types: (ids == self.image).long()}
 
     def _padded(self, words: Tensor, padding: int) -> tuple[Tensor, Tensor]:
         before = torch.zeros(len(words), padding, dtype=torch.long)

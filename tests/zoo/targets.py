@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,23 @@ def targets_of(base: Base, layers: DecoderLayers, reader: Reader) -> Iterator[Ta
         yield Targets("experts", (), tuple(experts))
     if _becomes_parameter(base, Targets(ALL_LINEAR, ALL_LINEAR)):
         yield Targets(ALL_LINEAR, ALL_LINEAR)
+
+
+def targets_of_images(base: Base, layers: DecoderLayers) -> Iterator[Targets]:
+    """All linears of the text, and those of the tower that reads the image too.
+
+    Yields:
+        Targets of both.
+    """
+    text = tuple(name for name in linears_of(base.model, layers) if _is_adapted_as_module(base, name))
+    tower = [
+        name
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear) and layers.split(name) is None and re.search("visi|visual|image", name)
+    ]
+    yield Targets("linears, image", text)
+    if tower:
+        yield Targets("linears and tower, image", (*text, *tower))
 
 
 def linears_of(model: nn.Module, layers: DecoderLayers) -> list[str]:

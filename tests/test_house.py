@@ -19,6 +19,7 @@ LONGEST_FUNCTION, LONGEST_MODULE = 60, 450
 # Names of other libraries' that have no public way in.
 BORROWED = {
     "_attn_implementation",  # transformers: which attention a model runs
+    "_checkpoint_conversion_mapping",  # transformers: old names, in models with code of their own
     "_exit",  # os
     "_get_in_out_features",  # peft: the sizes of any linear
     "_hf_hook",  # accelerate: device maps

@@ -65,6 +65,22 @@ _QWEN2_MOE = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
 }
+# The up projection of its latent attention reads all cached positions; its first layer is dense.
+_DEEPSEEK = {
+    **{name: value for name, value in _LLAMA.items() if name != "head_dim"},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}
 _NEOX = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
 
 ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
@@ -87,6 +103,8 @@ ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
         _QWEN2_MOE,
         ["q_proj", "v_proj", "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
     ),
+    "deepseek_v3": (_DEEPSEEK, ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]),
+    "doge": (_LLAMA, ["q_proj", "v_proj", "dt_proj", "o_proj", "up_proj"]),
 }
 
 
@@ -248,7 +266,8 @@ def use_reference(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def linear_forward(self: FusedLinear, x: torch.Tensor) -> torch.Tensor:
         layer = self.fused.context
-        weights = layer.weights_for(self.fused.group.names, x).to(x.dtype)
+        group = self.fused.group
+        weights = layer.weights_for(group.names, group.rows, x).to(x.dtype)
         if weights.shape[-1] != len(model.adapters):
             weights = weights.split(len(model.adapters), dim=-1)[self.fused.member]
         weights = weights.view(*x.shape[:-1], -1)

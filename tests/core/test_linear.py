@@ -46,7 +46,7 @@ class OneLayer(LayerContext):
     def __init__(self):
         super().__init__(0, 1, 0, None)
 
-    def weights_for(self, names, x):
+    def weights_for(self, names, rows, x):
         return self.weights if self.weights is None or self.weights.dim() == 1 else self.weights.flatten(0, -2)
 
 

@@ -291,7 +291,7 @@ def test_an_adapter_that_is_gone_is_named_with_its_place(world, monkeypatch):
     shutil.rmtree(fusion / "adapters")
     asked = []
     monkeypatch.setattr(
-        "loraflow.adapters.hf_hub_download", lambda *args, **kwargs: asked.append(args) or str(fusion / "none")
+        "loraflow.adapters.files.hf_hub_download", lambda *args, **kwargs: asked.append(args) or str(fusion / "none")
     )
     with contextlib.suppress(OSError), pytest.raises(LoraflowError, match=r"adapters/zh.* is not a directory"):
         FusedModel.from_pretrained(fusion)

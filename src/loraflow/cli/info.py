@@ -113,8 +113,7 @@ def _describe(fusion: str | None, asked: Sources) -> None:
     refused: list[str] = []
     for name, source in sources.items():
         try:
-            adapter = load_adapter(name, source)
-            match_adapter(adapter, model)
+            adapter = match_adapter(load_adapter(name, source), model)
             check_inside_layers(adapter, layers)
             fitting.append(adapter)
         except AdapterError as error:

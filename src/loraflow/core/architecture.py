@@ -59,6 +59,10 @@ def find_decoder_layers(model: nn.Module) -> DecoderLayers:
         for prefix, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and _reads_stream(module)
     ]
+    if len(candidates) > 1:
+        # A vision tower may be as deep as the text model.
+        inside = set(model.get_decoder().modules())
+        candidates = [(prefix, module) for prefix, module in candidates if module in inside]
     if len(candidates) != 1:
         found = ", ".join(prefix for prefix, _ in candidates) or "none"
         raise ArchitectureError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.linear import FusedLinear, InputGroup, Member, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.core.quantized import allow_packing, keep_differentiable
+from loraflow.core.rows import LayerRows, Rows, probe_rows
 from loraflow.core.swap import restore_class, swap_class
-from loraflow.errors import LoraflowError
+from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.methods.base import Method, Place, Site
 
 Updates = dict[str, tuple[LoraModule | None, ...]]
@@ -89,6 +91,11 @@ class Attachment:
     def contexts(self) -> list[LayerContext]:
         """Each decoder layer's context, in order."""
         return [fusion.context for fusion in self.fusions]
+
+    @property
+    def groups(self) -> list[InputGroup]:
+        """The fused linears of all layers, by the input that they read."""
+        return [cast(InputGroup, group) for fusion in self.fusions for group in fusion.groups]
 
     def turn(self) -> contextlib.AbstractContextManager[None]:
         """Held by whoever calls the model, or changes who weighs; other threads wait for theirs."""
@@ -175,11 +182,41 @@ class Attachment:
     def lane(
         self, requests: Sequence[int] | None, method: Method, gates: Gates, among: Sequence[int] | None = None
     ) -> Lane:
-        """Requests of a batch, weighed by a method; None for all of them, and for gates of all adapters."""
+        """Requests of a batch, weighed by a method; None for all of them, and for gates of all adapters.
+
+        Raises:
+            ArchitectureError: if its weights differ from token to token where the base does not let them.
+        """
+        if gates and method.level == "token":
+            self._check_tokens(method)
         if among is not None and list(among) == list(range(len(self.adapters))):
             among = None
         rows = None if requests is None else tuple(requests)
         return Lane(rows, _gate_place(method), gates, method.mixing, None if among is None else tuple(among))
+
+    def _check_tokens(self, method: Method) -> None:
+        """Check that weights that differ from token to token find those tokens everywhere.
+
+        Raises:
+            ArchitectureError: if they do not.
+        """
+        if method.place == "module":
+            return
+        model, remedy = type(self.model).__name__, "Take one whose weights are the same for a whole prompt"
+        for fusion in self.fusions:
+            context = fusion.context
+            if context.rows.streams:
+                raise ArchitectureError(
+                    f"The decoder layers of {model} hand on several streams, so the method {method.name!r} has no one "
+                    f"input of each layer to weigh tokens by. {remedy}, or one with gates of single modules."
+                )
+            for name in (name for group in fusion.groups for name in cast(InputGroup, group).names):
+                if name in (context.rows.linears or ()) and context.rows.of(name) in ("prompts", "unknown"):
+                    raise ArchitectureError(
+                        f"'{name}' of decoder layer {context.index} of {model} does not read the layer's tokens one "
+                        f"by one, so the method {method.name!r}, which weighs each token, cannot weigh it. {remedy}, "
+                        "or one with gates of single modules; or leave it out of `target_modules`."
+                    )
 
     def given_lane(self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"]) -> Lane:
         """Requests of a batch, each with weights of its own for every layer."""
@@ -296,15 +333,16 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         AdapterError: if an adapter does not fit the base.
     """
     check_plain(model)
+    adapters = [match_adapter(adapter, model) for adapter in adapters]
     for adapter in adapters:
-        match_adapter(adapter, model)
         check_inside_layers(adapter, layers)
+    rows = probe_rows(model, layers)
     attachment = Attachment(model, tuple(adapters), layers)
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     attachment._packing = keep_differentiable(model)
     try:
-        _fuse_layers(model, layers, adapters)
+        _fuse_layers(model, layers, adapters, rows)
     except BaseException:
         attachment.detach()
         raise
@@ -319,14 +357,18 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     return attachment
 
 
-def _fuse_layers(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> None:
+def _fuse_layers(
+    model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], rows: Sequence[LayerRows]
+) -> None:
     first: LayerContext | None = None
     for index, layer in enumerate(layers.layers):
-        context = LayerContext(index, len(layers.layers), len(adapters), first)
+        context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
         first = first or context
         fusion = LayerFusion(context)
         for names in group_by_input(_target_names(layer, layers, index, adapters)):
-            fusion.groups.append(_fuse_group(model, layers, context, names, adapters))
+            for kind, alike in itertools.groupby(names, rows[index].of):
+                fusion.groups.append(_fuse_group(model, layers, context, list(alike), kind, adapters))
+                context.keeps = context.keeps or kind == "cached"
         layer.fusion = fusion.train(layer.training)
         swap_class(layer, FusedDecoderLayer)
 
@@ -342,6 +384,7 @@ def _fuse_group(
     layers: DecoderLayers,
     context: LayerContext,
     names: Sequence[str],
+    rows: Rows,
     adapters: Sequence[Adapter],
 ) -> InputGroup:
     base_layers = [layers.layers[context.index].get_submodule(name) for name in names]
@@ -349,7 +392,7 @@ def _fuse_group(
     for name, base_layer in zip(names, base_layers, strict=True):
         updates = [adapter.modules.get(f"{layers.prefix}.{context.index}.{name}") for adapter in adapters]
         stacks.append(stack_adapters(updates, base_layer, _dtype_of(base_layer, model)))
-    group = InputGroup(names, stacks, _device_of(base_layers[0]))
+    group = InputGroup(names, stacks, _device_of(base_layers[0]), rows)
     for position, (base_layer, stack) in enumerate(zip(base_layers, stacks, strict=True)):
         fuse_linear(base_layer, stack, Member(group, position, context, stack.output_scale is not None))
     return group

@@ -8,17 +8,20 @@ weights and adapters is in `linear.py`. `close` drops it all.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import Cache
 
 from loraflow.core.lanes import Lane, Lanes
+from loraflow.core.rows import LayerRows, Rows
 from loraflow.errors import ArchitectureError, MethodError
 
 
@@ -36,9 +39,12 @@ class LayerContext:
         embeddings: the input of the first layer, kept there for the others while a gate of the whole model reads it; a
             forward that was given up leaves it to the next.
         recorded: where the weights of a forward are noted, by linear ("" for the layer), while a trace is taken.
+        rows: which positions the layer's input and the inputs of its linears hold.
+        keeps: whether a linear reads cached positions, so that their weights are kept in the cache.
         shape: batch and seq of the running forward.
         running: the lanes of the running forward.
         weights: its fusion weights, `[tokens, adapters]` or `[adapters]`; None for the base alone.
+        cached: those of all cached positions and its own, `[rows, adapters]`; None without a cache.
         mixes: whether parameters are mixed instead of outputs; a mask `[tokens, 1]` where tokens differ.
         group: the group of linears (`linear.InputGroup`) that was projected last.
         seen: the input that it was projected from.
@@ -53,9 +59,12 @@ class LayerContext:
     alone: Sequence[int | None] | None
     embeddings: Tensor | None
     recorded: dict[str, Tensor] | None
+    rows: LayerRows
+    keeps: bool
     shape: Sequence[int]
     running: Lanes
     weights: Tensor | None
+    cached: Tensor | None
     mixes: bool | Tensor
     group: Any
     seen: Tensor | None
@@ -64,9 +73,13 @@ class LayerContext:
     _first: LayerContext
     _is_last: bool
 
-    def __init__(self, index: int, layers: int, adapters: int, first: LayerContext | None) -> None:
+    def __init__(
+        self, index: int, layers: int, adapters: int, first: LayerContext | None, rows: LayerRows | None = None
+    ) -> None:
         self.index = index
         self.adapters = adapters
+        self.rows = rows or LayerRows()
+        self.keeps = False
         self.alone = self.embeddings = self.recorded = None
         self._first = first or self
         self._is_last = index == layers - 1
@@ -97,10 +110,13 @@ class LayerContext:
     ) -> None:
         """Call the layer's gates on its input, and keep their weights for its linears."""
         self.running = lanes = lanes or self.own
+        if self.rows.streams:
+            assert self.rows.axes is not None
+            hidden_states = hidden_states.movedim(self.rows.axes, (0, 1))
         if lanes.flat:
             hidden_states = hidden_states.transpose(0, 1)
             embeddings = None if embeddings is None else embeddings.transpose(0, 1)
-        self.shape = hidden_states.shape[:-1]
+        self.shape = hidden_states.shape[:2]
         if self.alone is not None:
             return
         lanes.check_batch(self.shape[0])
@@ -111,24 +127,100 @@ class LayerContext:
         self.weights = weights
 
     def weights_for(
-        self, names: Sequence[str], x: Float[Tensor, "*batch features"]
-    ) -> Float[Tensor, "*tokens gates"] | None:
+        self, names: Sequence[str], rows: Rows, x: Float[Tensor, "*batch features"]
+    ) -> Float[Tensor, "*rows gates"] | None:
         """The fusion weights for linears that read one input, side by side where each has its own; None for the base.
 
+        Args:
+            names: of the linears, within the layer.
+            rows: what the rows of their input are.
+            x: that input.
+
+        Returns:
+            One row of weights for each row of the input, or one for all.
+
         Raises:
-            ArchitectureError: if the linears read only some of the layer's tokens.
+            ArchitectureError: if the weights differ where it cannot be told which rows they are for.
         """
-        weights = self._weights_of_modules(names, x) if self.running.reads_modules else self.weights
-        if x.dim() == 2 and weights is not None and weights.dim() == 2 and weights.shape[0] != x.shape[0]:
+        weights = self.weights
+        if weights is not None and (weights.dim() > 1 or rows == "cached"):
+            weights = self._weights_of_rows(names[0], weights, rows, x.shape[:-1].numel())
+        return self._weights_of_modules(names, rows, x, weights) if self.running.reads_modules else weights
+
+    def _weights_of_rows(
+        self, name: str, weights: Float[Tensor, "*tokens adapters"], rows: Rows, count: int
+    ) -> Float[Tensor, "*rows adapters"]:
+        """The layer's weights, for this many rows of a linear's input.
+
+        Raises:
+            ArchitectureError: if it cannot be told which rows they are for.
+        """
+        if rows == "cached" and self.cached is not None:
+            weights = self.cached
+        elif rows in ("prompts", "unknown"):
+            # Methods whose weights differ within a prompt were refused.
+            of_prompts = weights.view(*self.shape, -1)[:, 0]
+            if len(of_prompts) == 1:
+                return of_prompts[0]
+            if rows == "prompts" and not self.running.flat:
+                return of_prompts.repeat_interleave(count // len(of_prompts), dim=0)
             raise ArchitectureError(
-                some_tokens(f"'{names[0]}' of decoder layer {self.index}", x.shape[0], weights.shape[0])
+                f"'{name}' of decoder layer {self.index} reads rows of which it cannot be told whose they are, so "
+                "prompts with weights of their own cannot be answered together. Answer them one at a time."
+            )
+        if weights.dim() > 1 and len(weights) != count:
+            raise ArchitectureError(
+                f"'{name}' of decoder layer {self.index} got {count} rows where {len(weights)} positions have weights. "
+                "Leave it out of `target_modules`."
             )
         return weights
+
+    def mixes_for(self, count: int) -> bool | Tensor:
+        """Whether parameters are mixed, for this many rows of an input; a mask `[rows, 1]` where they differ."""
+        if isinstance(self.mixes, bool) or len(self.mixes) == count:
+            return self.mixes
+        of_prompts = self.mixes.view(*self.shape)[:, :1]
+        return of_prompts.expand(-1, count // len(of_prompts)).reshape(-1, 1)
+
+    def keeping(self, values: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
+        """Keep the weights of this forward's positions in the cache among a layer's arguments, inside the block.
+
+        They are a part of its keys, so that whatever is done to those (cropping, reordering, beams, a fixed size) is
+        done to them, and come back with those of all positions before.
+        """
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        return contextlib.nullcontext() if cache is None else self._keeping(cache)
+
+    @contextlib.contextmanager
+    def _keeping(self, cache: Cache) -> Iterator[None]:
+        own, adapters = cache.update, self.adapters
+
+        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if self.running.flat:
+                raise ArchitectureError(
+                    f"A linear of decoder layer {self.index} reads all cached positions, whose weights continuous "
+                    "batching has no place for. Use `generate`."
+                )
+            weights = keys.new_zeros(adapters) if self.weights is None else self.weights.to(keys)
+            if weights.dim() > 1:
+                weights = weights.view(len(keys), 1, -1, adapters)
+            keys = torch.cat([keys, weights.expand(*keys.shape[:-1], adapters)], dim=-1)
+            keys, values = own(keys, values, *args, **kwargs)
+            self.cached = None
+            if self.weights is not None:
+                self.cached = keys[:, 0, :, -adapters:].reshape(-1, adapters).to(self.weights.dtype)
+            return keys[..., :-adapters], values
+
+        cache.update = update  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            del cache.update
 
     def close(self) -> None:
         """Drop everything of the layer's forward, so that its activations do not outlive it."""
         self.shape, self.products, self.member_weights = (), (), ()
-        self.weights = self.group = self.seen = None
+        self.weights = self.cached = self.group = self.seen = None
         self.running = self.own
         self.mixes = False
 
@@ -139,7 +231,9 @@ class LayerContext:
         only = lanes.only
         if only is not None:
             gate = None if only.place == "module" else only.gate(self.index)
-            return None if gate is None else self._by_token(self._ask(only, gate, hidden_states, embeddings))
+            return (
+                None if gate is None else self._by_token(self._ask(only, gate, hidden_states, embeddings), self.shape)
+            )
         dtype = torch.promote_types(torch.float32, hidden_states.dtype)
         weights = hidden_states.new_zeros(*self.shape, self.adapters, dtype=dtype)
         for lane in lanes.lanes:
@@ -152,25 +246,38 @@ class LayerContext:
         return weights.flatten(0, 1)
 
     def _weights_of_modules(
-        self, names: Sequence[str], x: Float[Tensor, "*batch features"]
-    ) -> Float[Tensor, "*tokens gates"] | None:
-        """The weights of linears, some or all of which have gates of their own."""
+        self, names: Sequence[str], rows: Rows, x: Float[Tensor, "*batch features"], shared: Tensor | None
+    ) -> Float[Tensor, "*rows gates"] | None:
+        """The weights of linears, some or all of which have gates of their own; the others have the shared ones.
+
+        Raises:
+            ArchitectureError: if prompts differ, and it cannot be told which rows are whose.
+        """
         lanes, only = self.running, self.running.only
-        if only is None or lanes.flat:
-            x = x.reshape(*self.shape, -1)
+        if rows in ("cached", "prompts") or (rows == "tokens" and (only is None or lanes.flat)):
+            x = x.reshape(self.shape[0], -1, x.shape[-1])
+        shape = self.shape if rows == "tokens" else x.shape[:-1]
         if only is not None:
             gates = [only.gate(self.index, name) for name in names]
             if all(gate is None for gate in gates):
                 # The base alone, or a fusion of some of the model's adapters, none of which targets these.
                 return None
             found = [
-                x.new_zeros(self.adapters) if gate is None else self._by_token(only.spread(gate(x), self.adapters))
+                x.new_zeros(self.adapters)
+                if gate is None
+                else self._by_token(only.spread(gate(x), self.adapters), shape)
                 for gate in gates
             ]
+        elif rows == "unknown":
+            raise ArchitectureError(
+                f"'{names[0]}' of decoder layer {self.index} reads rows of which it cannot be told whose they are, so "
+                "a method with gates of single modules cannot answer beside others. Answer with one method at a time."
+            )
         else:
-            assert self.weights is not None
-            found = [self._weights_of_module(lanes, name, x, self.weights) for name in names]
-        if self.recorded is not None:
+            assert shared is not None
+            shared = shared.expand(x.shape[:-1].numel(), -1)
+            found = [self._weights_of_module(lanes, name, x, shared) for name in names]
+        if self.recorded is not None and math.prod(shape) == math.prod(self.shape):
             for name, weights in zip(names, found, strict=True):
                 self._record(name, weights)
         if len(found) == 1:
@@ -180,10 +287,10 @@ class LayerContext:
         return torch.cat(found, dim=-1)
 
     def _weights_of_module(
-        self, lanes: Lanes, name: str, x: Float[Tensor, "batch seq features"], shared: Float[Tensor, "tokens adapters"]
-    ) -> Float[Tensor, "tokens adapters"]:
+        self, lanes: Lanes, name: str, x: Float[Tensor, "batch seq features"], shared: Float[Tensor, "rows adapters"]
+    ) -> Float[Tensor, "rows adapters"]:
         """The weights of one linear where lanes differ: the layer's, but for rows that have a gate for it."""
-        weights = shared.view(*self.shape, -1).clone()
+        weights = shared.reshape(*x.shape[:-1], -1).clone()
         for lane in lanes.lanes:
             gate = lane.gate(self.index, name) if lane.place == "module" else None
             if gate is not None:
@@ -202,21 +309,20 @@ class LayerContext:
             weights = gate(hidden_states)
         return lane.spread(weights, self.adapters)
 
-    def _by_token(self, weights: Float[Tensor, "*weights gates"]) -> Float[Tensor, "*tokens gates"]:
-        """Weights of rows and positions in one axis of tokens, as some models (OPT) hand them to their linears.
+    def _by_token(
+        self, weights: Float[Tensor, "*weights gates"], shape: Sequence[int]
+    ) -> Float[Tensor, "*tokens gates"]:
+        """Weights of an input of this shape (batch, seq) in one axis of tokens, as some models (OPT) use for states.
 
         Raises:
             MethodError: if a gate gave weights of another shape.
         """
-        if weights.dim() == 1:
+        given = weights.shape[:-1]
+        if weights.dim() == 1 or given == (math.prod(shape),):
             return weights
-        shape, given = self.shape, weights.shape[:-1]
-        if given != shape:
-            # A model that flattened its tokens hands them to a linear's gate so.
-            if given == (math.prod(shape),):
-                return weights
-            rows = (shape[0], self.running.requests)
-            if given[0] not in rows or tuple(given[1:]) not in ((), (1,)):
+        if given != tuple(shape):
+            requests = (shape[0], self.running.requests)
+            if given[0] not in requests or tuple(given[1:]) not in ((), (1,)):
                 raise MethodError(
                     f"A gate of decoder layer {self.index} gave weights of shape {tuple(weights.shape)} for inputs of "
                     f"{tuple(shape)} (batch, seq). Give (adapters), (batch, adapters) or (batch, seq, adapters)."
@@ -235,11 +341,3 @@ def _by_row(weights: Float[Tensor, "*weights adapters"], rows: int) -> Float[Ten
     if weights.dim() != 2:
         return weights
     return weights.repeat_interleave(rows // weights.shape[0], dim=0)[:, None]
-
-
-def some_tokens(name: str, found: int, of: int) -> str:
-    """What is wrong with a linear that reads only some of its layer's tokens."""
-    return (
-        f"{name} got {found} tokens of the layer's {of}: modules that see only some tokens (routed experts) cannot be "
-        "fused. Leave them out of `target_modules`."
-    )

@@ -71,7 +71,10 @@ class FusedDecoderLayer(nn.Module):
         context = self.fusion.context
         context.open(args[0] if args else kwargs["hidden_states"], fusion_embeddings, fusion_lanes)
         try:
-            return super().forward(*args, **kwargs)
+            if not context.keeps:
+                return super().forward(*args, **kwargs)
+            with context.keeping((*args, *kwargs.values())):
+                return super().forward(*args, **kwargs)
         finally:
             context.close()
 

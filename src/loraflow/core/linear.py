@@ -23,7 +23,6 @@ Modules that read the same input (q, k and v; gate and up) share one product wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -36,7 +35,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraflow.adapters import LoraModule
-from loraflow.core.context import LayerContext, some_tokens
+from loraflow.core.context import LayerContext
+from loraflow.core.rows import Rows
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
 
@@ -190,6 +190,7 @@ class InputGroup(nn.Module):
 
     Attributes:
         names: of the modules, within their decoder layer.
+        rows: what the rows of their input are.
         lora_A: the modules' stacked A, one below the other, `[slots, in_features]`.
         input_bias: theirs, `[slots]`, or None.
         expand: the 0/1 matrix E for weights that all modules share, `[adapters, slots]`.
@@ -199,6 +200,7 @@ class InputGroup(nn.Module):
     """
 
     names: tuple[str, ...]
+    rows: Rows
     lora_A: Tensor
     input_bias: Tensor | None
     expand: Tensor
@@ -206,9 +208,12 @@ class InputGroup(nn.Module):
     places: Tensor
     dropout: float
 
-    def __init__(self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device) -> None:
+    def __init__(
+        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows = "tokens"
+    ) -> None:
         super().__init__()
         self.names = tuple(names)
+        self.rows = rows
         self.sizes = [stack.lora_A.shape[0] for stack in stacks]
         self.adapters = len(stacks[0].slots)
         self.slots = [stack.slots for stack in stacks]
@@ -242,7 +247,8 @@ class InputGroup(nn.Module):
             weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
         if context.mixes is not False:
             mixed = self._mix(weighted, _slot_weights(weights, expand, weighted.dtype))
-            weighted = mixed if context.mixes is True else torch.where(context.mixes, mixed, weighted)
+            mixes = context.mixes_for(len(weighted))
+            weighted = mixed if isinstance(mixes, bool) else torch.where(mixes, mixed, weighted)
         context.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
 
     def _mix(
@@ -310,7 +316,7 @@ class FusedLinear(nn.Module):
         if context.alone is not None:
             return self._each_alone(x, base_output)
         if context.seen is not x or context.group is not group:
-            weights = context.weights_for(group.names, x)
+            weights = context.weights_for(group.names, group.rows, x)
             if weights is None:
                 return base_output
             group.project(context, x, weights)
@@ -338,13 +344,15 @@ class FusedLinear(nn.Module):
         """Every row with one adapter or none, at the price of that adapter alone; without gradients.
 
         Raises:
-            ArchitectureError: if the linear reads only some of the layer's tokens.
+            ArchitectureError: if it cannot be told which rows are whose.
         """
         group, member, context, _ = self.fused
         assert context.alone is not None
-        if x.shape[:-1].numel() != math.prod(context.shape):
-            name = f"'{group.names[member]}' of decoder layer {context.index}"
-            raise ArchitectureError(some_tokens(name, x.shape[:-1].numel(), math.prod(context.shape)))
+        if group.rows == "unknown" and len(context.alone) > 1:
+            raise ArchitectureError(
+                f"'{group.names[member]}' of decoder layer {context.index} reads rows of which it cannot be told whose "
+                "they are. Read one prompt at a time."
+            )
         rows = x.reshape(len(context.alone), -1, x.shape[-1])
         result = base_output.reshape(len(context.alone), -1, base_output.shape[-1])
         for row, adapter in enumerate(context.alone):

@@ -62,7 +62,9 @@ class Prompt:
         found = torch.zeros(self.layers, len(self.adapters), dtype=torch.float64)
         waiting: list[int | None] = [None, *self._positions]
         column = {position: index for index, position in enumerate(self._positions)}
-        rows = max(1, TOKENS_A_PASS // len(self.input_ids))
+        # Rows that no one can be told the owner of are those of a pass of one.
+        together = all(group.rows != "unknown" for group in self._attachment.groups)
+        rows = max(1, TOKENS_A_PASS // len(self.input_ids)) if together else 1
         # The base's states are wanted again by later passes only.
         base: dict[int, Tensor] = {}
 
@@ -106,7 +108,7 @@ class Prompt:
         seen: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].reshape(len(self.input_ids), -1))
+            seen.append(args[0].flatten(0, -2))
             raise _Seen
 
         with self._attachment.alone([None]), _hooked(linear.register_forward_pre_hook(hook)):
@@ -116,8 +118,17 @@ class Prompt:
     def _pass(
         self, owners: Sequence[int | None], read: Callable[[int, Tensor], None], wanted: Sequence[int] | None = None
     ) -> None:
-        """One forward, each row with one adapter or none; the outputs of the wanted layers (all) are read."""
+        """One forward, each row with one adapter or none; the outputs of the wanted layers (all) are read.
+
+        Raises:
+            ArchitectureError: if the layers hand on more than one state of each token.
+        """
         wanted = range(self.layers) if wanted is None else wanted
+        if any(context.rows.streams for context in self._attachment.contexts):
+            raise ArchitectureError(
+                f"The decoder layers of {type(self._attachment.model).__name__} hand on several streams, so there "
+                "is no one state of each token to compare. Take a method that does not look at the layers' outputs."
+            )
 
         def hook_of(index: int) -> Callable[..., None]:
             def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:

@@ -1,0 +1,23 @@
+"""LoRA adapters as PEFT writes them, read without PEFT's model surgery and checked before anything is fused.
+
+An adapter is `adapter_config.json` and `adapter_model.safetensors`, in a directory or on the Hub. What is read here
+gives exactly what PEFT gives when it loads the same files; what cannot is refused with the file, the key and the
+remedy.
+"""
+
+from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
+from loraflow.adapters.copies import uncompared_copies
+from loraflow.adapters.loading import load_adapter
+from loraflow.adapters.match import match_adapter
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "Adapter",
+    "AdapterSource",
+    "LoraModule",
+    "load_adapter",
+    "match_adapter",
+    "tensors_digest",
+    "uncompared_copies",
+]

@@ -7,11 +7,14 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import Any, SupportsIndex
 
 from huggingface_hub import HfApi
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow import __version__, training
 from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
@@ -19,7 +22,9 @@ from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
+from loraflow.core.swap import blank
 from loraflow.errors import FusionError, LoraflowError
+from loraflow.files import write_atomically
 from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
@@ -166,40 +171,55 @@ class FusedModel(Fusion):
         learned, total = self.num_learned_parameters(), sum(p.numel() for p in self.parameters())
         print(f"trainable params: {learned:,} || all params: {total:,} || trainable%: {100 * learned / total:.4f}")
 
-    def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = False) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        copy_adapters: bool = False,
+        state_dict: Mapping[str, Tensor] | EllipsisType | None = ...,
+    ) -> None:
         """Write `fusion_config.json`, `fusion.safetensors` and a model card.
 
         Args:
             directory: where to; an older fusion there is replaced only by a complete new one.
             copy_adapters: copy local adapters into the directory, so that it can be moved elsewhere as it is.
+            state_dict: given by transformers' `Trainer`: what is learned, or None for the model's own. The file that it
+                goes on from, `model.safetensors`, is written then too.
 
         Raises:
             FusionError: if the directory is a file, or an adapter that is to be copied has changed on disk.
         """
-        self._save(Path(directory).expanduser(), copy_adapters=copy_adapters, publish=False)
+        directory = Path(directory).expanduser()
+        with self.attachment.turn():
+            learned = self.state_dict() if state_dict is None or state_dict is ... else state_dict
+            self._save(directory, learned, copy_adapters=copy_adapters, publish=False)
+        if state_dict is not ...:
+            write_atomically(directory / SAFE_WEIGHTS_NAME, save(dict(learned), metadata={"format": "pt"}))
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save to a Hub repository, local adapters included, and return its address."""
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
             # First, so that what cannot be saved leaves no empty repository.
-            self._save(Path(directory), copy_adapters=True, publish=True)
+            self._save(Path(directory), self.state_dict(), copy_adapters=True, publish=True)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(
                 api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion")
             )
 
-    def _save(self, directory: Path, *, copy_adapters: bool, publish: bool) -> None:
-        self.attachment.check_attached()
-        if directory.is_file():
-            raise FusionError(f"{directory} is a file. Give a directory.")
-        config = self._config(directory, copy_adapters)
-        if publish and config.base.path.startswith("."):
-            # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
-            config.base.path = ""
-        write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
+    def _save(self, directory: Path, learned: Mapping[str, Tensor], *, copy_adapters: bool, publish: bool) -> None:
+        # What is written is the fusion's own, also inside a `using` block, and of one moment.
+        with self.attachment.turn():
+            self.attachment.check_attached()
+            if directory.is_file():
+                raise FusionError(f"{directory} is a file. Give a directory.")
+            config = self._config(directory, learned, copies=copy_adapters)
+            if publish and config.base.path.startswith("."):
+                # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
+                config.base.path = ""
+            write_fusion(directory, config, learned, model_card(config, self.num_learned_parameters()))
 
-    def _config(self, directory: Path, copies: bool) -> FusionConfig:
+    def _config(self, directory: Path, learned: Mapping[str, Tensor], *, copies: bool) -> FusionConfig:
         base = self.base_record.model_copy(update={"path": relative_source(self.base_record.path, directory)})
         copied = [adapter for adapter in self.adapters if copies and adapter.source.is_local]
         places = dict(zip((adapter.name for adapter in copied), copy_adapters(copied, directory), strict=True))
@@ -215,10 +235,10 @@ class FusedModel(Fusion):
             loraflow_version=__version__,
             base=base,
             adapters=records,
-            method=MethodRecord(name=self.method.name, parameters=self.method.parameters()),
+            method=MethodRecord(name=self.own_method.name, parameters=self.own_method.parameters()),
             prompt=self.prompt,
             training=self.training_record,
-            weights_digest=tensors_digest(self.state_dict()),
+            weights_digest=tensors_digest(learned),
         )
 
 
@@ -243,14 +263,20 @@ _classes: dict[tuple[type, type], type[FusedModel]] = {}
 
 
 def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
-    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
+    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes.
 
-    def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
+    It stands under no name of its own, and is pickled by the two that it is made for.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
+
+    def reduce(self: FusedModel, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return blank, (_class_for, cls, base_class), self.__getstate__()
 
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
-    made = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    made = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if (cls, base_class) not in _classes:
         _classes[cls, base_class] = type(cls.__name__, (cls,), made)
     return _classes[cls, base_class]

@@ -7,6 +7,7 @@ remedy.
 
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
 from loraflow.adapters.copies import uncompared_copies
+from loraflow.adapters.keys import write_keys
 from loraflow.adapters.loading import load_adapter
 from loraflow.adapters.match import match_adapter
 
@@ -20,4 +21,5 @@ __all__ = [
     "match_adapter",
     "tensors_digest",
     "uncompared_copies",
+    "write_keys",
 ]

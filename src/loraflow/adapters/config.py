@@ -33,7 +33,6 @@ REFUSED = {
     "layer_replication": f"it repeats decoder layers, so its layers are not the base's. {_REMEDY_PLAIN}",
     "megatron_config": f"Megatron's parallel layers are not supported. {_REMEDY_PLAIN}",
     "monteclora_config": f"MonteCLoRA samples its weights. {_REMEDY_PLAIN}",
-    "target_parameters": "it adapts bare parameters, not linear modules. Retrain with `target_modules`.",
     "trainable_token_indices": "it replaces token embeddings. Retrain without `trainable_token_indices`.",
     "use_bdlora": f"BD-LoRA's block-diagonal factors are not supported. {_REMEDY_PLAIN}",
     "use_qalora": f"QALoRA pools its input by groups. {_REMEDY_PLAIN}",

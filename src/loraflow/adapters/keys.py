@@ -35,6 +35,8 @@ _PARTS = {
     ("lora_magnitude_vector", None): "lora_magnitude_vector",
     ("lora_magnitude_vector", "weight"): "lora_magnitude_vector",
 }
+# A module of which several parameters are adapted is wrapped for each, and these are the inner ones.
+WRAPPED = ".base_layer"
 _PART_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
 
@@ -164,15 +166,22 @@ def _module(name: str, where: str | Path, config: LoraConfig, module: str, found
                 f"(use_dora={config.use_dora}, lora_bias={config.lora_bias}). Save the adapter again."
             )
     lora_A, lora_B = found["lora_A"], found["lora_B"]
-    rank = _by_pattern(config.rank_pattern, module, config.r)
-    alpha = _by_pattern(config.alpha_pattern, module, config.lora_alpha)
-    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
+    rank, scaling = rank_and_scaling(config, module)
+    # Which of them are of parameters, and of how many experts, only the base tells.
+    known = None if config.target_parameters or WRAPPED in module else rank
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or not lora_A.shape[0] == lora_B.shape[1] == (known or lora_A.shape[0]):
         raise AdapterError(
             f"Adapter {name!r}: '{module}' has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} in "
             f"{where}, but {CONFIG_FILE} says rank {rank}. Save the adapter again."
         )
-    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     return LoraModule(lora_A, lora_B, scaling, found.get("lora_B.bias"), found.get("lora_magnitude_vector"))
+
+
+def rank_and_scaling(config: LoraConfig, name: str) -> tuple[int, float]:
+    """The rank and the scaling that a configuration gives a module or parameter."""
+    rank = _by_pattern(config.rank_pattern, name, config.r)
+    alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
+    return rank, alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def _by_pattern(pattern: Mapping[str, int] | None, module: str, default: int) -> int:

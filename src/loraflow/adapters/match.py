@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraModule
 from loraflow.adapters.copies import check_copies
 from loraflow.adapters.keys import KEY_PREFIX
+from loraflow.adapters.parameters import place_parameters
 from loraflow.adapters.renames import renamed_for
 from loraflow.errors import AdapterError, did_you_mean
 
@@ -29,17 +30,18 @@ def match_adapter(adapter: Adapter, base: nn.Module) -> Adapter:
         AdapterError: if a key matches nothing, a shape differs, the file and its own configuration disagree about what
             is adapted, or parameters of the base that were saved with it are other than the base's.
     """
-    adapter = renamed_for(adapter, base)
     linears = dict(_linears(base))
+    adapter = place_parameters(renamed_for(adapter, base), base, linears)
+    places = linears | _parameters(adapter, base)
     for module_name, module in adapter.modules.items():
-        if module_name not in linears:
+        if module_name not in places:
             raise AdapterError(
                 f"Adapter {adapter.name!r} ({adapter.source.path}): key '{KEY_PREFIX}{module_name}.lora_A.weight' "
                 f"matches no linear module of {type(base).__name__}.{_nearest(module_name, linears)} "
                 "Is it an adapter of another base model?"
             )
         _check_vectors(adapter, module_name, module)
-        expected = linears[module_name]
+        expected = places[module_name]
         found = (module.lora_A.shape[1], module.lora_B.shape[0])
         if found != expected:
             raise AdapterError(
@@ -58,16 +60,18 @@ def _check_targets(adapter: Adapter, base: nn.Module, linears: Collection[str]) 
 
     if adapter.config.target_modules is None:
         return
+    adapted = [name for name in adapter.modules if name in linears]
     # PEFT resolves "all-linear" in place; this adapter's own configuration is for any base.
     config = tuners_utils._maybe_include_all_linear_layers(copy.copy(adapter.config), base)
     targeted = {name for name in linears if tuners_utils.check_target_module_exists(config, name)}
-    missing = [name for name in linears if name in targeted and name not in adapter.modules]
+    missing = [name for name in linears if name in targeted and name not in adapted]
     if missing:
         raise AdapterError(
             f"Adapter {adapter.name!r} ({adapter.source.path}): `target_modules` of {CONFIG_FILE} includes "
             f"'{missing[0]}' ({len(missing)} such), but {WEIGHTS_FILE} has no weights for it. Save the adapter again."
         )
-    more = [name for name in adapter.modules if name not in targeted]
+    parameters = tuple(adapter.config.target_parameters or ())
+    more = [name for name in adapted if name not in targeted and not f"{name}.weight".endswith(parameters)]
     if more:
         raise AdapterError(
             f"Adapter {adapter.name!r} ({adapter.source.path}): {WEIGHTS_FILE} has weights for '{more[0]}' "
@@ -75,6 +79,19 @@ def _check_targets(adapter: Adapter, base: nn.Module, linears: Collection[str]) 
             f"(`target_modules` = {reprlib.repr(adapter.config.target_modules)}), and PEFT with them. Set "
             "`target_modules` to null there to fuse all that the file has."
         )
+
+
+def _parameters(adapter: Adapter, base: nn.Module) -> dict[str, tuple[int, int]]:
+    """The bare parameters among what an adapter updates, with (in_features, out_features) of each expert."""
+    found = {}
+    parameters = dict(base.named_parameters()) if adapter.config.target_parameters else {}
+    for name in adapter.modules:
+        if name in parameters:
+            rows, columns = parameters[name].shape[-2:]
+            # Experts are stored either way round; two-dimensional parameters as linears are.
+            transposed = getattr(base.get_submodule(name.rpartition(".")[0]), "is_transposed", False)
+            found[name] = (rows, columns) if transposed and parameters[name].dim() == 3 else (columns, rows)
+    return found
 
 
 def _check_vectors(adapter: Adapter, module_name: str, module: LoraModule) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from loraflow.adapters.base import Adapter
 from loraflow.adapters.keys import KEY_PREFIX, read_modules, write_keys
 from loraflow.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def renamed_for(adapter: Adapter, base: nn.Module) -> Adapter:
@@ -23,12 +28,33 @@ def renamed_for(adapter: Adapter, base: nn.Module) -> Adapter:
         AdapterError: if two modules fall onto one.
     """
     before = write_keys(adapter.modules)
+    adapter = dataclasses.replace(adapter, config=_config_for(adapter, base))
     after = _converted(adapter, base, before)
     if after.keys() == before.keys():
         return adapter
     _check_none_lost(adapter, base, before, after)
     modules, _ = read_modules(adapter.name, adapter.source.path, adapter.config, after)
     return dataclasses.replace(adapter, modules=modules)
+
+
+def _config_for(adapter: Adapter, base: nn.Module) -> LoraConfig:
+    """The configuration as PEFT reads it for a base whose experts became one parameter since the adapter's time.
+
+    Raises:
+        AdapterError: if only a part of what became one parameter is adapted.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    # PEFT changes it in place; the adapter's own is for any base.
+    config = copy.deepcopy(adapter.config)
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+    except ValueError as error:
+        raise AdapterError(
+            f"Adapter {adapter.name!r} ({adapter.source.path}): PEFT cannot read it for {type(base).__name__}, whose "
+            f"experts are one parameter: {error} Retrain it with both, or with neither."
+        ) from error
+    return config
 
 
 def _converted(adapter: Adapter, base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,8 @@ def _describe(fusion: str | None, asked: Sources) -> None:
     for message in refused:
         console.print("[bold red]does not fit:[/] ", end="")
         print(message)
+    for note in _notes(fitting, base, model):
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     if fitting:
         _count(model, layers, fitting, options, console)
     if refused:
@@ -198,6 +201,31 @@ def _adapter_table(adapters: list[Adapter], console: Console) -> None:
             " ".join(kinds) or "LoRA",
         )
     console.print(table)
+
+
+def _notes(adapters: Sequence[Adapter], base: str, model: Any) -> list[str]:
+    """What may be as it should be with adapters that fit, or not."""
+    from loraflow.adapters import uncompared_copies
+
+    notes = []
+    for adapter in adapters:
+        trained_on = adapter.config.base_model_name_or_path
+        if trained_on and _model_name(trained_on) != _model_name(base):
+            notes.append(f"{adapter.name} was trained on {trained_on!r} by its own account; the base here is {base!r}.")
+        copies = uncompared_copies(adapter, model)
+        if copies:
+            notes.append(
+                f"{adapter.name} brings its own {' and '.join(copies)}; it is fused only with a base that has the "
+                "same, which shows when that is loaded."
+            )
+    return notes
+
+
+def _model_name(path: str) -> str:
+    """What a model is called, wherever it lies: the last part of its id or path, or of the id in a cache folder's."""
+    parts = [part for part in re.split(r"[/\\]", path) if part]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return (cached or parts or [path])[-1].lower()
 
 
 def _count(model: Any, layers: Any, adapters: list[Adapter], options: BaseOptions, console: Console) -> None:

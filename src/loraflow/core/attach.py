@@ -83,6 +83,11 @@ class Attachment:
         return [cast(FusedDecoderLayer, layer).fusion for layer in self.layers.layers]
 
     @property
+    def is_attached(self) -> bool:
+        """Whether the adapters are in the model, and have not been taken out."""
+        return not self._detached
+
+    @property
     def layer_count(self) -> int:
         """How many decoder layers there are."""
         return len(self.layers.layers)
@@ -160,12 +165,31 @@ class Attachment:
         return gates
 
     def install(self, method: Method, gates: Gates) -> None:
-        """Let a method's gates give the fusion weights from now on; without any, the base answers alone."""
-        lanes = Lanes(None, (self.lane(None, method, gates),))
+        """Let a method's gates give the fusion weights from now on, as modules of the model.
+
+        Without any, the base answers alone.
+        """
+        lanes = self._lanes_of(method, gates)
         for index, fusion in enumerate(self.fusions):
             # The gate of a whole model belongs to its first layer; the others only call it.
             prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
             fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+
+    def use(self, method: Method, gates: Gates) -> None:
+        """Let a method's gates give the fusion weights from now on; the modules of the model stay as they are."""
+        lanes = self._lanes_of(method, gates)
+        for context in self.contexts:
+            context.set_own(lanes)
+
+    @contextlib.contextmanager
+    def using(self, method: Method, gates: Gates) -> Iterator[None]:
+        """Let a method's gates give the fusion weights inside the block, also where lanes weigh around it."""
+        lanes = [self._lanes_of(method, gates)] * self.layer_count
+        with self._with_contexts("own", lanes), self._with_contexts("lanes", lanes):
+            yield
+
+    def _lanes_of(self, method: Method, gates: Gates) -> Lanes:
+        return Lanes(None, (self.lane(None, method, gates),))
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """The positions of adapters among the fused ones.

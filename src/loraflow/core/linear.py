@@ -254,10 +254,9 @@ class InputGroup(nn.Module):
     def _mix(
         self, weighted: Float[Tensor, "tokens slots"], slot_weights: Float[Tensor, "*tokens slots"]
     ) -> Float[Tensor, "tokens slots"]:
-        """The cross terms: every adapter's B is given the weighted sum of all adapters' A x."""
+        """The cross terms, of modules some of which may have a `lora_bias`."""
         plain = weighted if self.input_bias is None else weighted * (1 - self.input_bias)
-        sums = plain.new_zeros(plain.shape[0], self.place_count).index_add(1, self.places, plain)
-        mixed = sums[:, self.places] * slot_weights
+        mixed = mix_slots(plain, slot_weights, self.places, self.place_count)
         # A `lora_bias` belongs to B alone: it is weighted once.
         return mixed if self.input_bias is None else torch.where(self.input_bias.bool(), weighted, mixed)
 
@@ -267,6 +266,17 @@ class InputGroup(nn.Module):
         start = sum(self.sizes[:member]) + before
         count = self.slots[member][adapter]
         return slice(before, before + count), slice(start, start + count)
+
+
+def mix_slots(
+    weighted: Float[Tensor, "tokens slots"],
+    slot_weights: Float[Tensor, "*tokens slots"],
+    places: Int[Tensor, " slots"],
+    place_count: int,
+) -> Float[Tensor, "tokens slots"]:
+    """The cross terms: every adapter's B is given the weighted sum of all adapters' A x."""
+    sums = weighted.new_zeros(weighted.shape[0], place_count).index_add(1, places, weighted)
+    return sums[:, places] * slot_weights
 
 
 def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:

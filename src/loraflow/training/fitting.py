@@ -61,7 +61,7 @@ def fit(
     learner.check_method(model)
     read = learner.check_examples(model, examples, dev)
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
-    with _directory(checkpoints) as directory:
+    with model.learning(), _directory(checkpoints) as directory:
         return learner.learn(model, read, dev, Run(config, directory, resume, console, score))
 
 
@@ -112,7 +112,7 @@ def search(
     grid = search_grid(model.method) if grid is None else grid
     table: list[dict[str, Any]] = []
     best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
-    with _directory(checkpoints) as root:
+    with model.learning(), _directory(checkpoints) as root:
         for number, setting in enumerate(grid, start=1):
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
             named = ", ".join(f"{key} {value}" for key, value in setting.items())
@@ -124,15 +124,15 @@ def search(
             # What is not finite is no result, were it the only one.
             if math.isfinite(merit) and (best is None or merit > _merit(best[0], score)):
                 best = result, {name: value.clone() for name, value in model.state_dict().items()}, record
-    if best is None:
-        model.set_method(model.method)
-        raise LoraflowError(
-            f"None of the {len(grid)} settings gave a finite result on the dev examples: the training diverged in all "
-            "of them. Try lower learning rates, and look for NaN in the data and the base's precision."
-        )
-    result, gates, record = best
-    model.load_state_dict(gates)
-    model.training_record = {**(record or {}), "search": table}
+        if best is None:
+            model.set_method(model.method)
+            raise LoraflowError(
+                f"None of the {len(grid)} settings gave a finite result on the dev examples: the training diverged in "
+                "all of them. Try lower learning rates, and look for NaN in the data and the base's precision."
+            )
+        result, gates, record = best
+        model.load_state_dict(gates)
+        model.training_record = {**(record or {}), "search": table}
     return dataclasses.replace(result, search=table)
 
 

@@ -104,6 +104,10 @@ ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
         ["q_proj", "v_proj", "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
     ),
     "deepseek_v3": (_DEEPSEEK, ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]),
+    "gpt_oss": (
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "rope_scaling": None},
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ),
     "doge": (_LLAMA, ["q_proj", "v_proj", "dt_proj", "o_proj", "up_proj"]),
 }
 

@@ -266,10 +266,13 @@ def test_a_block_is_not_what_is_fitted(model):
 
 @torch.no_grad()
 def test_a_block_of_adapters_that_have_left_is_refused(model, adapters):
+    expected = quiet_answers(model)
     again = [load_adapter(name, path) for name, path in adapters.items()]
     with model.using("average"):
         with ThreadPoolExecutor(1) as pool:
             pool.submit(model.exchange_adapters, again).result(60)
+            assert torch.equal(forward(model), expected[4, forward])
+            pool.submit(model.exchange_adapters, again[::-1]).result(60)
         with pytest.raises(LoraflowError, match=r"were exchanged, and 'average' is in use here for those before"):
             model(IDS)
     assert model.method.name == "base"

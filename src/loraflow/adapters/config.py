@@ -102,6 +102,7 @@ class Settings(BaseModel):
 
     # What chooses modules.
     target_modules: list[str] | _Whole | None = Field(None, description=_MODULES)
+    target_parameters: list[str] | None = Field(None, description="a list of parameter names, or null")
     exclude_modules: list[str] | _Whole | None = Field(None, description=_MODULES)
     layers_to_transform: list[_Index] | _Index | None = Field(
         None, description="a layer's index, or a list of them, whole numbers from 0 on"

@@ -35,6 +35,13 @@ class Use:
     gates: Gates
     adapters: tuple[Adapter, ...]
 
+    def fits(self, adapters: tuple[Adapter, ...]) -> bool:
+        """Whether it was made for these, or for the same ones put into the model at another time."""
+        if self.adapters is adapters:
+            return True
+        mine, others = ([(one.name, one.digest) for one in group] for group in (self.adapters, adapters))
+        return mine == others
+
 
 class _Block:
     """One run of a `with` block; it may be ended from a context that never entered it, as a generator's can be."""

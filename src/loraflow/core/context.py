@@ -393,10 +393,10 @@ class LayerContext:
 
     def __getstate__(self) -> tuple[Any, ...]:
         # A call that runs meanwhile is not copied.
-        return self.index, self.adapters, self.own, self._first, self._is_last
+        return self.index, self.adapters, self.rows, self.keeps, self.own, self._first, self._is_last
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.index, self.adapters, own, self._first, self._is_last = state
+        self.index, self.adapters, self.rows, self.keeps, own, self._first, self._is_last = state
         self.alone = self.embeddings = self.recorded = None
         self.set_own(own)
         self.close()

@@ -14,18 +14,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from loraflow.adapters import LoraModule
 from loraflow.core.context import LayerContext
-from loraflow.core.linear import mix_slots
+from loraflow.core.linear import FusedLinear, Member, StackedLora, fuse_linear, mix_slots
 from loraflow.core.rows import Rows
-from loraflow.core.swap import restore_class, swap_class
+from loraflow.core.swap import swap_class
 from loraflow.errors import ArchitectureError
 
 # The grouped kernels want rows of whole 16 bytes.
@@ -100,7 +101,6 @@ class ExpertStack(nn.Module):
         lora_B: every expert's stacked B, transposed, with the scaling folded in, `[experts, slots, out_features]`.
         owners: the adapter of each slot, `[slots]`.
         places: its place within that adapter's rank, `[slots]`.
-        targets: which adapters have slots.
         dropout: probability with which inputs of A are dropped in training.
     """
 
@@ -243,9 +243,7 @@ def fuse_experts(experts: nn.Module, fused: ExpertMember) -> None:
         )
     unknown = [parameter for parameter in fused.stacks if parameter not in ("gate_up_proj", "up_proj", "down_proj")]
     if unknown:
-        raise ArchitectureError(
-            f"{name} have adapters of {unknown}, which are no matrices of theirs. Leave those out."
-        )
+        raise ArchitectureError(f"{name} have adapters of {unknown}, which are no matrices of theirs. Leave those out.")
     before = _answer(experts)
     swap_class(experts, FusedExperts)
     assert isinstance(experts, FusedExperts)
@@ -254,16 +252,9 @@ def fuse_experts(experts: nn.Module, fused: ExpertMember) -> None:
         return
     after = experts.routed_forward(*_question(experts))
     if (after - before).abs().max() > _tolerance(before.dtype) * before.abs().max():
-        unfuse_experts(experts)
         raise ArchitectureError(
             f"{name} compute something else than transformers' common form. Leave them out of the adapters' targets."
         )
-
-
-def unfuse_experts(experts: FusedExperts) -> None:
-    """Make fused experts the base's own again."""
-    restore_class(experts)
-    del experts.fused
 
 
 def _question(experts: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,3 +276,46 @@ def _answer(experts: nn.Module) -> Tensor | None:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return 5e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+
+
+class FusedWeight(FusedLinear):
+    """Mixed into the class of a module that multiplies a weight of its own with its input, as routers do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with the adapters' updates added to that product.
+
+        Raises:
+            ArchitectureError: if there is no such product.
+        """
+        with _Product(self) as product:
+            result = super(FusedLinear, self).forward(*args, **kwargs)
+        if product.count != 1:
+            raise ArchitectureError(
+                f"'{self.fused.name}' of decoder layer {self.fused.context.index} is used {product.count} times where "
+                "one product with an input was expected, so its adapters cannot be fused. Leave it out of "
+                "`target_parameters`."
+            )
+        return result
+
+
+class _Product(TorchFunctionMode):
+    """Adds the updates to a module's product with its own weight, wherever in its forward that is."""
+
+    def __init__(self, module: FusedWeight) -> None:
+        super().__init__()
+        self.module = module
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch's, and add to what it gives if it is the product."""
+        result = func(*args, **(kwargs or {}))
+        # Some cast the weight first, so that it is another tensor.
+        if func is F.linear and args[1].shape == cast(Tensor, self.module.weight).shape:
+            self.count += 1
+            result = self.module.add_updates(args[0], result)
+        return result
+
+
+def fuse_weight(module: nn.Module, stack: StackedLora, fused: Member) -> None:
+    """Make a module with a bare weight a `FusedWeight`, in its place."""
+    fuse_linear(module, stack, fused, FusedWeight)

@@ -104,7 +104,8 @@ class Prompt:
     def module_input(self, name: str) -> Float[Tensor, "seq features"]:
         """The input of a linear (`layers.3.self_attn.q_proj`) in a pass through the base alone."""
         layers = self._attachment.layers
-        linear = layers.layers.get_submodule(name.removeprefix("layers."))
+        # A router's weight is a parameter of its module.
+        linear = layers.layers.get_submodule(name.removeprefix("layers.").removesuffix(".weight"))
         seen: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -183,7 +183,7 @@ class FusionState(_OfBase):
         """Let weigh what the caller uses, where no call runs; calls do so themselves."""
         with self.attachment.turn():
             use = self._choice.now
-            fits = use.adapters is self.adapters and self.attachment.is_attached
+            fits = self.attachment.is_attached and use.fits(self.adapters)
             if fits and not self._calls and use is not self._installed:
                 self.attachment.use(use.method, use.gates)
                 self._installed = use
@@ -201,7 +201,7 @@ class FusionState(_OfBase):
         with self.attachment.turn():
             self.attachment.check_attached()
             use = self._choice.now
-            if use.adapters is not self.adapters:
+            if not use.fits(self.adapters):
                 raise LoraflowError(
                     f"The adapters were exchanged, and {use.method.name!r} is in use here for those before. Leave the "
                     "`using` block and enter it again."

@@ -1,0 +1,32 @@
+"""Some of every kind of architecture, each with every check; `scripts/check_architectures.py` has all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.zoo.trial import try_architecture
+
+# Dense, of other shapes and norms, grouped or latent attention, experts, states in place of attention, images.
+TRIED = {
+    "llama": ["linears"],
+    "gpt2": ["linears"],
+    "phi3": ["linears"],
+    "gemma3_text": ["linears"],
+    "deepseek_v3": ["without kv_b_proj"],
+    "qwen3_moe": ["linears"],
+    "gpt_oss": ["linears"],
+    "qwen3_next": ["linears"],
+    "bamba": ["linears"],
+    "zamba": ["linears"],
+    "doge": ["without dt_proj"],
+}
+
+
+@pytest.mark.parametrize("architecture", TRIED)
+def test_what_is_accepted_is_right(architecture):
+    found = try_architecture(architecture)["targets"]
+    for targets, row in found.items():
+        bad = {check: detail for check, (kind, detail) in row.items() if kind in ("wrong", "raw")}
+        assert not bad, targets
+    for targets in TRIED[architecture]:
+        assert {kind for kind, _ in found[targets].values()} == {"ok"}, found[targets]

@@ -97,6 +97,7 @@ def test_images_of_several_prompts_are_refused_where_prompts_are_weighed(base, a
     ids, inputs, _ = question
     model = FusedModel.from_adapters(base.model, adapters, "qa-flora")
     twice = {name: torch.cat([value] * 2) for name, value in inputs.items()}
+    options = {"attention_mask": torch.ones_like(ids).repeat(2, 1), "max_new_tokens": 2, **twice}
     with pytest.raises(MethodError, match=r"'qa-flora' reads each prompt by itself, and whose of 2 prompts"):
         model.generate(
             torch.cat([ids] * 2), attention_mask=torch.ones_like(ids).repeat(2, 1), max_new_tokens=2, **twice

@@ -18,11 +18,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow import __version__, training
 from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
-from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
+from loraflow.bases import BaseOptions, BaseRecord, Manner, base_record, check_base, choose, with_tokens
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
 from loraflow.core.swap import blank
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.files import write_atomically
 from loraflow.methods import Method, get_method, method_names
@@ -53,6 +54,7 @@ class FusedModel(Fusion):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompt: PromptFormat | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> FusedModel:
         """Fuse adapters into a base model.
@@ -63,7 +65,10 @@ class FusedModel(Fusion):
                 directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`.
             method: a method's name, an adapter's name (that one alone), or a method object.
             tokenizer: by default the base's, where `base` is an id or path.
-            prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+            prompt: how questions become prompts; by default by the chat template that adapters bring, if all that bring
+                one bring the same, or else the tokenizer's, if it has one.
+            stop_strings: an answer ends before the first of these too; by default where the chat template, the
+                tokenizer or the base ends it.
             options: precision, placement and quantisation of a base given by id or path.
 
         Returns:
@@ -72,6 +77,7 @@ class FusedModel(Fusion):
         Raises:
             AdapterError: if an adapter cannot be read, or does not fit the base.
             ArchitectureError: if the base is of a kind that cannot be fused.
+            DataError: if adapters bring different chat templates, and none is given.
             LoraflowError: if the adapters' names cannot be used.
             MethodError: if the method is unknown, or a parameter of it is wrong.
         """
@@ -79,7 +85,10 @@ class FusedModel(Fusion):
         resolved = get_method(method, list(adapters))
         loaded = [_load(name, source) for name, source in adapters.items()]
         model, tokenizer = open_base(base, tokenizer, options)
-        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), base_record(model))
+        record = base_record(model)
+        sources = {adapter.name: adapter.source for adapter in loaded}
+        manner = choose(prompt or PromptFormat(), tokenizer, sources, record.vocab_size)
+        return cls._attached(model, loaded, resolved, tokenizer, manner, record, None, stop_strings)
 
     @classmethod
     def from_pretrained(
@@ -90,6 +99,7 @@ class FusedModel(Fusion):
         adapters: Mapping[str, str | Path | AdapterSource | Adapter] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> FusedModel:
         """Load a fusion that `save_pretrained` or `loraflow fit` wrote.
@@ -100,6 +110,7 @@ class FusedModel(Fusion):
             adapters: other places of the same adapters, by name; those not named are taken from where they were.
             tokenizer: by default the base's.
             revision: revision of a fusion on the Hub.
+            stop_strings: an answer ends before the first of these too, beside the fusion's own ends.
             options: placement of the base; its precision and quantisation where they are to differ from those that
                 the fusion was made with.
 
@@ -117,7 +128,9 @@ class FusedModel(Fusion):
         loaded_base, tokenizer = open_base(base, tokenizer, options)
         record = base_record(loaded_base)
         check_base(saved.config.base, record)
-        model = cls._attached(loaded_base, loaded, method, tokenizer, saved.config.prompt, record)
+        config = saved.config
+        manner = Manner(config.prompt, "the fusion's own format", config.added_tokens)
+        model = cls._attached(loaded_base, loaded, method, tokenizer, manner, record, config.endings, stop_strings)
         try:
             model.load_state_dict(saved.tensors)
         except FusionError:
@@ -133,15 +146,20 @@ class FusedModel(Fusion):
         adapters: Sequence[Adapter],
         method: Method,
         tokenizer: PreTrainedTokenizerBase | None,
-        prompt: PromptFormat,
+        manner: Manner,
         record: BaseRecord,
+        endings: Endings | None,
+        stop_strings: Sequence[str],
     ) -> FusedModel:
         """Attach to a base; one that fails half-way is given back as it was."""
         _announce_to_pipelines()
-        prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
         attachment = attach(model, find_decoder_layers(model), adapters)
         try:
-            return _class_for(cls, type(model))(attachment, method, tokenizer, prompt, record)
+            tokenizer = tokenizer if tokenizer is None else with_tokens(tokenizer, manner.tokens)
+            fused = _class_for(cls, type(model))(attachment, method, tokenizer, manner.prompt, record, endings)
+            fused.prompt_origin, fused.added_tokens = manner.origin, manner.tokens
+            fused.endings = fused.endings.and_stop(stop_strings, tokenizer)
+            return fused
         except BaseException:
             attachment.detach()
             raise
@@ -237,6 +255,8 @@ class FusedModel(Fusion):
             adapters=records,
             method=MethodRecord(name=self.own_method.name, parameters=self.own_method.parameters()),
             prompt=self.prompt,
+            endings=self.endings,
+            added_tokens=self.added_tokens,
             training=self.training_record,
             weights_digest=tensors_digest(learned),
         )

@@ -249,7 +249,7 @@ def test_settings_that_cannot_be_fused_are_refused(saved, config, expected):
 
 def test_every_setting_that_peft_can_save_is_known():
     """A new version of PEFT brings new settings: each is to be judged before it is let in or refused by name."""
-    assert LoraConfig.__dataclass_fields__.keys() == Settings.model_fields.keys() | REFUSED.keys()
+    assert LoraConfig.__dataclass_fields__.keys() <= Settings.model_fields.keys() | REFUSED.keys()
     assert Settings.model_fields.keys() & REFUSED.keys() == set()
 
 

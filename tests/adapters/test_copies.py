@@ -106,7 +106,7 @@ def test_embeddings_that_were_trained_are_refused_with_what_differs(base, tmp_pa
     message = refusal(save(base, tmp_path, trained(name), embeddings=False, modules_to_save=[name]), base)
     full = EMBEDDING if name == "embed_tokens" else HEAD
     assert f"replaces '{full}' of the base: 3 of 64 rows differ" in message
-    assert "Make it the base's own, for all adapters" in message
+    assert f"Make it the base's own, for all adapters: `base.get_parameter('{full}').data.copy_(...)` from" in message
 
 
 def test_added_tokens_are_refused_as_such_and_the_remedy_works(base, tmp_path):
@@ -116,7 +116,7 @@ def test_added_tokens_are_refused_as_such_and_the_remedy_works(base, tmp_path):
         larger.resize_token_embeddings(66)
     directory = save(larger, tmp_path, trained("embed_tokens"))
     message = refusal(directory, base)
-    assert "it has the shape (66, 32), and the base's has (64, 32) (2 tokens were added)" in message
+    assert "it has the shape (66, 32), and the base's has (64, 32) (tokens added: 2)" in message
     assert "`base.resize_token_embeddings(66)`, then `base.get_parameter('" in message
 
     # As it says, for each of the parameters that it names.
@@ -126,6 +126,29 @@ def test_added_tokens_are_refused_as_such_and_the_remedy_works(base, tmp_path):
     for name in (EMBEDDING, HEAD):
         remedied.get_parameter(name).data.copy_(file[f"base_model.model.{name}"])
     assert_gives_what_peft_gives(remedied, directory)
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (64, 40), (64, 32, 1)], ids=str)
+def test_embeddings_of_another_width_are_refused_as_of_another_base(base, saved, shape):
+    edit_tensors(saved, lambda tensors: tensors.update({f"base_model.model.{HEAD}": torch.ones(shape)}))
+    message = refusal(saved, base)
+    assert f"replaces 'lm_head.weight' of the base: it has the shape {shape}, and the base's has (64, 32)." in message
+    assert "It was trained on another base: give that base, or another adapter." in message
+
+
+def test_copies_that_are_integers_are_refused(base, saved):
+    tensor = torch.ones(64, 32, dtype=torch.int32)
+    edit_tensors(saved, lambda tensors: tensors.update({f"base_model.model.{HEAD}": tensor}))
+    message = refusal(saved, base)
+    assert f"'lm_head.weight' in {saved}/adapter_model.safetensors is of torch.int32" in message
+
+
+def test_copies_of_eight_bits_are_compared(base, saved):
+    def add(tensors):
+        tensors[f"base_model.model.{HEAD}"] = base.lm_head.weight.detach().to(torch.float8_e4m3fn)
+
+    edit_tensors(saved, add)
+    match_adapter(load_adapter("one", saved), base)
 
 
 def test_a_copy_of_nothing_is_refused(base, saved):
@@ -154,7 +177,7 @@ def test_on_the_meta_device_shapes_alone_are_compared_and_that_can_be_told(base,
     assert sorted(uncompared_copies(adapter, copy.deepcopy(base).to("meta"))) == [HEAD, EMBEDDING]
     assert uncompared_copies(adapter, base) == []
     edit_tensors(directory, lambda tensors: tensors.update({f"base_model.model.{HEAD}": torch.randn(65, 32)}))
-    assert "(1 tokens were added)" in refusal(directory, copy.deepcopy(base).to("meta"))
+    assert "(tokens added: 1)" in refusal(directory, copy.deepcopy(base).to("meta"))
 
 
 def test_copies_are_compared_with_an_offloaded_base(base, tmp_path):
@@ -170,10 +193,7 @@ def test_a_quantised_parameter_cannot_be_compared(base, tmp_path):
     quantised = copy.deepcopy(base)
     quantised.lm_head.weight = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
     message = refusal(save(base, tmp_path), quantised)
-    assert (
-        "a copy of 'lm_head.weight' of torch.float32, which cannot be compared with the base's, of torch.int8"
-        in message
-    )
+    assert "a copy of 'lm_head.weight', which cannot be compared with the base's, quantised as torch.int8" in message
     assert "Load the base without quantization" in message
 
 

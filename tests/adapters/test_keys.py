@@ -109,7 +109,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(saved, dtype):
     edit_tensors(saved, lambda tensors: tensors.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=dtype)}))
     message = refusal(saved)
     assert f"'model.layers.0.self_attn.q_proj.lora_A' in {saved}/adapter_model.safetensors is of {dtype}" in message
-    assert "LoRA weights are floating-point numbers" in message
+    assert "weights are floating-point numbers of at least 8 bits" in message
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 32), (4, 0)])

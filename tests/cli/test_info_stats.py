@@ -103,7 +103,7 @@ def test_copies_of_the_bases_parameters_are_noted_and_those_of_other_shapes_do_n
     edit_tensors(tmp_path / "zh", lambda tensors: tensors.update({key: torch.randn(261, 32)}))
     shown = run("info", "--base", "{world}/base", "--lora-modules", f"zh={tmp_path}/zh")
     assert shown.exit_code == 1
-    assert "(2 tokens were added)" in shown.output
+    assert "(tokens added: 2)" in shown.output
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import zlib
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from loraflow import FusedModel, LoraFlow, Static
@@ -273,3 +276,52 @@ def test_ranks_and_missing_parameters_are_checked(base, adapters):
     adapter.config.target_parameters = TARGETS["qwen2_moe"]
     with pytest.raises(AdapterError, match=r"includes 'model.layers.0.mlp.*', but the file has no weights for it"):
         match_adapter(adapter, base)
+
+
+def save_old_mixtral(base, directory, targets, r=3, silent=()):
+    """An adapter as transformers 4 had it: each expert's matrices are linears of their own."""
+    sizes = {"q_proj": (32, 32), "w1": (32, 48), "w3": (32, 48), "w2": (48, 32), "gate": (32, 4)}
+    tensors = {}
+    for layer in range(3):
+        for target in targets:
+            block = f"base_model.model.model.layers.{layer}.block_sparse_moe."
+            modules = [f"{block}experts.{expert}.{target}" for expert in range(4)]
+            if target == "q_proj":
+                modules = [f"base_model.model.model.layers.{layer}.self_attn.q_proj"]
+            if target == "gate":
+                modules = [f"{block}gate"]
+            for module in modules:
+                wide, narrow = sizes[target]
+                generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
+                tensors[f"{module}.lora_A.weight"] = torch.randn(r, wide, generator=generator) / wide**0.5
+                tensors[f"{module}.lora_B.weight"] = torch.randn(narrow, r, generator=generator)
+                if target in silent:
+                    tensors[f"{module}.lora_B.weight"].zero_()
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 6, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["w1", "w2", "w3"], ["q_proj", "w2"], ["gate", "w1", "w3", "q_proj"]])
+def test_keys_of_single_experts_are_read_as_peft_reads_them(base, tmp_path, targets):
+    path = save_old_mixtral(base, tmp_path / "old", targets)
+    # PEFT loses the weights of one fused parameter where the other has none.
+    whole = save_old_mixtral(
+        base, tmp_path / "whole", list(dict.fromkeys([*targets, "w2"])), silent={"w2"} - {*targets}
+    )
+    ids = random_ids(2, 6)
+    plain, expected = base(ids).logits, peft_model(base, whole)(ids).logits
+    model = FusedModel.from_adapters(base, {"old": path}, "old")
+    assert (expected - plain).abs().max() > 0.1
+    assert (model(ids).logits - expected).abs().max() < 1e-5 * (expected - plain).abs().max()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_half_of_what_became_one_parameter_is_refused(base, tmp_path):
+    path = save_old_mixtral(base, tmp_path / "old", ["w1", "q_proj"])
+    with pytest.raises(AdapterError, match=r"PEFT cannot read it for MixtralForCausalLM.*without also targeting w3"):
+        FusedModel.from_adapters(base, {"old": path})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def test_what_reads_the_cache_is_known(architecture):
     layer = found(base)[0]
     assert {name for name in linears if layer.of(name) == "cached"} == {CACHED[architecture]}
     assert all(layer.of(name) == "tokens" for name in linears if name != CACHED[architecture])
+
+
+def test_the_cache_is_handed_on_by_the_name_that_the_base_has_for_it():
+    base = tiny_model("deepseek_v3")
+    own = base.forward
+    taken = "cache" if "cache" in inspect.signature(own).parameters else "past_key_values"
+
+    def forward(input_ids, cache=None, use_cache=None):
+        return own(input_ids=input_ids, use_cache=use_cache, **{taken: cache})
+
+    base.forward = forward
+    assert found(base)[0].of(CACHED["deepseek_v3"]) == "cached"
 
 
 def test_a_base_is_probed_once_and_left_as_it_was():

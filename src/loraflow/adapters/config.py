@@ -155,7 +155,8 @@ def read_config(name: str, path: Path) -> LoraConfig:
         return LoraConfig(**{key: value for key, value in raw.items() if key in known})
     except (TypeError, ValueError) as error:
         raise AdapterError(
-            f"Adapter {name!r}: PEFT cannot read {path}: {error} Correct it there, or save the adapter again."
+            f"Adapter {name!r}: PEFT cannot read {path}: {str(error).strip(' .')}. Correct it there, or save the "
+            "adapter again."
         ) from error
 
 

@@ -34,17 +34,17 @@ def check_copies(adapter: Adapter, base: nn.Module) -> None:
             )
         with align_module_device(module):
             own = getattr(module, name.rpartition(".")[2]).detach()
-            if not own.is_floating_point() or not copy.is_floating_point():
+            if not own.is_floating_point():
                 raise AdapterError(
-                    f"Adapter {adapter.name!r} ({adapter.source.path}) holds a copy of '{name}' of {copy.dtype}, which "
-                    f"cannot be compared with the base's, of {own.dtype}. Load the base without quantization, or "
+                    f"Adapter {adapter.name!r} ({adapter.source.path}) holds a copy of '{name}', which cannot be "
+                    f"compared with the base's, quantised as {own.dtype}. Load the base without quantization, or "
                     f"remove '{name}' from the file if it was not trained."
                 )
             difference = _difference(own, copy)
         if difference is not None:
             raise AdapterError(
                 f"Adapter {adapter.name!r} ({adapter.source.path}) replaces '{name}' of the base: {difference}. "
-                f"{_remedy(module, name, copy)}"
+                f"{_remedy(module, name, own, copy)}"
             )
 
 
@@ -74,8 +74,8 @@ def _is_meta(base: nn.Module, name: str) -> bool:
 def _difference(own: Tensor, copy: Tensor) -> str | None:
     """How a copy differs from the base's own, in words."""
     if own.shape != copy.shape:
-        more = copy.shape[0] - own.shape[0] if own.shape[1:] == copy.shape[1:] else 0
-        added = f" ({more} tokens were added)" if more > 0 and own.dim() == 2 else ""
+        more = len(copy) - len(own) if _of_one_width(own, copy) else 0
+        added = f" (tokens added: {more})" if more > 0 else ""
         return f"it has the shape {tuple(copy.shape)}, and the base's has {tuple(own.shape)}{added}"
     if own.is_meta:
         return None
@@ -84,6 +84,10 @@ def _difference(own: Tensor, copy: Tensor) -> str | None:
     rows = torch.cat([_unequal_rows(*pieces) for pieces in zip(own.split(_PIECE), copy.split(_PIECE), strict=True)])
     differing = int(rows.sum())
     return f"{differing} of {len(rows)} {'rows' if own.shape[1] > 1 else 'values'} differ" if differing else None
+
+
+def _of_one_width(own: Tensor, copy: Tensor) -> bool:
+    return own.dim() == copy.dim() == 2 and own.shape[1] == copy.shape[1]
 
 
 def _unequal_rows(own: Tensor, copy: Tensor) -> Tensor:
@@ -96,13 +100,16 @@ def _unequal_rows(own: Tensor, copy: Tensor) -> Tensor:
     return (unequal(copy.to(own.dtype), own) & unequal(own.to(copy.dtype), copy)).any(dim=1)
 
 
-def _remedy(module: nn.Module, name: str, copy: Tensor) -> str:
+def _remedy(module: nn.Module, name: str, own: Tensor, copy: Tensor) -> str:
     if name.endswith(".bias"):
         return "Retrain it with `bias='none'`."
-    if not isinstance(module, nn.Embedding) and not name.endswith("lm_head.weight"):
-        return "Retrain it without `modules_to_save`."
-    return (
-        f"Make it the base's own, for all adapters: `base.resize_token_embeddings({copy.shape[0]})`, then "
-        f"`base.get_parameter({name!r}).data.copy_(...)` from the file, and save the base; or retrain the adapter "
-        "without it."
-    )
+    of_tokens = isinstance(module, nn.Embedding) or name.endswith("lm_head.weight")
+    if of_tokens and _of_one_width(own, copy):
+        resize = f"`base.resize_token_embeddings({len(copy)})`, then " if len(copy) != len(own) else ""
+        return (
+            f"Make it the base's own, for all adapters: {resize}`base.get_parameter({name!r}).data.copy_(...)` from "
+            "the file, and save the base; or retrain the adapter without it."
+        )
+    if own.shape != copy.shape:
+        return "It was trained on another base: give that base, or another adapter."
+    return "Retrain it without `modules_to_save`."

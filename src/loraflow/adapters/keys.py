@@ -35,6 +35,7 @@ _PARTS = {
     ("lora_magnitude_vector", None): "lora_magnitude_vector",
     ("lora_magnitude_vector", "weight"): "lora_magnitude_vector",
 }
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # A module of which several parameters are adapted is wrapped for each, and these are the inner ones.
 WRAPPED = ".base_layer"
 _PART_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -69,6 +70,8 @@ def read_modules(
             f"Adapter {name!r} changes nothing: every `lora_B.weight` in {where} is zero, as before any training. "
             "Train it, or leave it out."
         )
+    for parameter, key in keys.copies.items():
+        _check_floats(f"Adapter {name!r}: '{parameter}' in {where}", tensors[key])
     return modules, {parameter: tensors[key] for parameter, key in keys.copies.items()}
 
 
@@ -138,17 +141,21 @@ def _values(name: str, where: str | Path, module: str, part: str, tensor: Tensor
             f"{fact} is empty: {tuple(tensor.shape)}. Gather it before saving, if its training was sharded (DeepSpeed "
             "ZeRO-3, FSDP), and save the adapter again."
         )
-    if str(tensor.dtype).startswith("torch.float8"):
-        # torch has no arithmetic for them; bfloat16 has every value that they have.
+    _check_floats(fact, tensor)
+    if tensor.dtype not in _FLOATS:
+        # torch has no arithmetic for 8-bit floats; bfloat16 has every value that they have.
         tensor = tensor.to(torch.bfloat16)
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise AdapterError(
-            f"{fact} is of {tensor.dtype}, and LoRA weights are floating-point numbers. Save the adapter again, in "
-            "float32 or bfloat16."
-        )
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{fact} holds NaN or infinite values. Train it again.")
     return tensor
+
+
+def _check_floats(fact: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATS and not str(tensor.dtype).startswith("torch.float8"):
+        raise AdapterError(
+            f"{fact} is of {tensor.dtype}, and weights are floating-point numbers of at least 8 bits. Save the adapter "
+            "again, in float32 or bfloat16."
+        )
 
 
 def _module(name: str, where: str | Path, config: LoraConfig, module: str, found: Mapping[str, Tensor]) -> LoraModule:

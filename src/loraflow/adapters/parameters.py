@@ -33,6 +33,9 @@ def place_parameters(adapter: Adapter, base: nn.Module, linears: Collection[str]
         for depth, name in enumerate(reversed(names)):
             parameter = f"{module_name}.{name}"
             update = modules.pop(module_name + WRAPPED * depth, None)
+            if update is None and len(names) == 1:
+                # PEFT names those of old files so whether or not the other parameter is adapted, and then loses them.
+                update = modules.pop(module_name + WRAPPED, None)
             if update is None:
                 raise AdapterError(
                     f"Adapter {adapter.name!r} ({adapter.source.path}): `target_parameters` of {CONFIG_FILE} includes "

@@ -66,7 +66,7 @@ def _converted(adapter: Adapter, base: nn.Module, tensors: Mapping[str, Tensor])
     except (ValueError, RuntimeError) as error:
         raise AdapterError(
             f"Adapter {adapter.name!r} ({adapter.source.path}): PEFT cannot rename its keys for {type(base).__name__}: "
-            f"{error} Save it again with the transformers that the base is loaded with."
+            f"{str(error).strip(' .')}. Save it again with the transformers that the base is loaded with."
         ) from error
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from loraflow.answers import pad_prompts, require_tokenizer
 from loraflow.core.batch import (
     RowMethod,
     RowWeights,
@@ -27,7 +26,6 @@ from loraflow.core.lanes import Gates
 from loraflow.core.state import FusionState
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod
-from loraflow.prompts import Message
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
 
@@ -103,6 +101,8 @@ class Fusion(FusionState):
     ) -> Any:
         """transformers' `generate`, with everything that it takes; the cache is on.
 
+        Answers end at the fusion's `endings`; a call's own `eos_token_id` or `stop_strings` take the place of those.
+
         Methods that look at the whole prompt weigh each request once, before generation; beams and returned sequences
         carry their request's weights along.
 
@@ -120,6 +120,9 @@ class Fusion(FusionState):
         """
         # `find_decoder_layers` checked that it can.
         generate = cast(Any, self.base_model).generate
+        kwargs, generation_config = self.endings.options(
+            kwargs, generation_config, self.generation_config, self.tokenizer
+        )
         given = (inputs, generation_config, *args)
         ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
         rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
@@ -205,17 +208,6 @@ class Fusion(FusionState):
                     "batching has no place for. Call `generate`, which takes several prompts at once."
                 )
             yield
-
-    def encode(self, questions: str | Sequence[str | Sequence[Message]]) -> dict[str, Int[Tensor, "batch seq"]]:
-        """Questions as `generate`, `weigh` and `trace` take them, in the fusion's prompt format, padded on the left.
-
-        Args:
-            questions: one text, or several; each a question, or a conversation of messages up to the user's turn.
-        """
-        tokenizer = require_tokenizer(self.tokenizer)
-        several = [questions] if isinstance(questions, str) else questions
-        turns = [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in several]
-        return pad_prompts([self.prompt.prompt_ids(tokenizer, turn) for turn in turns], tokenizer, self.device)
 
     def weigh(
         self,

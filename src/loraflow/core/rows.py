@@ -214,7 +214,9 @@ def _run(model: PreTrainedModel, ids: Tensor, first: _Seen) -> Cache | None:
 
 
 def _cache_name(model: PreTrainedModel) -> str:
-    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    """What the base's forward calls its cache: `cache` since transformers 5.24, one of two names before."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in names), "past_key_values")
 
 
 def _tolerance(model: PreTrainedModel) -> float:

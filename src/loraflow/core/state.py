@@ -12,9 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from loraflow.adapters import Adapter
 from loraflow.bases import BaseRecord
+from loraflow.core.asking import Asking
 from loraflow.core.attach import Attachment
 from loraflow.core.choice import Choice, Use
 from loraflow.core.lanes import Gates
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, get_method
 from loraflow.prompts import PromptFormat
@@ -32,7 +34,7 @@ class _OfBase(nn.Module):
         return type(self).__name__
 
 
-class FusionState(_OfBase):
+class FusionState(Asking, _OfBase):
     """A base model, ordered adapters, and the method that gives their fusion weights.
 
     Every attribute of the base (`config`, `device`, ...) is its own. Its `state_dict` holds what its own method has
@@ -42,6 +44,7 @@ class FusionState(_OfBase):
         base_model: the transformers model that it wraps.
         tokenizer: the base's tokenizer, where there is one.
         prompt: how questions become prompts; saved with the fusion.
+        endings: what ends an answer, where a call of `generate` says nothing else; saved with the fusion.
         attachment: the adapters in the model, for whoever works on that level.
         base_record: what tells the base from others.
         training_record: what a fit of the fusion's own method did, as JSON values; None before.
@@ -53,7 +56,7 @@ class FusionState(_OfBase):
 
     base_model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    prompt: PromptFormat
+    endings: Endings
     attachment: Attachment
     base_record: BaseRecord
     training_record: dict[str, Any] | None
@@ -65,11 +68,14 @@ class FusionState(_OfBase):
         tokenizer: PreTrainedTokenizerBase | None,
         prompt: PromptFormat,
         base_record: BaseRecord,
+        endings: Endings | None = None,
     ) -> None:
         super().__init__()
         self.base_model = attachment.model
         self.tokenizer = tokenizer
-        self.prompt = prompt
+        self.added_tokens = {}
+        self.set_prompt(prompt)
+        self.endings = endings or self.endings
         self.attachment = attachment
         self.base_record = base_record
         self.training_record = None

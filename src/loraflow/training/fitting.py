@@ -18,7 +18,7 @@ from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import parse_examples
 from loraflow.training.checkpoints import identity_of, keep_finished, load_finished
 from loraflow.training.config import FitConfig, FitResult, Run, Score, search_grid
-from loraflow.training.data import prepare
+from loraflow.training.data import note_endings, prepare
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score
@@ -60,6 +60,7 @@ def fit(
         raise LoraflowError("Choosing by a score needs dev examples. Give `dev`.")
     learner.check_method(model)
     read = learner.check_examples(model, examples, dev)
+    _note_endings(model, read)
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
     with model.learning(), _directory(checkpoints) as directory:
         return learner.learn(model, read, dev, Run(config, directory, resume, console, score))
@@ -107,6 +108,7 @@ def search(
         )
     learner.check_method(model)
     read = learner.check_examples(model, examples, dev)
+    _note_endings(model, read)
     check_score(score, parse_examples(dev))
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
     grid = search_grid(model.method) if grid is None else grid
@@ -134,6 +136,11 @@ def search(
         model.load_state_dict(gates)
         model.training_record = {**(record or {}), "search": table}
     return dataclasses.replace(result, search=table)
+
+
+def _note_endings(model: Fusion, examples: Examples | Mapping[str, Examples]) -> None:
+    for several in examples.values() if isinstance(examples, Mapping) else [examples]:
+        note_endings(model, parse_examples(several))
 
 
 def _fit_cell(

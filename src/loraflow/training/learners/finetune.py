@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter, write_keys
 from loraflow.answers import require_tokenizer
-from loraflow.bases import BaseOptions, base_record
+from loraflow.bases import BaseOptions, base_record, choose, with_tokens
 from loraflow.core.attach import open_base
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
@@ -79,7 +79,8 @@ def finetune(
         dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
         config: the recipe; by default that of `fit` with a learning rate of 2e-4.
         tokenizer: by default the base's, where `base` is an id or path.
-        prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+        prompt: how questions become prompts; by default by the existing adapter's chat template, if it brings one, or
+            else the tokenizer's, if it has one.
         checkpoints: directory for checkpoints; a temporary one by default.
         resume: go on from the newest whole checkpoint there, if there is one.
         console: where progress is shown; standard error by default.
@@ -101,12 +102,16 @@ def finetune(
         raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")
     model, tokenizer = open_base(base, tokenizer, options)
     tokenizer = require_tokenizer(tokenizer)
-    prompt = (prompt or PromptFormat()).resolve(tokenizer)
     if old is not None:
         match_adapter(old, model)
+    record = base_record(model)
+    choice = choose(
+        prompt or PromptFormat(), tokenizer, {"adapter": old.source} if old is not None else {}, record.vocab_size
+    )
+    tokenizer, prompt = with_tokens(tokenizer, choice.tokens), choice.prompt.resolve(tokenizer)
     described = old or lora or LoraSettings()
     identity = {
-        "base": base_record(model).model_dump(exclude={"path", "revision"}),
+        "base": record.model_dump(exclude={"path", "revision"}),
         "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:

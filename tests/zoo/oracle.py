@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -65,7 +66,7 @@ class TokenByToken:
         updates: each adapter's, as `updates_of` gives them.
         prefix: name of the list of decoder layers.
         layer_gates: gates that read their layer's input, by layer.
-        module_gates: gates that read their linear's input, by the linear's full name.
+        module_gates: gates that read their linear's input, by the full name of the linear or parameter.
         stepwise: whether calls are one token each, after one another, with the cache.
     """
 
@@ -84,7 +85,7 @@ class TokenByToken:
     @contextlib.contextmanager
     def installed(self) -> Iterator[PreTrainedModel]:
         """The base with its hooks."""
-        handles = []
+        handles, products = [], _Products()
         for index, layer in enumerate(self.base.get_submodule(self.prefix)):
             handles.append(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
             handles.append(layer.register_forward_hook(self._leave))
@@ -93,10 +94,14 @@ class TokenByToken:
             module = self.base.get_submodule(owner)
             if isinstance(module, nn.Linear | Conv1D):
                 handles.append(module.register_forward_hook(self._add_updates(name)))
+            elif name in self.module_gates:
+                products.watch(getattr(module, parameter), self.module_gates[name], [u.get(name) for u in self.updates])
             else:
                 handles.append(module.register_forward_pre_hook(self._mix_parameter(module, name, parameter)))
         try:
-            yield self.base
+            with products:
+                yield self.base
+            products.check()
         finally:
             for handle in handles:
                 handle.remove()
@@ -158,3 +163,46 @@ class TokenByToken:
                 tensor.copy_(original + sum(changes))
 
         return hook
+
+
+class _Products(TorchFunctionMode):
+    """Adds updates to every product with a watched parameter, or with one expert's part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: dict[int, tuple[Tensor, Gate, Sequence[Tensor | None]]] = {}
+        self._seen: set[int] = set()
+
+    def watch(self, parameter: Tensor, gate: Gate, updates: Sequence[Tensor | None]) -> None:
+        """Weigh these updates of a parameter by what a gate says of each product's input."""
+        self._watched[parameter.untyped_storage().data_ptr()] = parameter, gate, updates
+
+    def check(self) -> None:
+        """That no parameter was used in a way that is not seen here.
+
+        Raises:
+            NoOracle: if one was.
+        """
+        if self._watched.keys() - self._seen:
+            raise NoOracle("a parameter with a gate of its own is copied before it is used")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """The product, and what is added to it."""
+        output = func(*args, **(kwargs or {}))
+        if func not in _PRODUCTS or len(args) < 2 or args[1].untyped_storage().data_ptr() not in self._watched:
+            return output
+        x, weight = args[:2]
+        key = weight.untyped_storage().data_ptr()
+        self._seen.add(key)
+        parameter, gate, updates = self._watched[key]
+        expert = weight.storage_offset() // parameter[0].numel() if parameter.dim() == 3 else ...
+        turned = weight.stride() != parameter[expert].stride()
+        weights = gate(x)
+        for adapter, update in enumerate(updates):
+            if update is not None:
+                part = update[expert].T if turned else update[expert]
+                output = output + weights[..., adapter : adapter + 1].to(x.dtype) * func(x, part)
+        return output
+
+
+_PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)

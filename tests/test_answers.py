@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from loraflow.answers import Answer, before_first, generate_answers, padding_id, require_tokenizer
+from loraflow.answers import Answer, generate_answers, padding_id, require_tokenizer
 from loraflow.errors import LoraflowError
 from loraflow.prompts import PromptFormat
-from tests.tiny import byte_tokenizer, number_tokenizer, tiny_model
+from tests.tiny import TURNS, byte_tokenizer, chat_tokenizer, number_tokenizer, tiny_model, writing_model
 
 PLAIN = PromptFormat(template="{prompt}")
 END = 2
@@ -83,20 +83,6 @@ def test_options_go_to_generate() -> None:
     assert "stop_strings" not in model.calls[1]
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "kept"),
-    [
-        ("a b c", [], "a b c"),
-        ("a b c", ["c", "b"], "a "),
-        ("abc", ["x"], "abc"),
-        ("stop", ["stop"], ""),
-        ("aXbX", ["X"], "a"),
-    ],
-)
-def test_a_text_ends_before_the_first_stop(text: str, stop: list[str], kept: str) -> None:
-    assert before_first(text, stop) == kept
-
-
 # ---- A real model --------------------------------------------------------------------------------------------------
 
 
@@ -136,3 +122,29 @@ def test_what_is_missing_is_told() -> None:
     assert padding_id(tokenizer) == 0
     tokenizer.pad_token = None
     assert padding_id(tokenizer) == END
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("end", TURNS)
+def test_answers_end_where_the_template_ends_a_turn(end: str, special: bool) -> None:
+    tokenizer = chat_tokenizer(end, special=special)
+    model = writing_model(tokenizer, f"ok{end}x")
+    prompt = PromptFormat().resolve(tokenizer)
+    assert answer(model, "go", tokenizer=tokenizer, prompt=prompt) == [Answer("ok", 3)]
+    # Without the template, the model's own end, which it never writes, is the only one.
+    assert answer(model, "go\n", tokenizer=tokenizer)[0].tokens == 8
+
+
+def test_a_turns_end_that_is_text_is_no_part_of_the_answer() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TURNS["<|im_end|>"].replace("<|im_end|>", "<e>")
+    model = writing_model(tokenizer, "ok<e>x")
+    answers = answer(model, "go", "away", tokenizer=tokenizer, prompt=PromptFormat().resolve(tokenizer))
+    assert answers == [Answer("ok", 5), Answer("ok", 5)]
+
+
+def test_a_special_token_may_be_asked_for_as_the_end() -> None:
+    tokenizer = chat_tokenizer(template=None)
+    model = writing_model(tokenizer, "ok<|im_end|>x")
+    found = answer(model, "go\n", tokenizer=tokenizer, stop=["<|im_end|>"])
+    assert found == [Answer("ok", 3)]

@@ -18,8 +18,11 @@ LONGEST_FUNCTION, LONGEST_MODULE = 60, 450
 
 # Names of other libraries' that have no public way in.
 BORROWED = {
+    "_apply_gate",  # transformers: what is between the matrices of experts
     "_attn_implementation",  # transformers: which attention a model runs
+    "_checkpoint_conversion_mapping",  # transformers: old names, in models with code of their own
     "_exit",  # os
+    "_experts_implementation",  # transformers: how the matrices of experts are multiplied
     "_get_in_out_features",  # peft: the sizes of any linear
     "_hf_hook",  # accelerate: device maps
     "_maybe_include_all_linear_layers",  # peft: what "all-linear" is

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from loraflow import PromptFormat
+from loraflow.endings import Endings
 from loraflow.errors import DataError
+from tests.tiny import CHATML, chat_tokenizer
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
@@ -130,6 +132,36 @@ def test_the_answer_ends_as_the_template_ends_it(tokenizer):
 )
 def test_a_template_that_rewrites_the_answer_is_not_used_for_it(tokenizer, template, answer):
     assert completion_text(PromptFormat(chat_template=template), tokenizer, USER, answer) == f"{answer}</s>"
+
+
+@pytest.mark.parametrize("answer", ["4", "s", "<|im", "im_end", " spaced ", "assistant"])
+def test_what_is_trained_ends_with_the_turns_end_and_nothing_more(answer):
+    tokenizer = chat_tokenizer()
+    prompt = PromptFormat(chat_template=CHATML + "{% if not add_generation_prompt %}</s>{% endif %}")
+    assert completion_text(prompt, tokenizer, TURNS, answer) == f"{answer}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHAT.replace("</s>", ""), "</s>"),
+        (CHAT.replace("</s>", "\n"), "</s>"),
+        (CHAT.replace("</s>", "[END]"), "[END]"),
+        (FORGETFUL.replace("</s>", "<|im_end|>"), "<|im_end|>"),
+        (UNEVEN.replace("</s>", "<|im_end|>"), "<|im_end|>"),
+        (CHAT.replace("</s>", "").replace("<{{ m['role'] }}>", "<|im_start|>"), "\n<|im_start|>"),
+    ],
+    ids=["no end", "space", "text", "forgetful", "uneven", "the next turn's start"],
+)
+def test_whatever_a_template_writes_what_is_trained_ends(template, end):
+    tokenizer = chat_tokenizer()
+    prompt = PromptFormat(chat_template=template).resolve(tokenizer)
+    answer = "<think>hm</think>4"
+    assert completion_text(prompt, tokenizer, USER, answer) == f"{answer}{end}"
+    ends = Endings.find(prompt, tokenizer, GenerationConfig())
+    last = prompt.completion_ids(tokenizer, USER, answer)[-1]
+    assert last in ends.token_ids or end in ends.texts
+    assert ends.token_ids or ends.texts
 
 
 def test_special_tokens_of_a_chat_are_not_doubled(tokenizer):

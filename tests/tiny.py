@@ -104,6 +104,10 @@ ARCHITECTURES: dict[str, tuple[dict, list[str]]] = {
         ["q_proj", "v_proj", "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
     ),
     "deepseek_v3": (_DEEPSEEK, ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]),
+    "gpt_oss": (
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "rope_scaling": None},
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ),
     "doge": (_LLAMA, ["q_proj", "v_proj", "dt_proj", "o_proj", "up_proj"]),
 }
 
@@ -307,6 +311,58 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TURNS = {"<|im_end|>": CHATML, "<end_of_turn>": GEMMA}
+"""Chat templates as ChatML's and Gemma's, by the token that ends their turns."""
+
+
+def chat_tokenizer(
+    end: str = "<|im_end|>", template: str | None = "", *, special: bool = True
+) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with the tokens of a chat template, whose end of a turn is another than the end of texts.
+
+    By default with the template too; None leaves it out. Tokens that are not special are shown in texts.
+    """
+    tokenizer = byte_tokenizer()
+    tokens = [end, end.replace("end", "start")]
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    else:
+        tokenizer.add_tokens(tokens)
+    tokenizer.chat_template = TURNS[end] if template == "" else template
+    return tokenizer
+
+
+def writing_model(tokenizer: PreTrainedTokenizerFast, text: str, first: str = "\n") -> PreTrainedModel:
+    """A model that writes a text after its first token, and the last of its tokens for ever.
+
+    No token may come twice in the text, but the last. It ends at the end of texts, id 2, which it never writes.
+    """
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    ids = tokenizer(first + text, add_special_tokens=False)["input_ids"]
+    assert len(set(ids)) == len(ids), "each token must say which one is next"
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # What a token says depends on nothing before it.
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings = model.model.embed_tokens.weight
+        embeddings /= embeddings.norm(dim=1, keepdim=True)
+        model.lm_head.weight.zero_()
+        for token, following in zip(ids, [*ids[1:], ids[-1]], strict=True):
+            model.lm_head.weight[following] += embeddings[token]
+    return model
 
 
 def trained_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

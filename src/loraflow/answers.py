@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loraflow.endings import Endings, before_first, token_ids
 from loraflow.errors import LoraflowError
 from loraflow.prompts import Message, PromptFormat
 
@@ -37,7 +38,7 @@ class Answer:
     """One generated answer.
 
     Attributes:
-        text: without special tokens, and without the stop string and what follows it.
+        text: without special tokens, the token or the text that ended it, and what follows that.
         tokens: how many tokens were generated, the end token included.
         token_ids: those tokens.
     """
@@ -54,6 +55,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptFormat,
     max_new_tokens: int,
+    endings: Endings | None = None,
     batch_size: int = 16,
     stop: Sequence[str] = (),
     on_batch: Callable[[int], None] = lambda count: None,
@@ -67,37 +69,39 @@ def generate_answers(
         tokenizer: the model's tokenizer.
         prompt: how a conversation becomes a prompt.
         max_new_tokens: the longest answer, in tokens.
+        endings: what ends an answer; by default what the prompt, the tokenizer and the model's configuration say.
         batch_size: how many are generated together.
-        stop: an answer ends before the first of these strings.
+        stop: an answer ends before the first of these strings too.
         on_batch: called after each batch with its size, for progress bars.
-        options: further options of `generate`; sampling is off unless one of them turns it on.
+        options: further options of `generate`, but no configuration; sampling is off unless one of them turns it on.
 
     Returns:
         The answers, in the order of the conversations.
     """
     ids = [prompt.prompt_ids(tokenizer, conversation) for conversation in conversations]
-    if stop:
-        options = {**options, "stop_strings": list(stop), "tokenizer": tokenizer}
+    endings = endings or Endings.find(prompt, tokenizer, model.generation_config)
+    endings = endings.and_stop(stop, tokenizer)
+    options, _ = endings.options(options, None, model.generation_config, tokenizer)
+    ends = token_ids(options.get("eos_token_id", model.generation_config.eos_token_id))
+    texts = options.get("stop_strings") or ()
+    texts = [texts] if isinstance(texts, str) else texts
     answers: list[Answer | None] = [None] * len(ids)
     # Rows of similar length waste the least padding.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        generated = _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, options)
+        generated = _generate(model, [ids[row] for row in rows], tokenizer, max_new_tokens, ends, options)
         for row, tokens in zip(rows, generated, strict=True):
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            kept = before_first(text, stop)
+            ended = bool(tokens) and tokens[-1] in ends
+            # The end token is no part of the text, whether or not the tokenizer calls it special.
+            text = str(tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True))
+            kept = before_first(text, texts)
             # A row that a stop string ended is padded, maybe with the end token, which it has not generated then.
             padded = kept != text and tokens[-1] == padding_id(tokenizer)
             generated_ids = tokens[: len(tokens) - padded]
             answers[row] = Answer(kept, len(generated_ids), generated_ids)
         on_batch(len(rows))
     return cast(list[Answer], answers)
-
-
-def before_first(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first stop string in it."""
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
 
 
 def pad_prompts(
@@ -119,6 +123,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
+    ends: Collection[int],
     options: dict[str, Any],
 ) -> list[list[int]]:
     """The generated token ids of each prompt, up to and with its end token."""
@@ -129,8 +134,6 @@ def _generate(
         pad_token_id=padding_id(tokenizer),
         **{"do_sample": False, **options},
     )
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
     padding = padding_id(tokenizer)
     answers = []
     for ids in out[:, inputs["input_ids"].shape[1] :].tolist():

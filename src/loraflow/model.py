@@ -7,19 +7,25 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import Any, SupportsIndex
 
 from huggingface_hub import HfApi
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow import __version__, training
 from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
-from loraflow.bases import BaseOptions, BaseRecord, base_record, check_base
+from loraflow.bases import BaseOptions, BaseRecord, Manner, base_record, check_base, choose, with_tokens
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
+from loraflow.core.swap import blank
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError
+from loraflow.files import write_atomically
 from loraflow.methods import Method, get_method, method_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.card import model_card
@@ -48,6 +54,7 @@ class FusedModel(Fusion):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompt: PromptFormat | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> FusedModel:
         """Fuse adapters into a base model.
@@ -58,7 +65,10 @@ class FusedModel(Fusion):
                 directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`.
             method: a method's name, an adapter's name (that one alone), or a method object.
             tokenizer: by default the base's, where `base` is an id or path.
-            prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+            prompt: how questions become prompts; by default by the chat template that adapters bring, if all that bring
+                one bring the same, or else the tokenizer's, if it has one.
+            stop_strings: an answer ends before the first of these too; by default where the chat template, the
+                tokenizer or the base ends it.
             options: precision, placement and quantisation of a base given by id or path.
 
         Returns:
@@ -67,6 +77,7 @@ class FusedModel(Fusion):
         Raises:
             AdapterError: if an adapter cannot be read, or does not fit the base.
             ArchitectureError: if the base is of a kind that cannot be fused.
+            DataError: if adapters bring different chat templates, and none is given.
             LoraflowError: if the adapters' names cannot be used.
             MethodError: if the method is unknown, or a parameter of it is wrong.
         """
@@ -74,7 +85,10 @@ class FusedModel(Fusion):
         resolved = get_method(method, list(adapters))
         loaded = [_load(name, source) for name, source in adapters.items()]
         model, tokenizer = open_base(base, tokenizer, options)
-        return cls._attached(model, loaded, resolved, tokenizer, prompt or PromptFormat(), base_record(model))
+        record = base_record(model)
+        sources = {adapter.name: adapter.source for adapter in loaded}
+        manner = choose(prompt or PromptFormat(), tokenizer, sources, record.vocab_size)
+        return cls._attached(model, loaded, resolved, tokenizer, manner, record, None, stop_strings)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +99,7 @@ class FusedModel(Fusion):
         adapters: Mapping[str, str | Path | AdapterSource | Adapter] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> FusedModel:
         """Load a fusion that `save_pretrained` or `loraflow fit` wrote.
@@ -95,6 +110,7 @@ class FusedModel(Fusion):
             adapters: other places of the same adapters, by name; those not named are taken from where they were.
             tokenizer: by default the base's.
             revision: revision of a fusion on the Hub.
+            stop_strings: an answer ends before the first of these too, beside the fusion's own ends.
             options: placement of the base; its precision and quantisation where they are to differ from those that
                 the fusion was made with.
 
@@ -112,7 +128,9 @@ class FusedModel(Fusion):
         loaded_base, tokenizer = open_base(base, tokenizer, options)
         record = base_record(loaded_base)
         check_base(saved.config.base, record)
-        model = cls._attached(loaded_base, loaded, method, tokenizer, saved.config.prompt, record)
+        config = saved.config
+        manner = Manner(config.prompt, "the fusion's own format", config.added_tokens)
+        model = cls._attached(loaded_base, loaded, method, tokenizer, manner, record, config.endings, stop_strings)
         try:
             model.load_state_dict(saved.tensors)
         except FusionError:
@@ -128,15 +146,20 @@ class FusedModel(Fusion):
         adapters: Sequence[Adapter],
         method: Method,
         tokenizer: PreTrainedTokenizerBase | None,
-        prompt: PromptFormat,
+        manner: Manner,
         record: BaseRecord,
+        endings: Endings | None,
+        stop_strings: Sequence[str],
     ) -> FusedModel:
         """Attach to a base; one that fails half-way is given back as it was."""
         _announce_to_pipelines()
-        prompt = prompt if tokenizer is None else prompt.resolve(tokenizer)
         attachment = attach(model, find_decoder_layers(model), adapters)
         try:
-            return _class_for(cls, type(model))(attachment, method, tokenizer, prompt, record)
+            tokenizer = tokenizer if tokenizer is None else with_tokens(tokenizer, manner.tokens)
+            fused = _class_for(cls, type(model))(attachment, method, tokenizer, manner.prompt, record, endings)
+            fused.prompt_origin, fused.added_tokens = manner.origin, manner.tokens
+            fused.endings = fused.endings.and_stop(stop_strings, tokenizer)
+            return fused
         except BaseException:
             attachment.detach()
             raise
@@ -166,40 +189,55 @@ class FusedModel(Fusion):
         learned, total = self.num_learned_parameters(), sum(p.numel() for p in self.parameters())
         print(f"trainable params: {learned:,} || all params: {total:,} || trainable%: {100 * learned / total:.4f}")
 
-    def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = False) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        copy_adapters: bool = False,
+        state_dict: Mapping[str, Tensor] | EllipsisType | None = ...,
+    ) -> None:
         """Write `fusion_config.json`, `fusion.safetensors` and a model card.
 
         Args:
             directory: where to; an older fusion there is replaced only by a complete new one.
             copy_adapters: copy local adapters into the directory, so that it can be moved elsewhere as it is.
+            state_dict: given by transformers' `Trainer`: what is learned, or None for the model's own. The file that it
+                goes on from, `model.safetensors`, is written then too.
 
         Raises:
             FusionError: if the directory is a file, or an adapter that is to be copied has changed on disk.
         """
-        self._save(Path(directory).expanduser(), copy_adapters=copy_adapters, publish=False)
+        directory = Path(directory).expanduser()
+        with self.attachment.turn():
+            learned = self.state_dict() if state_dict is None or state_dict is ... else state_dict
+            self._save(directory, learned, copy_adapters=copy_adapters, publish=False)
+        if state_dict is not ...:
+            write_atomically(directory / SAFE_WEIGHTS_NAME, save(dict(learned), metadata={"format": "pt"}))
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save to a Hub repository, local adapters included, and return its address."""
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
             # First, so that what cannot be saved leaves no empty repository.
-            self._save(Path(directory), copy_adapters=True, publish=True)
+            self._save(Path(directory), self.state_dict(), copy_adapters=True, publish=True)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(
                 api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion")
             )
 
-    def _save(self, directory: Path, *, copy_adapters: bool, publish: bool) -> None:
-        self.attachment.check_attached()
-        if directory.is_file():
-            raise FusionError(f"{directory} is a file. Give a directory.")
-        config = self._config(directory, copy_adapters)
-        if publish and config.base.path.startswith("."):
-            # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
-            config.base.path = ""
-        write_fusion(directory, config, self.state_dict(), model_card(config, self.num_learned_parameters()))
+    def _save(self, directory: Path, learned: Mapping[str, Tensor], *, copy_adapters: bool, publish: bool) -> None:
+        # What is written is the fusion's own, also inside a `using` block, and of one moment.
+        with self.attachment.turn():
+            self.attachment.check_attached()
+            if directory.is_file():
+                raise FusionError(f"{directory} is a file. Give a directory.")
+            config = self._config(directory, learned, copies=copy_adapters)
+            if publish and config.base.path.startswith("."):
+                # A path of this machine means nothing elsewhere; whoever loads the fusion is asked for the base.
+                config.base.path = ""
+            write_fusion(directory, config, learned, model_card(config, self.num_learned_parameters()))
 
-    def _config(self, directory: Path, copies: bool) -> FusionConfig:
+    def _config(self, directory: Path, learned: Mapping[str, Tensor], *, copies: bool) -> FusionConfig:
         base = self.base_record.model_copy(update={"path": relative_source(self.base_record.path, directory)})
         copied = [adapter for adapter in self.adapters if copies and adapter.source.is_local]
         places = dict(zip((adapter.name for adapter in copied), copy_adapters(copied, directory), strict=True))
@@ -215,10 +253,12 @@ class FusedModel(Fusion):
             loraflow_version=__version__,
             base=base,
             adapters=records,
-            method=MethodRecord(name=self.method.name, parameters=self.method.parameters()),
+            method=MethodRecord(name=self.own_method.name, parameters=self.own_method.parameters()),
             prompt=self.prompt,
+            endings=self.endings,
+            added_tokens=self.added_tokens,
             training=self.training_record,
-            weights_digest=tensors_digest(self.state_dict()),
+            weights_digest=tensors_digest(learned),
         )
 
 
@@ -243,14 +283,20 @@ _classes: dict[tuple[type, type], type[FusedModel]] = {}
 
 
 def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type[FusedModel]:
-    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes."""
+    """The class with the base's signature on `forward`: the Trainer reads from it which columns a model takes.
 
-    def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
+    It stands under no name of its own, and is pickled by the two that it is made for.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
+
+    def reduce(self: FusedModel, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return blank, (_class_for, cls, base_class), self.__getstate__()
 
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
-    made = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    made = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if (cls, base_class) not in _classes:
         _classes[cls, base_class] = type(cls.__name__, (cls,), made)
     return _classes[cls, base_class]

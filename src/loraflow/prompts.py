@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -13,6 +14,24 @@ from transformers import PreTrainedTokenizerBase
 from loraflow.errors import DataError
 
 Message = dict[str, str]
+
+# An answer that no template changes, and that none writes itself.
+_PROBE = "loraflowprobe"
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """What a chat template writes behind an answer, up to where the turn is over.
+
+    Attributes:
+        text: all of it, such as `<end_of_turn>`, or ` </s>`.
+        token_id: the token of the tokenizer's own that ends the turn; None where only text does.
+        string: the text before that token, or in its place, without space around it; empty where there is none.
+    """
+
+    text: str
+    token_id: int | None
+    string: str
 
 
 class PromptFormat(BaseModel):
@@ -65,16 +84,45 @@ class PromptFormat(BaseModel):
         return tokenizer(text, add_special_tokens=self.chat_template is None)["input_ids"]
 
     def completion_ids(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str) -> list[int]:
-        """Token ids of the answer to that conversation, with whatever ends the turn."""
+        """Token ids of the answer to that conversation, up to and with what ends the turn."""
+        text, end = answer, self.turn_end(tokenizer, messages)
         if self.chat_template is not None:
+            around = self._around(tokenizer, messages)
             prompt = self._chat(tokenizer, messages, answered=False)
             whole = self._chat(tokenizer, [*messages, {"role": "assistant", "content": answer}], answered=True)
             # A template that writes past turns differently from the running one (it drops thoughts, say) has no
             # usable rest; then the bare answer and the end token are what generation would give.
-            if whole.startswith(prompt) and answer.strip() in whole[len(prompt) :]:
-                return tokenizer(whole[len(prompt) :].rstrip("\n"), add_special_tokens=False)["input_ids"]
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
+            if around is not None and around[0].startswith(prompt) and _within(whole, *around, answer.strip()):
+                text = whole[len(prompt) : len(whole) - len(around[1])]
+        ids = tokenizer(text + (end.text if end else ""), add_special_tokens=False)["input_ids"]
+        return ids if end is not None or tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+    def turn_end(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> TurnEnd | None:
+        """What ends the answer to a conversation by the chat template; None where none says it, and eos has to.
+
+        A template that writes nothing behind an answer may begin the user's next turn with a token, as GLM's does;
+        then the answer ends there.
+        """
+        around = None if self.chat_template is None else self._around(tokenizer, messages)
+        if around is None:
+            return None
+        end = _first_end(tokenizer, around[1])
+        if end is not None:
+            return end
+        try:
+            between = self._around(tokenizer, messages, {"role": "user", "content": _PROBE})
+        except DataError:
+            return None
+        end = None if between is None else _first_end(tokenizer, between[1].partition(_PROBE)[0])
+        return end if end is not None and end.token_id is not None and not end.string else None
+
+    def _around(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *following: Message
+    ) -> tuple[str, str] | None:
+        """What the chat template writes before and behind an answer; None where it does not write the answer."""
+        answered = [*messages, {"role": "assistant", "content": _PROBE}, *following]
+        before, found, behind = self._chat(tokenizer, answered, answered=True).partition(_PROBE)
+        return (before, behind) if found else None
 
     def _plain(self, messages: Sequence[Message]) -> str:
         if [message["role"] for message in messages if message["role"] != "system"] != ["user"]:
@@ -99,3 +147,23 @@ class PromptFormat(BaseModel):
             raise DataError(f"The chat template refuses the conversation: {error}") from error
         assert isinstance(text, str)
         return text
+
+
+def _within(whole: str, before: str, behind: str, answer: str) -> bool:
+    """Whether a text is an answer, with what stands before and behind it, and perhaps space around it."""
+    room = len(whole) - len(before) - len(behind)
+    return room >= 0 and whole.startswith(before) and whole.endswith(behind) and answer in whole[len(before) :][:room]
+
+
+def _first_end(tokenizer: PreTrainedTokenizerBase, behind: str) -> TurnEnd | None:
+    """The first token of the tokenizer's own in the text behind an answer; where there is none, its first line."""
+    added = {
+        token: known.content for token, known in tokenizer.added_tokens_decoder.items() if not known.content.isspace()
+    }
+    written = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    token = next((one for one in written if one in added and added[one] in behind), None)
+    before = behind if token is None else behind[: behind.index(added[token])]
+    string = before.strip().partition("\n")[0].strip()
+    if token is not None:
+        return TurnEnd(before + added[token], token, string)
+    return TurnEnd(behind[: behind.index(string) + len(string)], None, string) if string else None

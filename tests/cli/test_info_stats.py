@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from loraflow import FusedModel, LoraFlow
 from loraflow.analysis.weights import weight_statistics
 from loraflow.cli import app
 from loraflow.cli.info import _method_text, _value_text
-from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
+from tests.tiny import byte_tokenizer, edit_config, edit_tensors, save_adapter, set_random_gates, tiny_model
 
 RECORDS = [
     {"prompt": "1 2 3", "completion": "3 2 1 as was asked"},
@@ -68,6 +69,41 @@ def test_fusions_are_described_for_people(run):
     assert "method lora-flow (granularity layer, temperature 1, start best, " in shown.output
     assert "trained: examples 24, steps 6, train_loss 0.4312\n" in shown.output
     assert "top_k" not in shown.output
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "noted"),
+    [
+        ("meta-llama/Llama-3.2-1B", True),
+        ("C:\\models\\Other", True),
+        ("someone/Base", False),
+        ("/home/someone/models/base/", False),
+        ("/hub/models--someone--base/snapshots/0123abcd", False),
+        (None, False),
+        ("", False),
+    ],
+)
+def test_an_adapter_of_another_base_by_its_own_account_is_noted(run, world, tmp_path, trained_on, noted):
+    shutil.copytree(world / "zh", tmp_path / "zh")
+    edit_config(tmp_path / "zh", base_model_name_or_path=trained_on)
+    shown = run("info", "--base", "{world}/base", "--lora-modules", f"zh={tmp_path}/zh")
+    assert shown.exit_code == 0, shown.output
+    note = f"note: zh was trained on {trained_on!r} by its own account; the base here is '{world}/base'."
+    assert (note in shown.output) == noted
+    assert ("note:" in shown.output) == noted
+
+
+def test_copies_of_the_bases_parameters_are_noted_and_those_of_other_shapes_do_not_fit(run, world, tmp_path):
+    shutil.copytree(world / "zh", tmp_path / "zh")
+    key = "base_model.model.lm_head.weight"
+    edit_tensors(tmp_path / "zh", lambda tensors: tensors.update({key: torch.randn(259, 32)}))
+    shown = run("info", "--base", "{world}/base", "--lora-modules", f"zh={tmp_path}/zh")
+    assert shown.exit_code == 0, shown.output
+    assert "note: zh brings its own lm_head.weight; it is fused only with a base that has the same" in shown.output
+    edit_tensors(tmp_path / "zh", lambda tensors: tensors.update({key: torch.randn(261, 32)}))
+    shown = run("info", "--base", "{world}/base", "--lora-modules", f"zh={tmp_path}/zh")
+    assert shown.exit_code == 1
+    assert "(tokens added: 2)" in shown.output
 
 
 @pytest.mark.parametrize(

@@ -171,4 +171,4 @@ def test_no_more_gates_are_kept_than_are_of_use(model):
     with torch.no_grad():
         for step in range(20):
             model(random_ids(), methods=[Arrow(temperature=1.0 + step), None])
-    assert len(model._made) == 16
+    assert len(model._choice._made) == 16

@@ -59,9 +59,9 @@ def test_each_pass_is_the_merged_model(architecture):
         one_hot = [float(i == position) for i in range(3)]
         expected.append(block_outputs(merged_model(base, adapters, one_hot), ids)[:, 0])
     for layer, (of_base, alone) in enumerate(seen):
-        assert relative_error(of_base, expected[0][layer]) < 1e-9
+        assert relative_error(of_base, expected[0][layer]) < 1e-7
         for position in range(3):
-            assert relative_error(alone[position], expected[position + 1][layer]) < 1e-9
+            assert relative_error(alone[position], expected[position + 1][layer]) < 1e-7
 
 
 @torch.no_grad()

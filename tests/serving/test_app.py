@@ -20,6 +20,7 @@ import torch
 from loraflow import FusedModel
 from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
+from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
@@ -573,7 +574,7 @@ def test_a_client_that_goes_away_frees_its_place(server, service, monkeypatch, s
     slow = PLAIN | {"prompt": prompt, "max_tokens": 400, "stream": stream}
     slow |= {"temperature": 1.8, "n": 8, "seed": 0}
     # An answer that ends by itself may do so before anybody sees that its client is gone.
-    monkeypatch.setattr(service, "_ends", list)
+    monkeypatch.setattr(service, "_endings", lambda *_: Endings())
     with vanishing(server[1], slow, read):
         wait_for(lambda: service.engine.running > 0)
     wait_for(lambda: service.engine.running == 0)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loraflow import FusedModel
-from loraflow.bases import BaseOptions, base_record, files_digest, load_base, load_empty_base
+from loraflow.bases import BaseOptions, TokenRecord, base_record, files_digest, load_base, load_empty_base
 from loraflow.core.linear import stack_adapters
 from loraflow.core.reference import reference_linear
 from loraflow.errors import AdapterError, ArchitectureError, FusionError, LoraflowError, MethodError
@@ -547,6 +547,14 @@ class TestCommand:
         save(world, tmp_path, "average")
         with pytest.raises(LoraflowError, match=r"is composed from the fusion"):
             vllm_command(tmp_path, [option])
+
+    def test_a_tokenizer_with_added_tokens_must_be_named(self, world, tmp_path):
+        model = FusedModel.from_adapters(world.base, world.adapters, "average")
+        model.added_tokens = {"<|im_end|>": TokenRecord(id=3)}
+        model.save_pretrained(tmp_path)
+        with pytest.raises(LoraflowError, match=r"lacks \('<\|im_end\|>'\), and vLLM .* `--tokenizer DIRECTORY`"):
+            vllm_command(tmp_path)
+        assert "--tokenizer" in vllm_command(tmp_path, ["--tokenizer", "there"])
 
     def test_a_base_in_memory_must_be_named(self, world, tmp_path):
         model = FusedModel.from_adapters(tiny_model("llama"), world.adapters, "average")

@@ -18,7 +18,16 @@ from loraflow.errors import AdapterError, DataError, LoraflowError
 from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
 from loraflow.training.config import LoraSettings
 from loraflow.training.learners.finetune import TrainedAdapter, finetune
-from tests.tiny import byte_tokenizer, number_tokenizer, peft_model, random_ids, save_adapter, tiny_model
+from tests.tiny import (
+    byte_tokenizer,
+    edit_config,
+    edit_tensors,
+    number_tokenizer,
+    peft_model,
+    random_ids,
+    save_adapter,
+    tiny_model,
+)
 from tests.training.test_fit import reversals
 
 QUICK = FitConfig(epochs=2, learning_rate=1e-2)
@@ -95,6 +104,32 @@ def test_an_existing_adapter_is_trained_further_and_its_file_stays(run, tmp_path
     same = load_adapter("same", run(adapter=old, output="same", config=FitConfig(epochs=1, learning_rate=1e-12)).output)
     for name, module in first.modules.items():
         torch.testing.assert_close(same.modules[name].lora_B, module.lora_B)
+
+
+def test_an_adapter_that_peft_would_read_otherwise_is_not_trained_further(run, tmp_path):
+    old = save_adapter(tiny_model(), tmp_path / "old", ["q_proj"])
+
+    def without_prefix(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("base_model.model.")] = tensors.pop(key)
+
+    edit_tensors(old, without_prefix)
+    with pytest.raises(LoraflowError, match=r"further: PEFT reads '.*q_proj.lora_A.weight' otherwise than a fusion"):
+        run(adapter=old)
+    # It takes q_proj and v_proj where nothing is said.
+    old = save_adapter(tiny_model(), tmp_path / "open", ["q_proj"])
+    edit_config(old, target_modules=None)
+    with pytest.raises(LoraflowError, match=r"further: PEFT reads '.*v_proj.lora_A.weight' otherwise than a fusion"):
+        run(adapter=old)
+
+
+@pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}], ids=["bias", "modules"])
+def test_an_adapter_that_trains_parts_of_the_base_is_not_trained_further(run, tmp_path, config):
+    base = tiny_model("opt")
+    old = save_adapter(base, tmp_path / "old", ["q_proj"], **config)
+    with pytest.raises(LoraflowError, match=r"cannot be trained further: PEFT would train parts of the base with it"):
+        run(base=base, adapter=old)
+    assert not hasattr(base, "peft_config")
 
 
 def test_the_result_is_the_same_adapter_for_peft_and_for_a_fusion(run):

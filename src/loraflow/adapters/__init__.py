@@ -6,6 +6,8 @@ remedy.
 """
 
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
+from loraflow.adapters.copies import uncompared_copies
+from loraflow.adapters.keys import write_keys
 from loraflow.adapters.loading import load_adapter
 from loraflow.adapters.match import match_adapter
 
@@ -18,4 +20,6 @@ __all__ = [
     "load_adapter",
     "match_adapter",
     "tensors_digest",
+    "uncompared_copies",
+    "write_keys",
 ]

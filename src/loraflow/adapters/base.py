@@ -29,6 +29,8 @@ class LoraModule:
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         bias: the bias of `lora_B` (`lora_bias=True`), `[out_features]`.
         magnitude: DoRA's magnitude vector, `[out_features]`.
+        experts: how many experts it updates, each by its own `rank` rows of `lora_A` and columns of `lora_B`, one
+            expert after the other.
     """
 
     lora_A: Float[Tensor, "rank in_features"]
@@ -36,11 +38,17 @@ class LoraModule:
     scaling: float
     bias: Float[Tensor, " out_features"] | None = None
     magnitude: Float[Tensor, " out_features"] | None = None
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        """Rank of the update."""
-        return self.lora_A.shape[0]
+        """Rank of the update, of one expert where there are several."""
+        return self.lora_A.shape[0] // self.experts
+
+    def of_expert(self, expert: int) -> LoraModule:
+        """The update of one expert alone."""
+        own = slice(expert * self.rank, (expert + 1) * self.rank)
+        return LoraModule(self.lora_A[own], self.lora_B[:, own], self.scaling)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class Adapter:
         config: PEFT's configuration of it.
         modules: its updates, keyed by the base's module name (`model.layers.0.self_attn.q_proj`).
         digest: SHA-256 of its weights and of the settings that decide the mathematics.
+        copies: values of the base's own parameters that PEFT saved with it (`save_embedding_layers`, `modules_to_save`,
+            `bias`), by parameter name; it fits a base that has the same.
     """
 
     name: str
@@ -85,6 +95,7 @@ class Adapter:
     config: LoraConfig
     modules: Mapping[str, LoraModule] = field(repr=False)
     digest: str
+    copies: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:

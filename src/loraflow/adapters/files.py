@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -11,18 +13,46 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
+from loraflow.adapters.foreign import kind_of_files
 from loraflow.errors import AdapterError
 
 PICKLE_FILE = "adapter_model.bin"
 
 
-def locate(name: str, source: AdapterSource) -> tuple[Path, Path, AdapterSource]:
-    """The configuration and the weights of an adapter, downloaded where it is on the Hub, and its exact source.
+def locate_config(name: str, source: AdapterSource) -> tuple[Path, AdapterSource]:
+    """An adapter's configuration, downloaded where it is on the Hub, and the exact source of both of its files.
 
     Raises:
-        AdapterError: if one of them is missing, or cannot be reached.
+        AdapterError: if it is missing, or cannot be reached.
     """
-    return (_locate_local if source.is_local else _locate_on_hub)(name, source)
+    if source.is_local:
+        return _config_in_directory(name, source)
+    where = _on_the_hub(source)
+    with _hub_errors(name, where, f"{where} has no {CONFIG_FILE}. Is it a PEFT adapter, or in a subfolder?"):
+        path = _download(source, CONFIG_FILE)
+    # Files are laid out as .../snapshots/<commit>/...: the commit makes the source exact, and the weights its own.
+    parts = path.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else source.revision
+    return path, AdapterSource(source.path, commit)
+
+
+def locate_weights(name: str, source: AdapterSource) -> Path:
+    """The weights of an adapter whose configuration was found, from the same source.
+
+    Raises:
+        AdapterError: if they are missing, pickled or another library's, or cannot be reached.
+    """
+    if source.is_local:
+        directory = Path(source.path)
+        if not (directory / WEIGHTS_FILE).is_file():
+            pickled = (directory / PICKLE_FILE).is_file()
+            raise AdapterError(
+                _other_kind(name, directory) or f"Adapter {name!r}: {_no_weights(str(directory), pickled=pickled)}"
+            )
+        return directory / WEIGHTS_FILE
+    where = _on_the_hub(source)
+    with _hub_errors(name, where, _no_weights(where, pickled=True)):
+        return _download(source, WEIGHTS_FILE)
 
 
 def read_tensors(name: str, path: Path) -> dict[str, Tensor]:
@@ -40,7 +70,7 @@ def read_tensors(name: str, path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _locate_local(name: str, source: AdapterSource) -> tuple[Path, Path, AdapterSource]:
+def _config_in_directory(name: str, source: AdapterSource) -> tuple[Path, AdapterSource]:
     directory = Path(source.path).expanduser()
     if not directory.is_dir():
         raise AdapterError(
@@ -51,49 +81,58 @@ def _locate_local(name: str, source: AdapterSource) -> tuple[Path, Path, Adapter
         raise AdapterError(
             f"Adapter {name!r}: a revision ({source.revision!r}) needs a Hub id, not the directory {source.path!r}."
         )
-    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    if not config_path.is_file():
+    if not (directory / CONFIG_FILE).is_file():
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         hint = f" Its subfolders {inside} have one: give one of those." if inside else ""
-        raise AdapterError(f"Adapter {name!r}: {directory} has no {CONFIG_FILE}.{hint or ' Is it a PEFT adapter?'}")
-    if not weights_path.is_file():
-        raise AdapterError(_no_weights(name, str(directory), pickled=(directory / PICKLE_FILE).is_file()))
+        raise AdapterError(
+            _other_kind(name, directory)
+            or f"Adapter {name!r}: {directory} has no {CONFIG_FILE}.{hint or ' Is it a PEFT adapter?'}"
+        )
     # Absolute from here on: a later change of the working directory must not change what the path means.
-    return config_path, weights_path, AdapterSource(str(directory.resolve()))
+    return directory / CONFIG_FILE, AdapterSource(str(directory.resolve()))
 
 
-def _locate_on_hub(name: str, source: AdapterSource) -> tuple[Path, Path, AdapterSource]:
+def _other_kind(name: str, directory: Path) -> str | None:
+    """What a directory without PEFT's files is, where its own files tell."""
+    found = kind_of_files([path.name for path in directory.iterdir()])
+    if found is None:
+        return None
+    kind, file = found
+    return (
+        f"Adapter {name!r} cannot be fused: {directory} has {file!r}: it is of {kind.name}, not of PEFT. {kind.remedy}"
+    )
+
+
+def _on_the_hub(source: AdapterSource) -> str:
+    return f"{source.path!r} on the Hugging Face Hub"
+
+
+def _download(source: AdapterSource, file: str) -> Path:
     user, repo, *folders = source.path.strip("/").split("/")
-    repo_id, subfolder = f"{user}/{repo}", "/".join(folders) or None
-    where = f"{source.path!r} on the Hugging Face Hub"
-    wanted, commit = CONFIG_FILE, source.revision
+    subfolder = "/".join(folders) or None
+    return Path(hf_hub_download(f"{user}/{repo}", file, subfolder=subfolder, revision=source.revision))
+
+
+@contextmanager
+def _hub_errors(name: str, where: str, missing: str) -> Iterator[None]:
+    """The Hub's errors as this library's; `missing` says what it means that a file is not there."""
     try:
-        config_path = Path(hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder, revision=commit))
-        # Files are laid out as .../snapshots/<commit>/...: the commit makes the source exact, and the weights its own.
-        parts = config_path.parts
-        commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else commit
-        wanted = WEIGHTS_FILE
-        weights_path = Path(hf_hub_download(repo_id, WEIGHTS_FILE, subfolder=subfolder, revision=commit))
+        yield
     except LocalEntryNotFoundError as error:
         raise AdapterError(
             f"Adapter {name!r}: {where} cannot be reached and is not in the local cache. "
             "Check the network, or give a directory."
         ) from error
     except EntryNotFoundError as error:
-        if wanted == WEIGHTS_FILE:
-            raise AdapterError(_no_weights(name, where, pickled=True)) from error
-        raise AdapterError(
-            f"Adapter {name!r}: {where} has no {CONFIG_FILE}. Is it a PEFT adapter, or in a subfolder?"
-        ) from error
+        raise AdapterError(f"Adapter {name!r}: {missing}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterError(f"Adapter {name!r}: {where} cannot be read: {error}") from error
-    return config_path, weights_path, AdapterSource(source.path, commit)
 
 
-def _no_weights(name: str, where: str, *, pickled: bool) -> str:
+def _no_weights(where: str, *, pickled: bool) -> str:
     if pickled:
         return (
-            f"Adapter {name!r}: {where} has no {WEIGHTS_FILE}; pickled weights ({PICKLE_FILE}) can run code and are "
-            "not read. Load it with PEFT and save it again with `save_pretrained` (safetensors is its default)."
+            f"{where} has no {WEIGHTS_FILE}; pickled weights ({PICKLE_FILE}) can run code and are not read. "
+            "Load it with PEFT and save it again with `save_pretrained` (safetensors is its default)."
         )
-    return f"Adapter {name!r}: {where} has no {WEIGHTS_FILE}. Save the adapter again."
+    return f"{where} has no {WEIGHTS_FILE}. Save the adapter again."

@@ -225,6 +225,7 @@ def answer_tokens(
         tokenizer=tokenizer,
         prompt=model.prompt,
         max_new_tokens=max_new_tokens,
+        endings=model.endings,
         batch_size=batch_size,
         on_batch=on_batch,
     )

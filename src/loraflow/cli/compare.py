@@ -10,7 +10,7 @@ import typer
 
 from loraflow.cli.groups import Given, options_of, panel, with_groups
 from loraflow.cli.sources import Sources
-from loraflow.cli.texts import Dev, FieldNames
+from loraflow.cli.texts import Dev, FieldNames, Stop, stop_strings
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class OwnTasks:
     dev: Dev = None
     names: FieldNames = field(default_factory=FieldNames)
     max_new_tokens: Annotated[int, _task(help="Longest answer to --test.")] = 512
+    stop: Stop = field(default_factory=list)
     chat: Annotated[bool, _task("--chat", help="Put harness tasks into the base's chat format.")] = False
 
     def described(self, harness: list[str]) -> dict[str, Any]:
@@ -111,6 +112,7 @@ class OwnTasks:
             train=None if self.data is None else str(self.data),
             dev=None if self.dev is None else str(self.dev),
             max_new_tokens=self.max_new_tokens,
+            stop=stop_strings(self.stop) or None,
             fields=None if fields is None else {"prompt": fields.prompt, "completion": fields.completion},
         )
         tasks: dict[str, Any] = {name: {**task, "harness": name, "chat": self.chat} for name in harness}
@@ -250,7 +252,8 @@ def _base(sources: Sources, fusions: list[str]) -> dict[str, Any]:
 
         saved = [SavedFusion.open(fusion) for fusion in fusions]
         # All rows are asked in the format that the fusions were made for: else prompts would be compared, not methods.
-        own = {**own, "prompt": _prompt_of(saved)}
+        prompt, stop = _manner_of(saved)
+        own = {**own, "prompt": prompt, "stop": stop or None}
         if own["base"] is None or not own["adapters"]:
             own = {**own, **_missing_of(saved[0], own)}
     for key, flag in (("base", "--base"), ("adapters", "--lora-modules")):
@@ -273,20 +276,23 @@ def _missing_of(saved: SavedFusion, own: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if not own[key]}
 
 
-def _prompt_of(fusions: list[SavedFusion]) -> dict[str, Any]:
-    """The prompt format of fusions.
+def _manner_of(fusions: list[SavedFusion]) -> tuple[dict[str, Any], list[str]]:
+    """The prompt format of fusions, and the texts that end their answers because somebody asked for it.
 
     Raises:
         LoraflowError: if they have several.
     """
     first, *others = fusions
-    for other in others:
-        if other.config.prompt != first.config.prompt:
-            raise LoraflowError(
-                f"The fusions {first.name} and {other.name} were made with different prompt formats. Compare them in a "
-                "plan that says which one is used."
-            )
-    return first.config.prompt.model_dump(exclude_none=True)
+    stops = [fusion.config.endings.stop if fusion.config.endings else () for fusion in fusions]
+    for other, stop in zip(others, stops[1:], strict=True):
+        same = {"prompt formats": other.config.prompt == first.config.prompt, "stop strings": stop == stops[0]}
+        for what, is_same in same.items():
+            if not is_same:
+                raise LoraflowError(
+                    f"The fusions {first.name} and {other.name} were made with different {what}. Compare them in a "
+                    "plan that says which one is used."
+                )
+    return first.config.prompt.model_dump(exclude_none=True), list(stops[0])
 
 
 def _made(content: dict[str, Any]) -> Plan:

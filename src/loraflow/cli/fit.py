@@ -12,7 +12,7 @@ import typer
 from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
-from loraflow.cli.texts import DevExamples, PromptOptions, data_option
+from loraflow.cli.texts import DevExamples, PromptOptions, Stop, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
 from loraflow.training.config import FitConfig
@@ -154,6 +154,7 @@ def fit(
     ] = FitConfig.score_max_new_tokens,
     seed: Annotated[int, recipe_option(help="Of the examples' order, and of dropout.")] = FitConfig.seed,
     prompt: PromptOptions,
+    stop: Stop = [],  # noqa: B006 (typer reads the default)
 ) -> None:
     """Learn a fusion of adapters from a few examples.
 
@@ -181,10 +182,12 @@ def fit(
 
     from loraflow import training
 
-    model = sources.build(method, prompt.format())
+    model = sources.build(method, prompt.format(), stop_strings(stop))
     count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
     gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
     console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")
+    asked = manner_line(model.prompt_origin, model.endings, model.tokenizer)
+    console.print(asked, soft_wrap=True, markup=False, highlight=False)
     checkpoints = output / "checkpoints"
     learn: Any = training.search if decision.search else training.fit
     result = learn(

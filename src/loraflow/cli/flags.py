@@ -10,6 +10,7 @@ _FLAGS = {
     "admin_keys": "--admin-key",
     "allow_code": "--allow-code",
     "base": "--base",
+    "chat_template": "--chat-template",
     "fields": "--prompt-field and --completion-field",
     "load_from": "--load-from",
     "mean_weights_on": "--mean-weights-on data.jsonl",

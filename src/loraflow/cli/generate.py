@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraflow.cli.groups import with_groups
 from loraflow.cli.sources import FusionSource
+from loraflow.cli.texts import Stop, manner_line, stop_strings
 from loraflow.errors import LoraflowError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraflow.serving.text import TextStream
 
 
 @with_groups
@@ -34,6 +41,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts of --data answered together.")] = 16,
+    stop: Stop = [],  # noqa: B006 (typer reads the default)
     source: FusionSource,
 ) -> None:
     """Answer prompts with a fusion; one answer is streamed as it comes.
@@ -42,7 +50,8 @@ def generate(
     `--method base`; without a fusion: `--base B --lora-modules zh=path math=path --method average`.
     """
     records = _read_prompts(data, prompt_field) if data is not None else []
-    model = source.open()
+    model = source.open(stop_strings(stop))
+    print(manner_line(model.prompt_origin, model.endings, model.tokenizer), file=sys.stderr)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
 
     from transformers import set_seed
@@ -67,21 +76,40 @@ def _read_prompts(path: Path, field: str) -> list[dict[str, Any]]:
 
 def _stream(model: Any, prompt: str, max_new_tokens: int, options: dict[str, Any]) -> None:
     import torch
-    from transformers import TextStreamer
 
     from loraflow.answers import padding_id, require_tokenizer
+    from loraflow.serving.text import TextStream
 
     tokenizer = require_tokenizer(model.tokenizer)
     ids = torch.tensor([model.prompt.prompt_ids(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stream = TextStream(tokenizer, model.endings.texts)
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        streamer=streamer,
+        streamer=_Printer(stream, model.endings.token_ids),
         pad_token_id=padding_id(tokenizer),
         **{"do_sample": False, **options},
     )
+
+
+class _Printer:
+    """Prints an answer as it comes, for transformers' `generate`; its end is no part of it."""
+
+    def __init__(self, stream: TextStream, ends: Collection[int]) -> None:
+        self._stream, self._ends, self._begun = stream, ends, False
+
+    def put(self, tokens: Tensor) -> None:
+        """Take the prompt, and then each new token."""
+        new = tokens.flatten().tolist() if self._begun else []
+        self._begun = True
+        for token in new:
+            if token not in self._ends:
+                print(self._stream.push(token), end="", flush=True)
+
+    def end(self) -> None:
+        """Print what was held back."""
+        print(self._stream.finish(), flush=True)
 
 
 def _answer_all(
@@ -107,6 +135,7 @@ def _answer_all(
             tokenizer=require_tokenizer(model.tokenizer),
             prompt=model.prompt,
             max_new_tokens=max_new_tokens,
+            endings=model.endings,
             batch_size=batch_size,
             on_batch=lambda count: progress.advance(task, count),
             **options,

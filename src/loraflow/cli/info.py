@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraflow.cli.groups import Given, options_of, panel, with_groups
-from loraflow.cli.sources import DTYPES, FusionSource, MethodChoice, Sources
+from loraflow.cli.sources import DTYPES, FusionSource, MethodChoice
 from loraflow.cli.texts import FieldNames
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import GenerationConfig
 
-    from loraflow.adapters import Adapter
+    from loraflow.adapters import Adapter, AdapterSource
     from loraflow.analysis.weights import WeightStatistics, WeightSummary
     from loraflow.bases import BaseOptions
 
@@ -77,12 +79,12 @@ def info(
     for flag in given.flags(idle):
         raise LoraflowError(f"`{flag}` belongs to --stats. Say --stats too.")
     examples = statistics.read() if stats else []
-    _describe(source.fusion, source.sources)
+    _describe(source)
     if stats:
         _show_statistics(source.open(), examples, statistics)
 
 
-def _describe(fusion: str | None, asked: Sources) -> None:
+def _describe(opened: FusionSource) -> None:
     """Print what can be said without the base's weights.
 
     Raises:
@@ -95,6 +97,7 @@ def _describe(fusion: str | None, asked: Sources) -> None:
     from loraflow.errors import AdapterError
 
     console = Console()
+    fusion, asked = opened.fusion, opened.sources
     options = asked.placement.options()
     if fusion is not None:
         base, sources = _describe_fusion(fusion, asked.base, asked.adapters(), console)
@@ -113,8 +116,7 @@ def _describe(fusion: str | None, asked: Sources) -> None:
     refused: list[str] = []
     for name, source in sources.items():
         try:
-            adapter = load_adapter(name, source)
-            match_adapter(adapter, model)
+            adapter = match_adapter(load_adapter(name, source), model)
             check_inside_layers(adapter, layers)
             fitting.append(adapter)
         except AdapterError as error:
@@ -123,9 +125,12 @@ def _describe(fusion: str | None, asked: Sources) -> None:
         f"base: {base} ({type(model).__name__}, {len(layers.layers)} layers, hidden size {layers.hidden_size})"
     )
     _adapter_table(fitting, console)
+    refused += _describe_prompts(opened, base, {one.name: one.source for one in fitting}, model, console)
     for message in refused:
         console.print("[bold red]does not fit:[/] ", end="")
         print(message)
+    for note in _notes(fitting, base, model):
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     if fitting:
         _count(model, layers, fitting, options, console)
     if refused:
@@ -158,6 +163,57 @@ def _describe_fusion(
             summary = "on each adapter's own data, " + ", ".join(f"{name} {count}" for name, count in own.items())
         console.print(f"trained: {summary}")
     return base or saved.base, saved.sources({name: AdapterSource.parse(path) for name, path in moved.items()})
+
+
+def _describe_prompts(
+    source: FusionSource, base: str, adapters: Mapping[str, AdapterSource], model: Any, console: Console
+) -> list[str]:
+    """Print how the fusion is asked, where its answers end, and what its adapters bring for that; gives refusals."""
+    from loraflow.bases import BaseOptions, choose, find_tokenizer, read_beside, with_tokens
+    from loraflow.cli.texts import manner_line
+    from loraflow.endings import Endings
+    from loraflow.errors import DataError
+    from loraflow.saved.fusion import SavedFusion
+
+    tokenizer = find_tokenizer(base, BaseOptions(revision=source.sources.placement.revision))
+    if tokenizer is None:
+        return []
+    for name, found in ((name, read_beside(place)) for name, place in adapters.items()):
+        new = [text for text, token in found.tokens.items() if tokenizer.get_vocab().get(text) != token.id]
+        brings = [f"a chat template ({_lines(text)} lines)" for text in found.templates.values()]
+        brings += [f"tokens that the base's tokenizer lacks: {', '.join(map(repr, new))}"] if new else []
+        if brings:
+            console.print(f"{name} brings {'; '.join(brings)}", soft_wrap=True, markup=False, highlight=False)
+    try:
+        given = source.prompt.format()
+        if source.fusion is not None:
+            config = SavedFusion.open(source.fusion).config
+            prompt, origin = source.prompt.over(config.prompt), "the fusion's own format"
+            tokenizer, endings = with_tokens(tokenizer, config.added_tokens), config.endings
+            endings = endings if prompt == config.prompt else None
+        else:
+            choice = choose(given, tokenizer, adapters, model.config.get_text_config(decoder=True).vocab_size)
+            tokenizer, prompt, origin = with_tokens(tokenizer, choice.tokens), choice.prompt, choice.origin
+            endings = None
+        prompt = prompt.resolve(tokenizer)
+    except DataError as error:
+        return [str(error)]
+    endings = endings or Endings.find(prompt, tokenizer, _generation_config(base, source, model))
+    console.print(manner_line(origin, endings, tokenizer), soft_wrap=True, markup=False, highlight=False)
+    return []
+
+
+def _generation_config(base: str, source: FusionSource, model: Any) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(base, revision=source.sources.placement.revision or "main")
+    except OSError:
+        return model.generation_config
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1
 
 
 def _method_text(name: str, parameters: Mapping[str, Any]) -> str:
@@ -199,6 +255,31 @@ def _adapter_table(adapters: list[Adapter], console: Console) -> None:
             " ".join(kinds) or "LoRA",
         )
     console.print(table)
+
+
+def _notes(adapters: Sequence[Adapter], base: str, model: Any) -> list[str]:
+    """What may be as it should be with adapters that fit, or not."""
+    from loraflow.adapters import uncompared_copies
+
+    notes = []
+    for adapter in adapters:
+        trained_on = adapter.config.base_model_name_or_path
+        if trained_on and _model_name(trained_on) != _model_name(base):
+            notes.append(f"{adapter.name} was trained on {trained_on!r} by its own account; the base here is {base!r}.")
+        copies = uncompared_copies(adapter, model)
+        if copies:
+            notes.append(
+                f"{adapter.name} brings its own {' and '.join(copies)}; it is fused only with a base that has the "
+                "same, which shows when that is loaded."
+            )
+    return notes
+
+
+def _model_name(path: str) -> str:
+    """What a model is called, wherever it lies: the last part of its id or path, or of the id in a cache folder's."""
+    parts = [part for part in re.split(r"[/\\]", path) if part]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return (cached or parts or [path])[-1].lower()
 
 
 def _count(model: Any, layers: Any, adapters: list[Adapter], options: BaseOptions, console: Console) -> None:

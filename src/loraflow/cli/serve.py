@@ -15,6 +15,7 @@ import typer
 
 from loraflow.cli.groups import Given, options_of, panel, with_groups
 from loraflow.cli.sources import Sources
+from loraflow.cli.texts import PromptOptions, Stop, stop_strings
 from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits, ServerConfig
 
@@ -156,6 +157,8 @@ def serve(
     ] = None,
     network: Network,
     limits: Limits,
+    prompt: PromptOptions,
+    stop: Stop = [],  # noqa: B006 (typer reads the default)
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log too.")] = False,
     engine: Annotated[
         Engine, typer.Option("--engine", help="Answer here, or start vLLM's own server on one fusion.")
@@ -197,7 +200,13 @@ def serve(
     )
     listener = _listen(network.host, network.port)
     catalog = Catalog.open(
-        sources.base, sources.adapters(), named, base_id=served_model_name, options=sources.placement.options()
+        sources.base,
+        sources.adapters(),
+        named,
+        base_id=served_model_name,
+        prompt=prompt.format(),
+        stop_strings=stop_strings(stop),
+        options=sources.placement.options(),
     )
     _answer(catalog, config, listener)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraflow.cli.groups import panel
+from loraflow.cli.texts import PromptOptions
 from loraflow.cli.values import parse_adapters, parse_method_options
 from loraflow.errors import LoraflowError, did_you_mean
 
@@ -107,12 +108,14 @@ class Sources:
             raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules {form}")
         return self.base, adapters
 
-    def build(self, method: FusionMethod, prompt: PromptFormat) -> FusedModel:
+    def build(self, method: FusionMethod, prompt: PromptFormat, stop_strings: Sequence[str] = ()) -> FusedModel:
         """A fused model of them."""
         base, adapters = self.both()
         from loraflow.model import FusedModel
 
-        return FusedModel.from_adapters(base, adapters, method, prompt=prompt, options=self.placement.options())
+        return FusedModel.from_adapters(
+            base, adapters, method, prompt=prompt, stop_strings=stop_strings, options=self.placement.options()
+        )
 
 
 @dataclass(frozen=True)
@@ -142,18 +145,19 @@ class FusionSource:
     ] = None
     choice: MethodChoice = field(default_factory=MethodChoice)
     sources: Sources = field(default_factory=Sources)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
 
-    def open(self) -> FusedModel:
-        """The model.
+    def open(self, stop_strings: Sequence[str] = ()) -> FusedModel:
+        """The model, whose answers end before these texts too.
 
         Raises:
             LoraflowError: if the method would learn, but nothing has been learned.
         """
         from loraflow.model import FusedModel
-        from loraflow.prompts import PromptFormat
 
         if self.fusion is None:
-            model = self.sources.build(self.choice.resolve("average", list(self.sources.adapters())), PromptFormat())
+            method = self.choice.resolve("average", list(self.sources.adapters()))
+            model = self.sources.build(method, self.prompt.format(), stop_strings)
             if model.method.learns:
                 raise LoraflowError(
                     f"The method {model.method.name!r} must be fitted first. "
@@ -164,8 +168,12 @@ class FusionSource:
             self.fusion,
             base=self.sources.base,
             adapters=self.sources.adapters() or None,
+            stop_strings=stop_strings,
             options=self.sources.placement.options(),
         )
+        prompt = self.prompt.over(model.prompt)
+        if prompt != model.prompt:
+            model.prompt = prompt
         if self.choice.method is not None or self.choice.method_option:
             self._use_choice(model)
         return model

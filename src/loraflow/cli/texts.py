@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from loraflow.cli.groups import panel
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraflow.endings import Endings
     from loraflow.examples import Example, Fields
     from loraflow.prompts import PromptFormat
 
@@ -85,8 +91,40 @@ class PromptOptions:
             chat = self.chat_template.read_text(encoding="utf-8") if self.chat_template is not None else None
         except OSError as error:
             raise LoraflowError(f"`--chat-template`: {error}") from error
-        plain = self.prompt_template.replace("\\n", "\n") if self.prompt_template is not None else None
+        plain = _with_new_lines(self.prompt_template) if self.prompt_template is not None else None
         return PromptFormat(system_prompt=self.system_prompt, template=plain, chat_template=chat)
+
+    def over(self, own: PromptFormat) -> PromptFormat:
+        """A format with what the options say in place of what it has; a template of either kind is one."""
+        given = self.format().model_dump(exclude_none=True)
+        if given.keys() & {"template", "chat_template"}:
+            given = {"template": None, "chat_template": None, **given}
+        return own.model_copy(update=given)
+
+
+Stop = Annotated[
+    list[str],
+    typer.Option(
+        "--stop",
+        help="An answer ends before this text too; \\n is a new line; give it again for more.  [default: where the "
+        "chat template, the tokenizer or the base ends it]",
+        show_default=False,
+    ),
+]
+
+
+def stop_strings(stop: Sequence[str]) -> list[str]:
+    """What `--stop` says."""
+    return [_with_new_lines(text) for text in stop]
+
+
+def manner_line(origin: str, endings: Endings, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """How a model is asked and where its answers end, for people."""
+    return f"prompts: {origin}; answers end at {endings.describe(tokenizer)}"
+
+
+def _with_new_lines(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def _fields(prompt: str | None, completion: str | None) -> Fields | None:

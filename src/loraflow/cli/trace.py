@@ -11,6 +11,7 @@ import typer
 
 from loraflow.cli.groups import with_groups
 from loraflow.cli.sources import FusionSource
+from loraflow.cli.texts import Stop, stop_strings
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def trace(
         Path | None, typer.Option("--json", help="Write tokens and all weights (seq, layers, adapters) there.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer, in tokens.")] = 256,
+    stop: Stop = [],  # noqa: B006 (typer reads the default)
     source: FusionSource,
 ) -> None:
     """Colour each token by the adapter that dominates it.
@@ -58,7 +60,7 @@ def trace(
     for flag, path in {"--html": html_file, "--json": json_file}.items():
         if path is not None:
             _check_file(flag, path)
-    model = source.open()
+    model = source.open(stop_strings(stop))
     own = source.choice.method or model.method.name
     others = _compared(model, own, compare)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,20 +15,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraflow.adapters import Adapter, LoraModule, match_adapter
+from loraflow.adapters import Adapter, match_adapter
 from loraflow.bases import BaseOptions, find_tokenizer, load_base
-from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers, group_by_input
+from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers
 from loraflow.core.context import LayerContext
+from loraflow.core.fuse import Fused, Group, device_of, find_sites, fuse_layers, gate_dtype, unfuse_layers
 from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
-from loraflow.core.linear import FusedLinear, InputGroup, Member, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.core.quantized import allow_packing, keep_differentiable
-from loraflow.core.rows import LayerRows, Rows, probe_rows
-from loraflow.core.swap import restore_class, swap_class
+from loraflow.core.rows import probe_rows
 from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.methods.base import Method, Place, Site
-
-Updates = dict[str, tuple[LoraModule | None, ...]]
 
 
 class Turn:
@@ -69,7 +65,7 @@ class Attachment:
     _turn: Turn = field(default_factory=Turn)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
-    _slots: list[tuple[nn.Module, str, FusedLinear]] = field(default_factory=list)
+    _slots: list[tuple[nn.Module, str, Fused]] = field(default_factory=list)
     _detached: bool = False
 
     @property
@@ -83,6 +79,11 @@ class Attachment:
         return [cast(FusedDecoderLayer, layer).fusion for layer in self.layers.layers]
 
     @property
+    def is_attached(self) -> bool:
+        """Whether the adapters are in the model, and have not been taken out."""
+        return not self._detached
+
+    @property
     def layer_count(self) -> int:
         """How many decoder layers there are."""
         return len(self.layers.layers)
@@ -93,9 +94,9 @@ class Attachment:
         return [fusion.context for fusion in self.fusions]
 
     @property
-    def groups(self) -> list[InputGroup]:
-        """The fused linears of all layers, by the input that they read."""
-        return [cast(InputGroup, group) for fusion in self.fusions for group in fusion.groups]
+    def groups(self) -> list[Group]:
+        """What is fused in all layers, by the input that it reads."""
+        return [cast(Group, group) for fusion in self.fusions for group in fusion.groups]
 
     def turn(self) -> contextlib.AbstractContextManager[None]:
         """Held by whoever calls the model, or changes who weighs; other threads wait for theirs."""
@@ -156,16 +157,35 @@ class Attachment:
             gate = method.gate(site)
             if gate is not None:
                 layer = self.layers.layers[site.layer]
-                gates[name] = gate.to(_device_of(layer), _gate_dtype(layer, self.model))
+                gates[name] = gate.to(device_of(layer), gate_dtype(layer, self.model))
         return gates
 
     def install(self, method: Method, gates: Gates) -> None:
-        """Let a method's gates give the fusion weights from now on; without any, the base answers alone."""
-        lanes = Lanes(None, (self.lane(None, method, gates),))
+        """Let a method's gates give the fusion weights from now on, as modules of the model.
+
+        Without any, the base answers alone.
+        """
+        lanes = self._lanes_of(method, gates)
         for index, fusion in enumerate(self.fusions):
             # The gate of a whole model belongs to its first layer; the others only call it.
             prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
             fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+
+    def use(self, method: Method, gates: Gates) -> None:
+        """Let a method's gates give the fusion weights from now on; the modules of the model stay as they are."""
+        lanes = self._lanes_of(method, gates)
+        for context in self.contexts:
+            context.set_own(lanes)
+
+    @contextlib.contextmanager
+    def using(self, method: Method, gates: Gates) -> Iterator[None]:
+        """Let a method's gates give the fusion weights inside the block, also where lanes weigh around it."""
+        lanes = [self._lanes_of(method, gates)] * self.layer_count
+        with self._with_contexts("own", lanes), self._with_contexts("lanes", lanes):
+            yield
+
+    def _lanes_of(self, method: Method, gates: Gates) -> Lanes:
+        return Lanes(None, (self.lane(None, method, gates),))
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """The positions of adapters among the fused ones.
@@ -210,18 +230,18 @@ class Attachment:
                     f"The decoder layers of {model} hand on several streams, so the method {method.name!r} has no one "
                     f"input of each layer to weigh tokens by. {remedy}, or one with gates of single modules."
                 )
-            for name in (name for group in fusion.groups for name in cast(InputGroup, group).names):
-                if name in (context.rows.linears or ()) and context.rows.of(name) in ("prompts", "unknown"):
+            for group in (cast(Group, group) for group in fusion.groups):
+                if group.rows in ("prompts", "unknown"):
                     raise ArchitectureError(
-                        f"'{name}' of decoder layer {context.index} of {model} does not read the layer's tokens one "
-                        f"by one, so the method {method.name!r}, which weighs each token, cannot weigh it. {remedy}, "
-                        "or one with gates of single modules; or leave it out of `target_modules`."
+                        f"'{group.names[0]}' of decoder layer {context.index} of {model} does not read the layer's "
+                        f"tokens one by one, so the method {method.name!r}, which weighs each token, cannot weigh it. "
+                        f"{remedy}, or one with gates of single modules; or leave it out of `target_modules`."
                     )
 
     def given_lane(self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"]) -> Lane:
         """Requests of a batch, each with weights of its own for every layer."""
         gates: Gates = {
-            f"layers.{index}": RowGate(weights[:, index].to(_device_of(layer), _gate_dtype(layer, self.model)))
+            f"layers.{index}": RowGate(weights[:, index].to(device_of(layer), gate_dtype(layer, self.model)))
             for index, layer in enumerate(self.layers.layers)
         }
         return Lane(tuple(requests), "layer", gates)
@@ -236,11 +256,11 @@ class Attachment:
             raise LoraflowError("The adapters were taken out of this model with `unload()`. Fuse them again.")
         if torch.compiler.is_compiling():
             return
-        for parent, name, linear in self._slots:
+        for parent, name, part in self._slots:
             found = parent._modules.get(name)
-            if found is not linear:
+            if found is not part:
                 raise LoraflowError(
-                    f"The fused '{linear.fused.name}' is inside a {type(found).__name__} now: something was put around "
+                    f"The fused '{part.fused.name}' is inside a {type(found).__name__} now: something was put around "
                     "it after the adapters were fused (PEFT's `get_peft_model`, transformers' `load_adapter`?), and "
                     "speaks past the fusion weights. Name all adapters when the fusion is made, with a base as it was."
                 )
@@ -255,12 +275,7 @@ class Attachment:
         """Give the base model back as it was before, bit for bit; also one that was attached to only in part."""
         self.check_attached()
         self._detached, self._slots = True, []
-        for layer in self.layers.layers:
-            for linear in fused_linears(layer):
-                unfuse_linear(linear)
-            if isinstance(layer, FusedDecoderLayer):
-                restore_class(layer)
-                del layer.fusion
+        unfuse_layers(self.layers)
         allow_packing(self._packing)
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -293,7 +308,7 @@ def check_plain(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, FusedLinear):
+        if isinstance(module, Fused):
             raise LoraflowError("The base model is fused already. Take that fusion out first, with its `unload()`.")
         if isinstance(module, BaseTunerLayer):
             raise LoraflowError(
@@ -333,109 +348,24 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         AdapterError: if an adapter does not fit the base.
     """
     check_plain(model)
+    adapters = [match_adapter(adapter, model) for adapter in adapters]
     for adapter in adapters:
-        match_adapter(adapter, model)
         check_inside_layers(adapter, layers)
-    rows = probe_rows(model, layers)
     attachment = Attachment(model, tuple(adapters), layers)
     attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     attachment._packing = keep_differentiable(model)
     try:
-        _fuse_layers(model, layers, adapters, rows)
+        fuse_layers(model, layers, adapters, probe_rows(model, layers))
     except BaseException:
         attachment.detach()
         raise
-    attachment.sites = _sites(attachment)
+    attachment.sites = find_sites(layers, adapters)
     attachment._slots = [
         (parent, name, child)
         for layer in layers.layers
         for parent in layer.modules()
         for name, child in parent.named_children()
-        if isinstance(child, FusedLinear)
+        if isinstance(child, Fused)
     ]
     return attachment
-
-
-def _fuse_layers(
-    model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], rows: Sequence[LayerRows]
-) -> None:
-    first: LayerContext | None = None
-    for index, layer in enumerate(layers.layers):
-        context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
-        first = first or context
-        fusion = LayerFusion(context)
-        for names in group_by_input(_target_names(layer, layers, index, adapters)):
-            for kind, alike in itertools.groupby(names, rows[index].of):
-                fusion.groups.append(_fuse_group(model, layers, context, list(alike), kind, adapters))
-                context.keeps = context.keeps or kind == "cached"
-        layer.fusion = fusion.train(layer.training)
-        swap_class(layer, FusedDecoderLayer)
-
-
-def _target_names(layer: nn.Module, layers: DecoderLayers, index: int, adapters: Sequence[Adapter]) -> list[str]:
-    targeted = {layers.split(name) for adapter in adapters for name in adapter.modules}
-    # In the layer's own order, not that of a set.
-    return [name for name, _ in layer.named_modules() if (index, name) in targeted]
-
-
-def _fuse_group(
-    model: PreTrainedModel,
-    layers: DecoderLayers,
-    context: LayerContext,
-    names: Sequence[str],
-    rows: Rows,
-    adapters: Sequence[Adapter],
-) -> InputGroup:
-    base_layers = [layers.layers[context.index].get_submodule(name) for name in names]
-    stacks = []
-    for name, base_layer in zip(names, base_layers, strict=True):
-        updates = [adapter.modules.get(f"{layers.prefix}.{context.index}.{name}") for adapter in adapters]
-        stacks.append(stack_adapters(updates, base_layer, _dtype_of(base_layer, model)))
-    group = InputGroup(names, stacks, _device_of(base_layers[0]), rows)
-    for position, (base_layer, stack) in enumerate(zip(base_layers, stacks, strict=True)):
-        fuse_linear(base_layer, stack, Member(group, position, context, stack.output_scale is not None))
-    return group
-
-
-def _sites(attachment: Attachment) -> dict[Place, dict[str, Site]]:
-    adapters = tuple(adapter.name for adapter in attachment.adapters)
-    hidden, count = attachment.layers.hidden_size, len(attachment.layers.layers)
-    everywhere: Updates = {}
-    sites: dict[Place, dict[str, Site]] = {"layer": {}, "module": {}}
-    for index, layer in enumerate(attachment.layers.layers):
-        of_layer: Updates = {}
-        for linear in fused_linears(layer):
-            name, full = linear.fused.name, f"layers.{index}.{linear.fused.name}"
-            key = f"{attachment.layers.prefix}.{index}.{name}"
-            updates = tuple(adapter.modules.get(key) for adapter in attachment.adapters)
-            of_layer[name] = everywhere[full] = updates
-            features = linear.fused.group.lora_A.shape[1]
-            sites["module"][full] = Site(adapters, features, count, index, name, {name: updates})
-        sites["layer"][f"layers.{index}"] = Site(adapters, hidden, count, index, updates=of_layer)
-    sites["model"] = {"model": Site(adapters, hidden, count, updates=everywhere)}
-    return sites
-
-
-def fused_linears(layer: nn.Module) -> list[FusedLinear]:
-    """The fused linears of a decoder layer, in its order."""
-    return [module for module in layer.modules() if isinstance(module, FusedLinear)]
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(module.parameters()).device
-
-
-def _gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:
-    # Weights are computed in float32 at least.
-    return torch.promote_types(torch.float32, _dtype_of(layer, model))
-
-
-def _dtype_of(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
-    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
-    # A quantised weight is no float; its activations have the model's precision.
-    return dtypes[0] if dtypes else model.dtype

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -95,7 +95,7 @@ class LayerContext:
 
         Handed over so, a recomputation for gradient checkpointing sees those of its own forward.
         """
-        carried: dict[str, Any] = {} if self.lanes is self.own else {"fusion_lanes": self.lanes}
+        carried: dict[str, Any] = {"fusion_lanes": self.lanes}
         if self.lanes.reads_embeddings:
             first = self._first
             if first is self:
@@ -174,6 +174,62 @@ class LayerContext:
                 "Leave it out of `target_modules`."
             )
         return weights
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the running forward may have fusion weights at all."""
+        return self.weights is not None or self.alone is not None or self.running.reads_modules
+
+    def weights_for_routed(
+        self,
+        name: str,
+        rows: Rows,
+        tokens: Int[Tensor, " routed"],
+        count: int,
+        x: Float[Tensor, "routed features"],
+    ) -> Float[Tensor, "*routed adapters"] | None:
+        """The fusion weights where a router has sent tokens to experts; None for the base.
+
+        Args:
+            name: of the experts' parameter, within the layer.
+            rows: what the tokens are.
+            tokens: which of them each row is.
+            count: how many of them there are.
+            x: what is multiplied with the parameter.
+
+        Returns:
+            Those of each row, or one for all.
+        """
+        if self.alone is not None:
+            chosen = x.new_zeros(len(self.alone), self.adapters)
+            for row, adapter in enumerate(self.alone):
+                if adapter is not None:
+                    chosen[row, adapter] = 1
+            return chosen[tokens // (count // len(self.alone))]
+        weights = self.weights
+        if weights is not None and weights.dim() > 1:
+            weights = self._weights_of_rows(name, weights, rows, count)
+            weights = weights if weights.dim() == 1 else weights[tokens]
+        if not self.running.reads_modules:
+            return weights
+        own = [(lane, lane.gate(self.index, name)) for lane in self.running.lanes if lane.place == "module"]
+        if self.running.only is not None:
+            ((lane, gate),) = own
+            found = None if gate is None else lane.spread(gate(x), self.adapters)
+        else:
+            assert weights is not None
+            found = weights.expand(len(x), -1).clone()
+            of_prompt = torch.div(tokens, count // self.shape[0], rounding_mode="floor")
+            for lane, gate in own:
+                if gate is not None:
+                    here = torch.isin(of_prompt, self.running.rows_of(lane, self.shape[0], x.device))
+                    found[here] = lane.spread(gate(x[here]), self.adapters).to(found)
+        if found is not None and self.recorded is not None and count == math.prod(self.shape):
+            # A token has the mean of what it has at its experts.
+            each = found.expand(len(x), -1).float()
+            of_tokens = each.new_zeros(count, self.adapters).index_add(0, tokens, each)
+            self._record(name, of_tokens / (len(x) // count))
+        return found
 
     def mixes_for(self, count: int) -> bool | Tensor:
         """Whether parameters are mixed, for this many rows of an input; a mask `[rows, 1]` where they differ."""
@@ -334,6 +390,16 @@ class LayerContext:
         assert self.recorded is not None
         noted = weights.detach().float()
         self.recorded[name] = noted.reshape(*self.shape, -1) if noted.dim() > 1 else noted.expand(*self.shape, -1)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        # A call that runs meanwhile is not copied.
+        return self.index, self.adapters, self.rows, self.keeps, self.own, self._first, self._is_last
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.index, self.adapters, self.rows, self.keeps, own, self._first, self._is_last = state
+        self.alone = self.embeddings = self.recorded = None
+        self.set_own(own)
+        self.close()
 
 
 def _by_row(weights: Float[Tensor, "*weights adapters"], rows: int) -> Float[Tensor, "*rows adapters"]:

@@ -24,7 +24,7 @@ class LayerFusion(nn.Module):
 
     Attributes:
         context: how weights come from the gates to the linears.
-        groups: the linears, by the input that they read.
+        groups: what is fused, by the input that it reads.
         gates: the gates that this layer owns.
     """
 

@@ -116,7 +116,11 @@ def dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_featur
 
     # accelerate keeps offloaded weights away until a forward; a quantised weight is read through its own kernel.
     with align_module_device(base_layer):
+        own = getattr(base_layer, "weight", None)
         weight = dequantize_module_weight(base_layer).detach().cpu()
+        if own is not None and base_layer.weight is not own:
+            # PEFT moves 8-bit weights to where they are, which makes them forget the scales that a forward has moved.
+            base_layer.weight = own
     return weight.T if isinstance(base_layer, Conv1D) else weight
 
 
@@ -254,10 +258,9 @@ class InputGroup(nn.Module):
     def _mix(
         self, weighted: Float[Tensor, "tokens slots"], slot_weights: Float[Tensor, "*tokens slots"]
     ) -> Float[Tensor, "tokens slots"]:
-        """The cross terms: every adapter's B is given the weighted sum of all adapters' A x."""
+        """The cross terms, of modules some of which may have a `lora_bias`."""
         plain = weighted if self.input_bias is None else weighted * (1 - self.input_bias)
-        sums = plain.new_zeros(plain.shape[0], self.place_count).index_add(1, self.places, plain)
-        mixed = sums[:, self.places] * slot_weights
+        mixed = mix_slots(plain, slot_weights, self.places, self.place_count)
         # A `lora_bias` belongs to B alone: it is weighted once.
         return mixed if self.input_bias is None else torch.where(self.input_bias.bool(), weighted, mixed)
 
@@ -267,6 +270,17 @@ class InputGroup(nn.Module):
         start = sum(self.sizes[:member]) + before
         count = self.slots[member][adapter]
         return slice(before, before + count), slice(start, start + count)
+
+
+def mix_slots(
+    weighted: Float[Tensor, "tokens slots"],
+    slot_weights: Float[Tensor, "*tokens slots"],
+    places: Int[Tensor, " slots"],
+    place_count: int,
+) -> Float[Tensor, "tokens slots"]:
+    """The cross terms: every adapter's B is given the weighted sum of all adapters' A x."""
+    sums = weighted.new_zeros(weighted.shape[0], place_count).index_add(1, places, weighted)
+    return sums[:, places] * slot_weights
 
 
 def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:
@@ -311,7 +325,12 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in_features"], *args, **kwargs) -> Float[Tensor, "*batch out_features"]:
         """The base linear's output plus the weighted sum of the adapters' updates."""
-        base_output = super().forward(x, *args, **kwargs)
+        return self.add_updates(x, super().forward(x, *args, **kwargs))
+
+    def add_updates(
+        self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """What the base gave, which is nobody else's yet, plus the weighted sum of the adapters' updates."""
         group, member, context, uses_dora = self.fused
         if context.alone is not None:
             return self._each_alone(x, base_output)
@@ -329,12 +348,12 @@ class FusedLinear(nn.Module):
         shape = base_output.shape
         flat = base_output.view(-1, shape[-1])
         if not uses_dora and not torch.is_grad_enabled():
-            # The base's output is nobody else's yet: adding in place saves a tensor and, at one token, time.
+            # Adding in place saves a tensor and, at one token, time.
             flat.addmm_(product, lora_B)
             return base_output
         result = torch.addmm(flat, product, lora_B)
         if uses_dora:
-            dense = flat if self.bias is None else flat - self.bias
+            dense = flat if self.bias is None else flat - cast(Tensor, self.bias)
             result = result + ScaledOutput.apply(dense, context.member_weights[member], self.lora_output_scale)
         return result.view(shape)
 
@@ -390,12 +409,12 @@ class Member(NamedTuple):
         return self.group.names[self.member]
 
 
-def fuse_linear(linear: nn.Module, stack: StackedLora, fused: Member) -> None:
+def fuse_linear(linear: nn.Module, stack: StackedLora, fused: Member, mixin: type[FusedLinear] = FusedLinear) -> None:
     """Make a base linear a `FusedLinear`, in its place."""
     device, scale = fused.group.lora_A.device, stack.output_scale
     linear.register_buffer("lora_B", stack.lora_B.to(device), persistent=False)
     linear.register_buffer("lora_output_scale", None if scale is None else scale.to(device), persistent=False)
-    swap_class(linear, FusedLinear)
+    swap_class(linear, mixin)
     assert isinstance(linear, FusedLinear)
     linear.fused = fused
 

@@ -54,12 +54,15 @@ class LayerRows:
     linears: dict[str, Rows] | None = None
 
     def of(self, name: str) -> Rows:
-        """What a linear reads; one that the probe did not call reads what those in its place elsewhere read."""
+        """What a linear reads; one that the probe did not call reads what those in its place elsewhere read.
+
+        One that only images reach is taken to read tokens, until it is called with another number of rows.
+        """
         if self.linears is None or name in self.linears:
             return "tokens" if self.linears is None else self.linears[name]
         place = _without_numbers(name)
         alike = [rows for other, rows in self.linears.items() if _without_numbers(other) == place]
-        return max(alike, key=_BY_STRENGTH.index, default="unknown")
+        return max(alike, key=_BY_STRENGTH.index, default="tokens")
 
 
 def _without_numbers(name: str) -> str:
@@ -173,8 +176,10 @@ class _Seen:
         def end(*_: object) -> None:
             raise _Stop
 
-        watched = [(name, module) for name, module in self.layer.named_modules() if not name or not _children(module)]
-        handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in watched]
+        handles = [
+            module.register_forward_pre_hook(note(name), with_kwargs=True)
+            for name, module in self.layer.named_modules()
+        ]
         if stop:
             handles.append(self.layer.register_forward_hook(end))
         try:
@@ -198,10 +203,6 @@ class _Seen:
                     found += [_rows(x, _FIRST, _NEXT, _FIRST, tolerance) for x in later.get(name, [])]
                 linears[name] = max(found, key=_BY_STRENGTH.index)
         return LayerRows(axes, streams, linears)
-
-
-def _children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
 
 
 def _run(model: PreTrainedModel, ids: Tensor, first: _Seen) -> Cache | None:

@@ -11,11 +11,10 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from loraflow import __version__
-from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraModule
+from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraModule, write_keys
 from loraflow.core.fusion import Fusion
 from loraflow.core.layers import LayerFusion
 from loraflow.errors import LoraflowError
@@ -26,7 +25,6 @@ from loraflow.saved.records import CARD_FILE
 # What `vllm serve --max-lora-rank` takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-_KEY_PREFIX = "base_model.model."
 
 _CARD = """---
 library_name: peft
@@ -119,9 +117,10 @@ def checked_target(model: Fusion, directory: Path, overwrite: bool) -> Path:
 def write_adapter(model: Fusion, adapter: Adapter, report: ExportReport) -> None:
     """Write beside the directory first, so that a crash leaves no adapter there that is only in part the new one."""
     target = report.directory
+    tensors = {key: tensor.contiguous() for key, tensor in write_keys(adapter.modules).items()}
     with staged(target, folder=True) as folder:
         adapter.config.save_pretrained(str(folder))
-        write_atomically(folder / WEIGHTS_FILE, save(_tensors(adapter.modules), metadata={"format": "pt"}))
+        write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         write_atomically(folder / CARD_FILE, _card(model, report).encode())
         if not target.exists() or not any(target.iterdir()):
             os.replace(folder, target)
@@ -130,21 +129,6 @@ def write_adapter(model: Fusion, adapter: Adapter, report: ExportReport) -> None
         (target / CONFIG_FILE).unlink(missing_ok=True)
         for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
             os.replace(folder / name, target / name)
-
-
-def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, module in modules.items():
-        parts = {
-            "lora_A.weight": module.lora_A,
-            "lora_B.weight": module.lora_B,
-            "lora_B.bias": module.bias,
-            "lora_magnitude_vector": module.magnitude,
-        }
-        for part, tensor in parts.items():
-            if tensor is not None:
-                tensors[f"{_KEY_PREFIX}{name}.{part}"] = tensor.contiguous()
-    return tensors
 
 
 def peft_config(model: Fusion, modules: Mapping[str, LoraModule]) -> LoraConfig:

@@ -69,7 +69,7 @@ class Logo(QueryMethod):
         shared = {
             name.removeprefix(prefix): [update for update in updates if update is not None]
             for name, updates in site.updates.items()
-            if name.startswith(prefix) and all(update is not None for update in updates)
+            if name.startswith(prefix) and all(update is not None and update.experts == 1 for update in updates)
         }
         if not shared:
             raise MethodError(

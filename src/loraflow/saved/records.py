@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loraflow.bases import BaseRecord
+from loraflow.bases import AddedTokens, BaseRecord
+from loraflow.endings import Endings
 from loraflow.errors import FusionError
 from loraflow.prompts import PromptFormat
 
@@ -43,7 +44,10 @@ class MethodRecord(_Record):
 
 
 class FusionConfig(_Record):
-    """Everything that a fusion is, less its learned values. The order of `adapters` is that of the fusion weights."""
+    """Everything that a fusion is, less its learned values. The order of `adapters` is that of the fusion weights.
+
+    Fusions of earlier versions have no `endings`; theirs are found as those of a new one are.
+    """
 
     format_version: int = FORMAT_VERSION
     loraflow_version: str
@@ -51,6 +55,8 @@ class FusionConfig(_Record):
     adapters: list[AdapterRecord] = Field(min_length=1)
     method: MethodRecord
     prompt: PromptFormat = PromptFormat()
+    endings: Endings | None = None
+    added_tokens: AddedTokens = {}
     training: dict[str, Any] | None = None
     weights_digest: str
 

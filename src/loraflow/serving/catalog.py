@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from loraflow.adapters import Adapter, load_adapter, tensors_digest
-from loraflow.bases import BaseOptions, check_base
+from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates
+from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
 from loraflow.methods.base import check_weights
@@ -41,6 +42,8 @@ class Served:
         digest: of all that its answers depend on but the request: base, adapters, method and what that has learned.
         adapters: names of its adapters, in the order of its weights.
         method: who weighs them.
+        prompt: how conversations become prompts.
+        endings: what ends an answer, where a request says nothing more.
         gates: the method's gates, for its own adapters.
     """
 
@@ -53,6 +56,7 @@ class Served:
     parts: tuple[str, ...]
     method: Method
     prompt: PromptFormat
+    endings: Endings
     gates: Gates = field(repr=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -60,15 +64,17 @@ class Served:
 class Catalog:
     """The models of one server, over one base; adapters and fusions may come and go while it answers."""
 
-    def __init__(self, model: FusedModel, base_id: str, base_root: str) -> None:
+    def __init__(self, model: FusedModel, base_id: str, base_root: str, asked: PromptFormat | None = None) -> None:
         # With every adapter that any of them needs.
         self.model = model
         self.base_id = base_id
+        # What was asked for of the prompt format; adapters that bring a template fill what it leaves open.
+        self._asked = asked or PromptFormat()
         # By name, the base first; replaced where it changes, so that readers need no lock.
         self.served: dict[str, Served] = {}
         # Gates of methods that requests ask for, such as Arrow's directions, which take a while to find.
         self._made: dict[str, Gates] = {}
-        self._offer(self._make(base_id, "base", base_root, (), make_method("base", {}), model.prompt))
+        self._offer(self._make(base_id, "base", base_root, (), make_method("base", {}), (model.prompt, model.endings)))
         for adapter in model.adapters:
             self._offer(self._make_adapter(adapter))
 
@@ -80,6 +86,8 @@ class Catalog:
         fusions: Mapping[str, str] | None = None,
         *,
         base_id: str | None = None,
+        prompt: PromptFormat | None = None,
+        stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
     ) -> Catalog:
         """Load a base, adapters and saved fusions.
@@ -89,6 +97,8 @@ class Catalog:
             adapters: further adapters by name, which can be asked for alone and in weights.
             fusions: saved fusions by name.
             base_id: what requests call the base; by default its id, or its directory's name.
+            prompt: how questions to the base and to adapters become prompts; fusions have a format of their own.
+            stop_strings: answers of all of them end before the first of these too.
             options: precision, placement and quantisation of the base.
 
         Raises:
@@ -104,8 +114,17 @@ class Catalog:
         with_names = [_add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
-        model = FusedModel.from_adapters(base, union, "base", options=options)
-        catalog = cls(model, base_id or (Path(base).name if Path(base).is_dir() else str(base)), str(base))
+        tokenizer, how = find_tokenizer(base, options or BaseOptions()), prompt
+        if tokenizer is not None:
+            # Adapters of fusions alone say nothing of how the base is asked.
+            given = {name: union[name].source for name in adapters or {}}
+            rows = read_base_config(base, options or BaseOptions()).get_text_config(decoder=True).vocab_size
+            how = choose(prompt or PromptFormat(), tokenizer, given, rows).prompt.resolve(tokenizer)
+        model = FusedModel.from_adapters(
+            base, union, "base", tokenizer=tokenizer, prompt=how, stop_strings=stop_strings, options=options
+        )
+        name = base_id or (Path(base).name if Path(base).is_dir() else str(base))
+        catalog = cls(model, name, str(base), prompt)
         for fusion, names in with_names:
             catalog._offer(catalog._make_saved(fusion, names))
         return catalog
@@ -202,13 +221,38 @@ class Catalog:
             self.served = {**self.served, served.id: served}
 
     def _make_adapter(self, adapter: Adapter) -> Served:
-        alone = Static({adapter.name: 1.0})
-        return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, self.model.prompt)
+        model, alone = self.model, Static({adapter.name: 1.0})
+        manner = model.prompt, model.endings
+        choice = choose(self._asked, model.tokenizer, {adapter.name: adapter.source}, model.base_record.vocab_size)
+        self._check_tokens(f"The adapter {adapter.name!r}", choice.tokens)
+        if choice.brought and model.tokenizer is not None:
+            prompt = choice.prompt.resolve(model.tokenizer)
+            manner = prompt, Endings.find(prompt, model.tokenizer, model.generation_config, model.endings.stop)
+        return self._make(adapter.name, "adapter", adapter.source.path, (adapter.name,), alone, manner)
 
     def _make_saved(self, fusion: SavedFusion, adapters: Sequence[str]) -> Served:
         check_base(fusion.config.base, self.model.base_record)
-        names, prompt = tuple(adapters), fusion.config.prompt
-        return self._make(fusion.name, "fusion", fusion.path, names, fusion.method, prompt, fusion.tensors)
+        model, prompt, endings = self.model, fusion.config.prompt, fusion.config.endings
+        self._check_tokens(f"The fusion {fusion.name!r}", fusion.config.added_tokens)
+        if model.tokenizer is not None:
+            prompt = prompt.resolve(model.tokenizer)
+        endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
+        manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
+        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors)
+
+    def _check_tokens(self, what: str, tokens: AddedTokens) -> None:
+        """Check that the one tokenizer of all has added tokens.
+
+        Raises:
+            LoraflowError: if it lacks one, or has it as another.
+        """
+        vocabulary = {} if self.model.tokenizer is None or not tokens else self.model.tokenizer.get_vocab()
+        for text, token in tokens.items():
+            if vocabulary.get(text) != token.id:
+                raise LoraflowError(
+                    f"{what} was made with the added token {text!r} ({token.id}), which the server's tokenizer does "
+                    "not have. Start the server with it, so that all are read with its tokens."
+                )
 
     def _make(
         self,
@@ -217,7 +261,7 @@ class Catalog:
         root: str,
         adapters: tuple[str, ...],
         method: Method,
-        prompt: PromptFormat,
+        manner: tuple[PromptFormat, Endings],
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Served:
         attachment = self.model.attachment
@@ -233,7 +277,8 @@ class Catalog:
             adapters=adapters,
             parts=parts,
             method=method,
-            prompt=prompt,
+            prompt=manner[0],
+            endings=manner[1],
             gates=gates,
         )
 

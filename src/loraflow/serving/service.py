@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from loraflow.answers import require_tokenizer
+from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
@@ -183,6 +184,7 @@ class Service:
                 raise ApiError(400, message, param="prompt")
         if not served.gates and body.return_fusion_weights:
             raise ApiError(400, "The base has no fusion weights. Ask for a fusion.", param="return_fusion_weights")
+        endings = self._endings(served, body)
         try:
             weigher = await asyncio.to_thread(self.catalog.weigher, served, prompt)
         except LoraflowError as error:
@@ -201,8 +203,8 @@ class Service:
             seed = None if body.seed is None else (body.seed + index) % 2**63
             sampling = Sampling(body.temperature, body.top_p, seed, logprobs)
             wants = bool(body.return_fusion_weights)
-            jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, self._ends(), wants, listen))
-        streams = [TextStream(self.tokenizer, body.stops) for _ in jobs]
+            jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, endings.token_ids, wants, listen))
+        streams = [TextStream(self.tokenizer, endings.texts) for _ in jobs]
         asked = Asked(name, served, list(prompt), jobs, streams, events, started)
         # Others may have come while the prompt was weighed, or adapters gone.
         self._admit(body.n)
@@ -272,10 +274,12 @@ class Service:
             message = f"{served.id!r}, or an adapter of its, was unloaded. Ask for another model."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _ends(self) -> list[int]:
-        end = self.catalog.model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        return [int(token) for token in ends if token is not None]
+    def _endings(self, served: Served, body: Generation) -> Endings:
+        """The ends of a request's answers: its model's, and its own."""
+        try:
+            return served.endings.and_stop(body.stops, self.tokenizer)
+        except LoraflowError as error:
+            raise ApiError(400, str(error), param="stop") from error
 
     # Its answers.
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from loraflow.endings import before_first
+
 
 class TextStream:
     """Turns tokens into pieces of text that add up to the whole, less the first stop string and what follows it.
@@ -58,12 +60,9 @@ class TextStream:
         return text
 
     def _cut(self, text: str) -> str:
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
-        if not found:
-            return text
-        self.stopped = True
-        # The first to be complete, as if characters came one by one: where tokens end must not matter.
-        return text[: min(found)[1]]
+        kept = before_first(text, self._stop)
+        self.stopped = any(stop in text for stop in self._stop)
+        return kept
 
 
 def _overlap(text: str, stop: str) -> int:

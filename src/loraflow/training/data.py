@@ -91,6 +91,14 @@ class FitData:
     digest: str
 
 
+def note_endings(fusion: Any, examples: Sequence[Example]) -> None:
+    """Let a fusion's answers end as its prompt format ends the answers of examples, whatever it does otherwise."""
+    tokenizer = require_tokenizer(fusion.tokenizer)
+    for example in examples:
+        found = fusion.endings.and_turn_end(fusion.prompt, tokenizer, example.messages)
+        fusion.endings = found or fusion.endings
+
+
 def prepare(model: Any, examples: Any, dev: Any, config: FitConfig) -> FitData:
     """Check examples and turn them into token ids, by the tokenizer and in the prompt format of a model."""
     tokenizer = require_tokenizer(model.tokenizer)

@@ -18,7 +18,7 @@ from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import parse_examples
 from loraflow.training.checkpoints import identity_of, keep_finished, load_finished
 from loraflow.training.config import FitConfig, FitResult, Run, Score, search_grid
-from loraflow.training.data import prepare
+from loraflow.training.data import note_endings, prepare
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score
@@ -60,8 +60,9 @@ def fit(
         raise LoraflowError("Choosing by a score needs dev examples. Give `dev`.")
     learner.check_method(model)
     read = learner.check_examples(model, examples, dev)
+    _note_endings(model, read)
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
-    with _directory(checkpoints) as directory:
+    with model.learning(), _directory(checkpoints) as directory:
         return learner.learn(model, read, dev, Run(config, directory, resume, console, score))
 
 
@@ -107,12 +108,13 @@ def search(
         )
     learner.check_method(model)
     read = learner.check_examples(model, examples, dev)
+    _note_endings(model, read)
     check_score(score, parse_examples(dev))
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
     grid = search_grid(model.method) if grid is None else grid
     table: list[dict[str, Any]] = []
     best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
-    with _directory(checkpoints) as root:
+    with model.learning(), _directory(checkpoints) as root:
         for number, setting in enumerate(grid, start=1):
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
             named = ", ".join(f"{key} {value}" for key, value in setting.items())
@@ -124,16 +126,21 @@ def search(
             # What is not finite is no result, were it the only one.
             if math.isfinite(merit) and (best is None or merit > _merit(best[0], score)):
                 best = result, {name: value.clone() for name, value in model.state_dict().items()}, record
-    if best is None:
-        model.set_method(model.method)
-        raise LoraflowError(
-            f"None of the {len(grid)} settings gave a finite result on the dev examples: the training diverged in all "
-            "of them. Try lower learning rates, and look for NaN in the data and the base's precision."
-        )
-    result, gates, record = best
-    model.load_state_dict(gates)
-    model.training_record = {**(record or {}), "search": table}
+        if best is None:
+            model.set_method(model.method)
+            raise LoraflowError(
+                f"None of the {len(grid)} settings gave a finite result on the dev examples: the training diverged in "
+                "all of them. Try lower learning rates, and look for NaN in the data and the base's precision."
+            )
+        result, gates, record = best
+        model.load_state_dict(gates)
+        model.training_record = {**(record or {}), "search": table}
     return dataclasses.replace(result, search=table)
+
+
+def _note_endings(model: Fusion, examples: Examples | Mapping[str, Examples]) -> None:
+    for several in examples.values() if isinstance(examples, Mapping) else [examples]:
+        note_endings(model, parse_examples(several))
 
 
 def _fit_cell(

@@ -50,6 +50,7 @@ def mean_score(model: Any, examples: Sequence[Example], max_new_tokens: int, sco
         tokenizer=require_tokenizer(model.tokenizer),
         prompt=model.prompt,
         max_new_tokens=max_new_tokens,
+        endings=model.endings,
     )
     scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, examples, strict=True)]
     return sum(scores) / len(scores)

@@ -60,8 +60,8 @@ def answer_task(
             tokenizer=tokenizer,
             prompt=model.prompt,
             max_new_tokens=task.max_new_tokens,
+            endings=model.endings,
             batch_size=batch_size,
-            stop=task.stop,
             on_batch=advance,
         )
         seconds = time.perf_counter() - started

@@ -127,6 +127,7 @@ class SettingSpec(_Spec):
         quantization: bnb-4bit or bnb-8bit.
         adapter_data: examples of each adapter's own data, for methods that learn from those.
         prompt: how questions become prompts, where a task says nothing else.
+        stop: an answer to any task ends before the first of these strings.
         recipes: settings of `FitConfig` by method's name, and of `LoraSettings` too under `finetune`.
     """
 
@@ -137,6 +138,7 @@ class SettingSpec(_Spec):
     adapters: dict[str, str] = Field(min_length=1)
     adapter_data: dict[str, str] = {}
     prompt: PromptFormat = PromptFormat()
+    stop: list[str] = []
     recipes: dict[str, dict[str, Any]] = {}
     tasks: dict[str, TaskSpec] = Field(min_length=1)
 

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraflow.bases import BaseOptions, load_base, load_tokenizer
+from loraflow.adapters import AdapterSource
+from loraflow.bases import BaseOptions, choose, load_base, load_tokenizer, with_tokens
 from loraflow.evaluation.compare.rows import PlannedRow
 from loraflow.evaluation.compare.tasks import Setting, Task
 from loraflow.files import write_atomically
@@ -25,6 +26,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import SavedFusion
 from loraflow.training import finetune, fit, search
 from loraflow.training.checkpoints import complete_checkpoints
+from loraflow.training.data import note_endings
 
 FIT_FILE = "fit.json"
 IDENTITY_FILE = "identity.json"
@@ -58,11 +60,13 @@ class Bench:
             self._model = None
         return self._base
 
-    def fused(self, adapters: Mapping[str, str], method: str | Method) -> FusedModel:
-        """The base with these adapters and a method whose gates are as made."""
+    def fused(self, adapters: Mapping[str, str], method: str | Method, prompt: PromptFormat) -> FusedModel:
+        """The base with these adapters and a method whose gates are as made, asked in a format, which is resolved."""
         # Two orders of the same adapters are two fusions.
         if self._model is None or self._attached != list(adapters.items()):
-            self._model = FusedModel.from_adapters(self.bare(), adapters, method, tokenizer=self.tokenizer)
+            self._model = FusedModel.from_adapters(
+                self.bare(), adapters, method, tokenizer=self.tokenizer, prompt=prompt
+            )
             self._attached = list(adapters.items())
         else:
             self._model.set_method(method)
@@ -71,7 +75,16 @@ class Bench:
     def of_row(self, row: PlannedRow, task: Task) -> FusedModel:
         """The base with the adapters and the method that a row has on a task."""
         adapters = {name: self.setting.adapters[name] for name in row.adapters(task)}
-        return self.fused(adapters, cast(Method, row.method(task)))
+        _, prompt = self.manner(task, task.prompt)
+        return self.fused(adapters, cast(Method, row.method(task)), prompt)
+
+    def manner(self, task: Task, prompt: PromptFormat) -> tuple[PreTrainedTokenizerBase, PromptFormat]:
+        """How all rows are asked on a task: with its adapters' tokenizer and chat template, where they bring one."""
+        sources = {name: AdapterSource.parse(self.setting.adapters[name]) for name in task.adapters}
+        rows = self._base.config.get_text_config(decoder=True).vocab_size
+        choice = choose(prompt, self.tokenizer, sources, rows)
+        tokenizer = with_tokens(self.tokenizer, choice.tokens)
+        return tokenizer, choice.prompt.resolve(tokenizer)
 
     def saved(self, path: str) -> FusedModel:
         """A saved fusion on the same base."""
@@ -103,15 +116,20 @@ def prepare(
     elif row.learns(task):
         facts = _learned(bench, row, task, seed, directory, say)
         if row.spec.finetune is not None:
-            model = bench.fused({TUNED: str(directory / "adapter")}, TUNED)
+            model = bench.fused({TUNED: str(directory / "adapter")}, TUNED, bench.manner(task, task.prompt)[1])
         else:
             model = bench.of_row(row, task)
             model.load_state_dict(SavedFusion.open(directory / "fusion").tensors)
     else:
         model = bench.of_row(row, task)
-    # A saved fusion has a format of its own.
-    if row.spec.fusion is None or task.prompt != PromptFormat():
-        model.prompt = task.prompt.resolve(bench.tokenizer)
+    if row.spec.fusion is None:
+        model.tokenizer, prompt = bench.manner(task, task.prompt)
+        model.set_prompt(prompt)
+    elif task.prompt not in (PromptFormat(), model.prompt):
+        # Else a saved fusion has a format of its own.
+        model.prompt = task.prompt
+    model.endings = model.endings.and_stop(task.stop, model.tokenizer)
+    note_endings(model, task.test)
     return model, facts
 
 
@@ -186,7 +204,7 @@ def _learn(
 ) -> dict[str, Any]:
     """Fit a method on a task and save the fusion, or train a LoRA and save that."""
     config, lora = row.config(task, seed)
-    prompt = (task.train_prompt or task.prompt).resolve(bench.tokenizer)
+    tokenizer, prompt = bench.manner(task, task.train_prompt or task.prompt)
     train, dev = list(task.training(row.spec.examples)), list(task.dev) or None
     examples, result = len(train), cast(Any, None)
     run: dict[str, Any] = {
@@ -203,14 +221,15 @@ def _learn(
             adapter=row.tuned_from(task),
             lora=lora,
             dev=dev,
-            tokenizer=bench.tokenizer,
+            tokenizer=tokenizer,
             prompt=prompt,
             **run,
         )
         details, parameters = {}, result.parameters
     else:
         model = bench.of_row(row, task)
-        model.prompt = prompt
+        model.tokenizer = tokenizer
+        model.set_prompt(prompt, task.stop)
         if row.reads_adapters(task):
             own = {name: list(bench.setting.adapter_examples(name)) for name in model.adapter_names}
             result, examples = fit(model, own, **run), sum(map(len, own.values()))

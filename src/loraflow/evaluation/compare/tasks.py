@@ -295,7 +295,7 @@ def _load_task(name: str, spec: TaskSpec, setting: SettingSpec, allow_code: bool
         prompt=spec.prompt or setting.prompt,
         train_prompt=spec.train_prompt,
         max_new_tokens=spec.max_new_tokens,
-        stop=tuple(spec.stop),
+        stop=tuple(dict.fromkeys((*setting.stop, *spec.stop))),
         problems=spec.problems or name,
         learns_as=name,
         runs_code=spec.scorer == "code-tests",

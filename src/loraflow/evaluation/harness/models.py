@@ -138,6 +138,7 @@ class _FusionLM(_LM):
             tokenizer=self.tokenizer,
             prompt=cast(Any, _TokenIds),
             max_new_tokens=longest,
+            endings=self.fusion.endings,
             batch_size=self.batch_size,
             stop=[stop for stop in ([until] if isinstance(until, str) else until) if stop],
             on_batch=self._count,

@@ -38,7 +38,7 @@ def vllm_command(
         unverified: whether a base that has not been compared with transformers is served too.
 
     Raises:
-        LoraflowError: if `extra_args` has an option that is composed here.
+        LoraflowError: if `extra_args` has an option that is composed here, or lacks a tokenizer that is needed.
     """
     saved = SavedFusion.open(fusion)
     directory = saved.directory.resolve()
@@ -46,6 +46,12 @@ def vllm_command(
     for option in _OURS:
         if option in given:
             raise LoraflowError(f"`{option}` is composed from the fusion. Leave it out.")
+    if saved.config.added_tokens and "--tokenizer" not in given:
+        raise LoraflowError(
+            f"The fusion {saved.name!r} was made with tokens that the base's tokenizer lacks "
+            f"({', '.join(map(repr, saved.config.added_tokens))}), and vLLM reads with the base's. Name a directory "
+            "with a tokenizer that has them: `--tokenizer DIRECTORY` among vLLM's options."
+        )
     base = base or saved.base
     if saved.method.level == "query":
         request_weights = True

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter
+from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter, write_keys
 from loraflow.answers import require_tokenizer
-from loraflow.bases import BaseOptions, base_record
+from loraflow.bases import BaseOptions, base_record, choose, with_tokens
 from loraflow.core.attach import open_base
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
@@ -35,6 +35,8 @@ from loraflow.prompts import PromptFormat
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
 from loraflow.training.trainer import as_it_was, train
+
+_SAVE_AGAIN = "Save it with PEFT's `save_pretrained`, with `target_modules`, and nothing of the base in it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,8 @@ def finetune(
         dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
         config: the recipe; by default that of `fit` with a learning rate of 2e-4.
         tokenizer: by default the base's, where `base` is an id or path.
-        prompt: how questions become prompts; by default the tokenizer's chat template, if it has one.
+        prompt: how questions become prompts; by default by the existing adapter's chat template, if it brings one, or
+            else the tokenizer's, if it has one.
         checkpoints: directory for checkpoints; a temporary one by default.
         resume: go on from the newest whole checkpoint there, if there is one.
         console: where progress is shown; standard error by default.
@@ -99,12 +102,16 @@ def finetune(
         raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")
     model, tokenizer = open_base(base, tokenizer, options)
     tokenizer = require_tokenizer(tokenizer)
-    prompt = (prompt or PromptFormat()).resolve(tokenizer)
     if old is not None:
         match_adapter(old, model)
+    record = base_record(model)
+    choice = choose(
+        prompt or PromptFormat(), tokenizer, {"adapter": old.source} if old is not None else {}, record.vocab_size
+    )
+    tokenizer, prompt = with_tokens(tokenizer, choice.tokens), choice.prompt.resolve(tokenizer)
     described = old or lora or LoraSettings()
     identity = {
-        "base": base_record(model).model_dump(exclude={"path", "revision"}),
+        "base": record.model_dump(exclude={"path", "revision"}),
         "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:
@@ -242,7 +249,30 @@ def _existing(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
         user, repo, *folders = path.strip("/").split("/")
         path = f"{user}/{repo}"
         where = {"subfolder": "/".join(folders) or None, "revision": adapter.source.revision}
-    return PeftModel.from_pretrained(model, path, is_trainable=True, **cast(Any, where))
+    config = adapter.config
+    if adapter.copies or config.modules_to_save or config.bias != "none":
+        raise LoraflowError(
+            f"The adapter {path!r} cannot be trained further: PEFT would train parts of the base with it "
+            f"(`modules_to_save` = {config.modules_to_save}, `bias` = {config.bias!r}, saved of the base: "
+            f"{sorted(adapter.copies) or 'nothing'}). {_SAVE_AGAIN}"
+        )
+    ours = write_keys(match_adapter(adapter, model).modules)
+    adapted = PeftModel.from_pretrained(model, path, is_trainable=True, **cast(Any, where))
+    theirs = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # We read more than PEFT does (keys without its prefix, null `target_modules`); what it cannot read it makes up.
+    other = [key for key in {**ours, **theirs} if not _equal(theirs.get(key), ours.get(key))]
+    if other:
+        raise LoraflowError(
+            f"The adapter {path!r} cannot be trained further: PEFT reads {other[0]!r} otherwise than a fusion. "
+            f"{_SAVE_AGAIN}"
+        )
+    return adapted
+
+
+def _equal(theirs: Tensor | None, ours: Tensor | None) -> bool:
+    if theirs is None or ours is None:
+        return False
+    return torch.equal(theirs.to("cpu", torch.float32), ours.to("cpu", torch.float32))
 
 
 def _save(adapted: PeftModel, output: Path) -> None:

@@ -1,0 +1,321 @@
+r"""The fused pass of a mixture's experts, whose matrices are one parameter each.
+
+A router sends each token to a few experts. For a token x at expert e, every method computes
+
+$$y = W_e x + B_e\,(E w \odot A_e x)$$
+
+with the fusion weights w of the token: they follow it to its experts. `transformers` gives all such modules one form
+(`use_experts_implementation`), and what is between the two products is their own; their forward is computed here again,
+for an update enters between. That it is the same without updates is tried when adapters are put in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from loraflow.adapters import LoraModule
+from loraflow.core.context import LayerContext
+from loraflow.core.linear import FusedLinear, Member, StackedLora, fuse_linear, mix_slots
+from loraflow.core.rows import Rows
+from loraflow.core.swap import swap_class
+from loraflow.errors import ArchitectureError
+
+# The grouped kernels want rows of whole 16 bytes.
+_ALIGNED = 8
+# Up to so many rows, a copy of the adapters' matrices for each is cheaper than a product for each expert.
+_FEW_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Tokens at their experts, sorted by expert.
+
+    Attributes:
+        tokens: of each row, its token.
+        experts: its expert.
+        order: its place among all choices of all tokens.
+        ends: where each expert's rows end.
+        implementation: how transformers multiplies them.
+    """
+
+    tokens: Int[Tensor, " rows"]
+    experts: Int[Tensor, " rows"]
+    order: Int[Tensor, " rows"]
+    ends: Int[Tensor, " experts"]
+    implementation: str
+
+    @classmethod
+    def sort(cls, chosen: Int[Tensor, "tokens choices"], experts: int, implementation: str) -> Routed:
+        """Sort what a router has chosen; what is no expert counts as the last one."""
+        flat = chosen.reshape(-1).clamp(max=experts - 1)
+        sorted_experts, order = torch.sort(flat, stable=True)
+        every = torch.arange(experts, device=flat.device)
+        ends = torch.searchsorted(sorted_experts, every, right=True).to(torch.int32)
+        return cls(order // chosen.shape[1], sorted_experts, order, ends, implementation)
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[int, slice]]:
+        """The experts that have rows, and which."""
+        ends = self.ends.tolist()
+        spans = zip([0, *ends[:-1]], ends, strict=True)
+        return [(expert, slice(start, end)) for expert, (start, end) in enumerate(spans) if start < end]
+
+    def multiply(
+        self,
+        x: Float[Tensor, "rows in_features"],
+        matrices: Float[Tensor, "experts in_features out_features"],
+        *,
+        small: bool = False,
+    ) -> Float[Tensor, "rows out_features"]:
+        """Each row times its expert's matrix; small matrices are copied for each of a few rows."""
+        x = x.to(matrices.dtype)
+        if self.implementation == "batched_mm" or (small and len(x) <= _FEW_ROWS):
+            return torch.bmm(x[:, None], matrices[self.experts])[:, 0]
+        if self.implementation == "grouped_mm" and _has_grouped(matrices):
+            return F.grouped_mm(x, matrices, offs=self.ends)
+        return torch.cat([x[rows] @ matrices[expert] for expert, rows in self.parts])
+
+
+def _has_grouped(matrices: Tensor) -> bool:
+    if matrices.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
+        return False
+    return not matrices.is_cuda or torch.cuda.get_device_capability(matrices.device) >= (8, 0)
+
+
+class ExpertStack(nn.Module):
+    """All adapters' updates of one parameter of a mixture's experts, concatenated along the rank.
+
+    Attributes:
+        names: of the parameter, within its decoder layer.
+        rows: what the rows of the mixture's input are.
+        lora_A: every expert's stacked A, transposed, `[experts, in_features, slots]`.
+        lora_B: every expert's stacked B, transposed, with the scaling folded in, `[experts, slots, out_features]`.
+        owners: the adapter of each slot, `[slots]`.
+        places: its place within that adapter's rank, `[slots]`.
+        dropout: probability with which inputs of A are dropped in training.
+    """
+
+    names: tuple[str, ...]
+    rows: Rows
+    lora_A: Tensor
+    lora_B: Tensor
+    owners: Tensor
+    places: Tensor
+    dropout: float
+
+    def __init__(
+        self,
+        name: str,
+        rows: Rows,
+        updates: Sequence[LoraModule | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.names, self.rows, self.dropout = (name,), rows, 0.0
+        wide = torch.promote_types(dtype, torch.float32)
+        rows_A, rows_B = [], []
+        owners: list[int] = []
+        places: list[int] = []
+        for owner, update in enumerate(updates):
+            if update is None:
+                continue
+            rows_A.append(update.lora_A.to(wide).unflatten(0, (update.experts, update.rank)))
+            lora_B = update.lora_B.to(wide) * update.scaling
+            rows_B.append(lora_B.T.unflatten(0, (update.experts, update.rank)))
+            owners += [owner] * update.rank
+            places += range(update.rank)
+        lora_A, lora_B = torch.cat(rows_A, dim=1), torch.cat(rows_B, dim=1)
+        missing = -lora_A.shape[1] % _ALIGNED
+        lora_A, lora_B = (F.pad(matrix, (0, 0, 0, missing)) for matrix in (lora_A, lora_B))
+        self.place_count = max(places) + 1
+        filled = torch.tensor([owners + [0] * missing, places + [0] * missing])
+        self.register_buffer("lora_A", lora_A.mT.contiguous().to(device, dtype), persistent=False)
+        self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
+        self.register_buffer("owners", filled[0].to(device), persistent=False)
+        self.register_buffer("places", filled[1].to(device), persistent=False)
+
+    def update(
+        self,
+        routed: Routed,
+        x: Float[Tensor, "rows in_features"],
+        weights: Float[Tensor, "*rows adapters"],
+        mixes: bool | Tensor,
+    ) -> Float[Tensor, "rows out_features"]:
+        """What the adapters add to the product with the experts' own matrices."""
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        slots = weights[..., self.owners].to(self.lora_A.dtype)
+        weighted = routed.multiply(x, self.lora_A, small=True) * slots
+        if mixes is not False:
+            mixed = mix_slots(weighted, slots, self.places, self.place_count)
+            weighted = mixed if mixes is True else torch.where(mixes[routed.tokens], mixed, weighted)
+        return routed.multiply(weighted, self.lora_B, small=True)
+
+
+class ExpertMember(NamedTuple):
+    """Where fused experts stand in their layer.
+
+    Attributes:
+        name: of the module, within its layer.
+        stacks: the adapters' updates, by parameter.
+        context: what the layer's gates and linears share.
+    """
+
+    name: str
+    stacks: Mapping[str, ExpertStack]
+    context: LayerContext
+
+
+class FusedExperts(nn.Module):
+    """Mixed into the class of a mixture's experts: adds the updates of a token's adapters at the token's experts.
+
+    Attributes:
+        fused: where they stand in their layer.
+    """
+
+    fused: ExpertMember
+
+    def forward(self, hidden_states: Float[Tensor, "tokens hidden"], *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """The experts' output with the adapters' updates; `args` are each token's experts and their weights."""
+        if not self.fused.context.weighs:
+            return super().forward(hidden_states, *args, **kwargs)
+        return self.routed_forward(hidden_states, *args, *kwargs.values())
+
+    def routed_forward(
+        self,
+        hidden_states: Float[Tensor, "tokens hidden"],
+        chosen: Int[Tensor, "tokens choices"],
+        importance: Float[Tensor, "tokens choices"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """The experts' own forward, with what the adapters add to each of its products."""
+        own: Any = self
+        routed = Routed.sort(chosen, own.num_experts, own.config._experts_implementation)
+        count = len(hidden_states)
+        inner = self._multiply(
+            "gate_up_proj" if own.has_gate else "up_proj", routed, hidden_states[routed.tokens], count
+        )
+        inner = own._apply_gate(inner) if own.has_gate else own.act_fn(inner)
+        outputs = self._multiply("down_proj", routed, inner, count)
+        # A choice that is no expert adds nothing.
+        importance = importance.masked_fill(chosen >= own.num_experts, 0)
+        outputs = outputs * importance.reshape(-1)[routed.order][:, None]
+        unsorted = torch.empty_like(outputs).index_copy(0, routed.order, outputs)
+        return unsorted.view(*chosen.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _multiply(self, name: str, routed: Routed, x: Float[Tensor, "rows in_features"], count: int) -> Tensor:
+        own: Any = self
+        matrices = getattr(own, name)
+        result = routed.multiply(x, matrices if own.is_transposed else matrices.mT)
+        if own.has_bias:
+            result = result + getattr(own, f"{name}_bias")[routed.experts]
+        _, stacks, context = self.fused
+        stack = stacks.get(name)
+        if stack is None:
+            return result
+        weights = context.weights_for_routed(stack.names[0], stack.rows, routed.tokens, count, x)
+        if weights is None:
+            return result
+        return result + stack.update(routed, x, weights, context.mixes_for(count)).to(result.dtype)
+
+
+def fuse_experts(experts: nn.Module, fused: ExpertMember) -> None:
+    """Make a mixture's experts `FusedExperts`, in their place.
+
+    Raises:
+        ArchitectureError: if they are not of the form that is computed here.
+    """
+    needed = ("num_experts", "has_gate", "has_bias", "is_transposed", "down_proj", "config")
+    name = f"The experts '{fused.name}' of decoder layer {fused.context.index}, {type(experts).__name__},"
+    if not all(hasattr(experts, attribute) for attribute in needed) or getattr(experts, "_is_expert_parallel", False):
+        raise ArchitectureError(
+            f"{name} are not of transformers' common form on one device, which is the one that can be fused. Load the "
+            "base as it is, neither quantised nor split by experts, or leave them out of the adapters' targets."
+        )
+    unknown = [parameter for parameter in fused.stacks if parameter not in ("gate_up_proj", "up_proj", "down_proj")]
+    if unknown:
+        raise ArchitectureError(f"{name} have adapters of {unknown}, which are no matrices of theirs. Leave those out.")
+    before = _answer(experts)
+    swap_class(experts, FusedExperts)
+    assert isinstance(experts, FusedExperts)
+    experts.fused = fused
+    if before is None:
+        return
+    after = experts.routed_forward(*_question(experts))
+    if (after - before).abs().max() > _tolerance(before.dtype) * before.abs().max():
+        raise ArchitectureError(
+            f"{name} compute something else than transformers' common form. Leave them out of the adapters' targets."
+        )
+
+
+def _question(experts: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Two tokens, each at two experts, one after the other."""
+    matrix = experts.down_proj
+    hidden = matrix.shape[2 if experts.is_transposed else 1]
+    states = torch.linspace(-1, 1, 2 * hidden, device=matrix.device, dtype=matrix.dtype).view(2, hidden)
+    choices = min(2, experts.num_experts)
+    chosen = torch.arange(2 * choices, device=matrix.device).view(2, choices) % experts.num_experts
+    importance = torch.linspace(0.3, 0.7, 2 * choices, device=matrix.device, dtype=matrix.dtype).view(2, choices)
+    return states, chosen, importance
+
+
+@torch.no_grad()
+def _answer(experts: nn.Module) -> Tensor | None:
+    """What experts give for the question; None where they have no values to compute with."""
+    return None if experts.down_proj.is_meta else experts(*_question(experts))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 5e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+
+
+class FusedWeight(FusedLinear):
+    """Mixed into the class of a module that multiplies a weight of its own with its input, as routers do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with the adapters' updates added to that product.
+
+        Raises:
+            ArchitectureError: if there is no such product.
+        """
+        with _Product(self) as product:
+            result = super(FusedLinear, self).forward(*args, **kwargs)
+        if product.count != 1:
+            raise ArchitectureError(
+                f"'{self.fused.name}' of decoder layer {self.fused.context.index} is used {product.count} times where "
+                "one product with an input was expected, so its adapters cannot be fused. Leave it out of "
+                "`target_parameters`."
+            )
+        return result
+
+
+class _Product(TorchFunctionMode):
+    """Adds the updates to a module's product with its own weight, wherever in its forward that is."""
+
+    def __init__(self, module: FusedWeight) -> None:
+        super().__init__()
+        self.module = module
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch's, and add to what it gives if it is the product."""
+        result = func(*args, **(kwargs or {}))
+        # Some cast the weight first, so that it is another tensor.
+        if func is F.linear and args[1].shape == cast(Tensor, self.module.weight).shape:
+            self.count += 1
+            result = self.module.add_updates(args[0], result)
+        return result
+
+
+def fuse_weight(module: nn.Module, stack: StackedLora, fused: Member) -> None:
+    """Make a module with a bare weight a `FusedWeight`, in its place."""
+    fuse_linear(module, stack, fused, FusedWeight)

@@ -1,0 +1,181 @@
+"""The parts of a model's decoder layers that adapters update: fused one by one, and made the base's own again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loraflow.adapters import Adapter, LoraModule
+from loraflow.core.architecture import DecoderLayers, group_by_input
+from loraflow.core.context import LayerContext
+from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, fuse_experts, fuse_weight
+from loraflow.core.layers import FusedDecoderLayer, LayerFusion
+from loraflow.core.linear import FusedLinear, InputGroup, Member, fuse_linear, stack_adapters, unfuse_linear
+from loraflow.core.rows import LayerRows, Rows
+from loraflow.core.swap import restore_class, swap_class
+from loraflow.errors import ArchitectureError
+from loraflow.methods.base import Place, Site
+
+Updates = tuple[LoraModule | None, ...]
+
+Fused = FusedLinear | FusedExperts
+Group = InputGroup | ExpertStack
+
+
+def fuse_layers(
+    model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], rows: Sequence[LayerRows]
+) -> None:
+    """Fuse everything that adapters update, and the layers around it."""
+    first: LayerContext | None = None
+    for index, layer in enumerate(layers.layers):
+        context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
+        first = first or context
+        fusion = LayerFusion(context)
+        _Layer(model, layers, adapters, fusion).fuse()
+        context.keeps = any(group.rows == "cached" for group in fusion.groups)
+        layer.fusion = fusion.train(layer.training)
+        swap_class(layer, FusedDecoderLayer)
+
+
+class _Layer:
+    """One decoder layer, while its parts are fused."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], fusion: LayerFusion
+    ) -> None:
+        self.model = model
+        self.context = fusion.context
+        self.groups = fusion.groups
+        self.layer = layers.layers[self.context.index]
+        self.rows = self.context.rows
+        self.updates = _updates_of(layers, self.context.index, adapters)
+
+    def fuse(self) -> None:
+        # In the layer's own order, not that of a set.
+        names = [name for name, _ in self.layer.named_modules() if name in self.updates]
+        for of_one_input in group_by_input(names):
+            for rows, alike in itertools.groupby(of_one_input, self.rows.of):
+                self._fuse_linears(list(alike), rows)
+        for name, module in list(self.layer.named_modules()):
+            bare = [
+                parameter
+                for parameter, _ in module.named_parameters(recurse=False)
+                if f"{name}.{parameter}" in self.updates
+            ]
+            if bare:
+                self._fuse_parameters(name, module, bare)
+
+    def _fuse_linears(self, names: Sequence[str], rows: Rows) -> None:
+        base_layers = [self.layer.get_submodule(name) for name in names]
+        stacks = [
+            stack_adapters(self.updates[name], base_layer, _dtype_of(base_layer, self.model))
+            for name, base_layer in zip(names, base_layers, strict=True)
+        ]
+        group = InputGroup(names, stacks, device_of(base_layers[0]), rows)
+        self.groups.append(group)
+        for position, (base_layer, stack) in enumerate(zip(base_layers, stacks, strict=True)):
+            member = Member(group, position, self.context, stack.output_scale is not None)
+            fuse_linear(base_layer, stack, member)
+
+    def _fuse_parameters(self, name: str, module: nn.Module, parameters: Sequence[str]) -> None:
+        """Fuse bare parameters of a module: the matrices of a mixture's experts, or the weight of its router.
+
+        Raises:
+            ArchitectureError: if they are something else.
+        """
+        rows, dtype, device = self.rows.of(name), _dtype_of(module, self.model), device_of(module)
+        if all(getattr(module, parameter).dim() == 3 for parameter in parameters):
+            stacks = {
+                parameter: ExpertStack(f"{name}.{parameter}", rows, self.updates[f"{name}.{parameter}"], dtype, device)
+                for parameter in parameters
+            }
+            self.groups.extend(stacks.values())
+            fuse_experts(module, ExpertMember(name, stacks, self.context))
+        elif list(parameters) == ["weight"]:
+            full = f"{name}.weight"
+            stack = stack_adapters(self.updates[full], module, dtype)
+            group = InputGroup([full], [stack], device, rows)
+            self.groups.append(group)
+            fuse_weight(module, stack, Member(group, 0, self.context, False))
+        else:
+            raise ArchitectureError(
+                f"{list(parameters)} of '{name}' in decoder layer {self.context.index} of {type(self.model).__name__} "
+                "are neither the matrices of experts nor the weight of a linear map. Leave them out of "
+                "`target_parameters`."
+            )
+
+
+def _updates_of(layers: DecoderLayers, index: int, adapters: Sequence[Adapter]) -> dict[str, Updates]:
+    """What the adapters do to one layer, by the name of the module or parameter within it."""
+    places = [(layers.split(name), name) for adapter in adapters for name in adapter.modules]
+    names = {place[1]: name for place, name in places if place is not None and place[0] == index}
+    return {name: tuple(adapter.modules.get(full) for adapter in adapters) for name, full in names.items()}
+
+
+def unfuse_layers(layers: DecoderLayers) -> None:
+    """Make all parts the base's own again, also where only some were fused."""
+    for layer in layers.layers:
+        for part in fused_parts(layer):
+            if isinstance(part, FusedLinear):
+                unfuse_linear(part)
+            else:
+                restore_class(part)
+                del part.fused
+        if isinstance(layer, FusedDecoderLayer):
+            restore_class(layer)
+            del layer.fusion
+
+
+def fused_parts(layer: nn.Module) -> list[Fused]:
+    """The fused parts of a decoder layer, in its order."""
+    return [module for module in layer.modules() if isinstance(module, Fused)]
+
+
+def find_sites(layers: DecoderLayers, adapters: Sequence[Adapter]) -> dict[Place, dict[str, Site]]:
+    """Every place that a gate can stand, by place, then by site name."""
+    names, count = tuple(adapter.name for adapter in adapters), len(layers.layers)
+    everywhere: dict[str, Updates] = {}
+    sites: dict[Place, dict[str, Site]] = {"layer": {}, "module": {}}
+    for index, layer in enumerate(layers.layers):
+        updates = _updates_of(layers, index, adapters)
+        of_layer: dict[str, Updates] = {}
+        for name, features in (place for part in fused_parts(layer) for place in _inputs_of(part)):
+            full = f"layers.{index}.{name}"
+            of_layer[name] = everywhere[full] = updates[name]
+            sites["module"][full] = Site(names, features, count, index, name, {name: updates[name]})
+        sites["layer"][f"layers.{index}"] = Site(names, layers.hidden_size, count, index, updates=of_layer)
+    sites["model"] = {"model": Site(names, layers.hidden_size, count, updates=everywhere)}
+    return sites
+
+
+def _inputs_of(part: Fused) -> Iterator[tuple[str, int]]:
+    """What of a part adapters update, and the width of what that reads."""
+    if isinstance(part, FusedLinear):
+        yield part.fused.name, part.fused.group.lora_A.shape[1]
+    else:
+        for stack in part.fused.stacks.values():
+            yield stack.names[0], stack.lora_A.shape[1]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
+def gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:
+    """The precision of a layer's gates: float32 at least."""
+    return torch.promote_types(torch.float32, _dtype_of(layer, model))
+
+
+def _dtype_of(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
+    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
+    # A quantised weight is no float; its activations have the model's precision.
+    return dtypes[0] if dtypes else model.dtype

@@ -225,9 +225,14 @@ def reasons(found: dict[str, Found]) -> list[str]:
 
 def general(message: str) -> str:
     """A message without what is of one architecture only, in one line of a table."""
-    message = re.sub(r"\S*/(one|two)/", "", message)
-    message = re.sub(r"\[[^\]]{30,}\]", "[...]", message)
-    message = re.sub(r"^\w+ (is not supported|is an encoder)", r"The model \1", message)
+    for pattern, instead in (
+        (r" \(\S*/(one|two)\)|\S*/(one|two)/", ""),
+        (r"\[[^\]]{30,}\]", "[...]"),
+        (r"\b[A-Z]\w*(For[A-Z]\w+|LMHeadModel|GenerationDecoder)\b", "the model"),
+        (r"'\w+(\.\w+)+'", "'...'"),
+        (r"\(\w*\.?(\w+\.)*layers\)", "(...)"),
+    ):
+        message = re.sub(pattern, instead, message)
     message = re.sub(r"`|\|", "'", message).replace("<", "(").replace(">", ")")
     return " ".join(message.split())[:400]
 

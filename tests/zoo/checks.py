@@ -81,7 +81,7 @@ class Case:
     @functools.cached_property
     def fused(self) -> FusedModel:
         """The fusion, under a method of constant weights at first."""
-        return FusedModel.from_adapters(copy.deepcopy(self.base.model), self.paths, "average")
+        return FusedModel.from_adapters(copy.deepcopy(self.base.unused), self.paths, "average")
 
     def merged(self, weights: Mapping[str, float] | Tensor) -> nn.Module:
         """The base with weights merged into it, `[layers, adapters]` or the same for all layers."""

@@ -62,13 +62,14 @@ with {versions}. {counts}
 | token cache | the same with the cache |
 | token rows | a row with gates beside a row with constants: each alone |
 | module | a gate for each linear: the slow reference, with the cache and without |
-| query | weights that qa-FLoRA gives a whole prompt: the base with these merged, layer by layer |
+| query | weights that qa-FLoRA gives a whole prompt: those of the slow reference, merged layer by layer |
 
 ✓ equal; – refused, with a message; · the base or PEFT by themselves cannot do it, or no oracle knows it. *Linears* are
 all linear modules of the decoder layers that PEFT adapts as such; *without* those that read other rows than their
 layer's tokens; *experts* the parameters of fused experts (`target_parameters`); *all-linear* what PEFT makes of that
-word where it adapts such parameters for it. Models compute in float64 where they can; where they give float32 by
-themselves, the bound is 1e-4.
+word where it adapts such parameters for it; *image* has one random image before the words of every row, made without
+the architecture's processor, and *tower* adapts what reads it as well. Models compute in float64 where they can; where
+they give float32 by themselves, the bound is 1e-4.
 """
 
 

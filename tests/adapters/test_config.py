@@ -71,6 +71,7 @@ RANK = "must be a whole number of at least 1"
         ("layers_to_transform", {"0": 1}, "(={'0': 1}) in PATH must be a layer's index, or a list of them"),
         ("layers_pattern", "(?P<idx>layers)", "is no regular expression: redefinition of group name 'idx'"),
         ("layers_pattern", ["["], "('[' is no regular expression: "),
+        ("target_parameters", "experts.down_proj", "(='experts.down_proj') in PATH must be a list of parameter names"),
         ("modules_to_save", "lm_head", "(='lm_head') in PATH must be a list of module names, or null"),
         ("modules_to_save", ["(head"], "(=['(head']) in PATH must be a list of module names, or null ('(head' is no"),
         ("bias", None, "(=None) in PATH must be 'none', 'all' or 'lora_only'"),

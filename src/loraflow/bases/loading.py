@@ -30,7 +30,7 @@ class BaseOptions:
         quantization: "bnb-4bit" (NF4, double quantisation) or "bnb-8bit", by bitsandbytes; "none" says that a fusion's
             base is not to be quantised, whatever it was when the fusion was made.
         trust_remote_code: whether code that comes with the base may run.
-        model_kwargs: anything else for `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: anything else for the model's `from_pretrained`.
     """
 
     revision: str | None = None
@@ -60,15 +60,19 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     config = read_base_config(base, options)
     try:
         with _bar_for_people():
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                base,
-                config=config,
-                revision=options.revision,
-                dtype=options.dtype,
-                device_map=options.device_map,
-                trust_remote_code=options.trust_remote_code,
-                **kwargs,
-            ).eval()
+            return (
+                _auto_class(config)
+                .from_pretrained(
+                    base,
+                    config=config,
+                    revision=options.revision,
+                    dtype=options.dtype,
+                    device_map=options.device_map,
+                    trust_remote_code=options.trust_remote_code,
+                    **kwargs,
+                )
+                .eval()
+            )
     except OSError as error:
         raise LoraflowError(f"The base model {str(base)!r} cannot be loaded: {error}") from error
 
@@ -95,7 +99,7 @@ def load_empty_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     """
     config = read_base_config(base, options)
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        return _auto_class(config).from_config(config, trust_remote_code=options.trust_remote_code)
 
 
 def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig:
@@ -115,13 +119,21 @@ def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig
         raise LoraflowError(
             f"The base model {str(base)!r} cannot be read: {reason} Give a Hub id, or a directory with a config.json."
         ) from error
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not remote:
+    if _auto_class(config) is None:
         raise ArchitectureError(
             f"{str(base)!r} is a {config.model_type!r} model, for which transformers has no causal language model. "
             "Only decoder-only models can be fused."
         )
     return config
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """What loads such a base: as a causal language model, or as one that reads images too; None for any other."""
+    remote = getattr(config, "auto_map", None) or {}
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto_class._model_mapping or auto_class.__name__ in remote:
+            return auto_class
+    return None
 
 
 def load_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase:

@@ -19,6 +19,8 @@ from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod
 from loraflow.methods.static import ConstantGate
 
+_OF_TOKENS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels")
+
 RowMethod = str | Method | Mapping[str, float] | None
 """Who weighs a row: a method's or adapter's name, a method, weights by adapter name, or None for the fusion's own."""
 
@@ -140,26 +142,43 @@ def weigh_prompts(
     attention_mask: Int[Tensor, "rows seq"] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     among: Sequence[int] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "rows layers adapters"]:
     """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
 
-    `gate` is what the method has made for the model, for the adapters at the positions `among`, or for all.
+    `gate` is what the method has made for the model, for the adapters at the positions `among`, or for all; `beside` is
+    what the base takes beside token ids, such as images.
 
     Raises:
-        MethodError: if a prompt is empty.
+        MethodError: if a prompt is empty, or several have something beside their tokens.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if beside and len(input_ids) > 1:
+        raise MethodError(
+            f"The method {method.name!r} reads each prompt by itself, and whose of {len(input_ids)} prompts "
+            f"`{next(iter(beside))}` is cannot be told. Answer them one at a time."
+        )
+    # What is given for each token (their kinds) loses its padding as they do.
+    beside = {
+        name: value[:, mask[0].bool()] if value.shape[:2] == input_ids.shape else value
+        for name, value in (beside or {}).items()
+    }
     prompts = [ids[real.bool()] for ids, real in zip(input_ids, mask, strict=True)]
     keys = [tuple(prompt.tolist()) for prompt in prompts]
     if () in keys:
         raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
     layers = attachment.layer_count
     read = {
-        key: method.weigh(Prompt(attachment, prompt, tokenizer, among), gate).expand(layers, -1)
+        key: method.weigh(Prompt(attachment, prompt, tokenizer, among, beside), gate).expand(layers, -1)
         for key, prompt in dict(zip(keys, prompts, strict=True)).items()
     }
     dtype = torch.promote_types(attachment.model.dtype, torch.float32)
     return torch.stack([read[key] for key in keys]).to(attachment.model.device, dtype)
+
+
+def beside_tokens(options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a prompt has beside its tokens, such as images, among the arguments of a call."""
+    return {name: value for name, value in options.items() if isinstance(value, Tensor) and name not in _OF_TOKENS}
 
 
 def prompt_mask(ids: Int[Tensor, "rows seq"], options: Mapping[str, Any], config: GenerationConfig) -> Tensor | None:

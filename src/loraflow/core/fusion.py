@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from loraflow.core.batch import (
     RowMethod,
     RowWeights,
+    beside_tokens,
     lanes_of_rows,
     lanes_of_weights,
     prompt_mask,
@@ -131,7 +132,8 @@ class Fusion(FusionState):
             if ids is None:
                 raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
             mask = prompt_mask(ids, {**kwargs, "generation_config": generation_config}, self.generation_config)
-            return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests])
+            chosen = None if mask is None else mask[requests]
+            return self._weigh(method, gates, ids[requests], chosen, beside_tokens(kwargs))
 
         with self.at_work():
             if methods is None and fusion_weights is None:
@@ -214,6 +216,7 @@ class Fusion(FusionState):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         method: str | Method | None = None,
+        **kwargs: Any,
     ) -> Float[Tensor, "batch layers adapters"]:
         """The weights that a query-level method gives prompts, each by itself; constant while they are answered.
 
@@ -221,9 +224,10 @@ class Fusion(FusionState):
             input_ids: the prompts.
             attention_mask: 1 at real tokens, 0 at padding on either side.
             method: the method; by default the fusion's own.
+            kwargs: what the base takes beside tokens, such as the images of one prompt.
 
         Raises:
-            MethodError: if the method does not weigh whole prompts.
+            MethodError: if the method does not weigh whole prompts, or cannot read what is beside their tokens.
         """
         with self.at_work():
             chosen, gates = self._gates_of(method)
@@ -231,12 +235,20 @@ class Fusion(FusionState):
                 raise MethodError(
                     f"The method {chosen.name!r} does not weigh whole prompts. `trace` shows the weights that it gives."
                 )
-            return self._weigh(chosen, gates, input_ids, attention_mask)
+            return self._weigh(chosen, gates, input_ids, attention_mask, beside_tokens(kwargs))
 
     @torch.no_grad()
-    def _weigh(self, method: QueryMethod, gates: Gates, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _weigh(
+        self,
+        method: QueryMethod,
+        gates: Gates,
+        ids: Tensor,
+        mask: Tensor | None,
+        beside: Mapping[str, Tensor],
+    ) -> Tensor:
+        gate = gates.get("model")
         with self.attachment.turn(), self.evaluating():
-            return weigh_prompts(self.attachment, method, gates.get("model"), input_ids, attention_mask, self.tokenizer)
+            return weigh_prompts(self.attachment, method, gate, ids, mask, self.tokenizer, beside=beside)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -285,7 +297,11 @@ class Fusion(FusionState):
                 raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
             if isinstance(method, QueryMethod):
                 prompt = slice(0, prompt_length or None)
-                weights = self._weigh(method, gates, input_ids[:, prompt], mask[:, prompt])
+                beside = {
+                    name: value[:, prompt] if value.shape[:2] == input_ids.shape else value
+                    for name, value in beside_tokens(kwargs).items()
+                }
+                weights = self._weigh(method, gates, input_ids[:, prompt], mask[:, prompt], beside)
                 lanes = lanes_of_weights(self.attachment, weights, len(input_ids))
             layer_weights, module_weights = read_weights(self.attachment, input_ids, mask, lanes, **kwargs)
         return Trace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from loraflow.answers import require_tokenizer
 from loraflow.core.attach import Attachment
-from loraflow.errors import ArchitectureError
+from loraflow.errors import ArchitectureError, MethodError
 from loraflow.methods.base import Measure
 
 # Tokens in one forward: as many rows as that allows, and one at least.
@@ -39,8 +39,10 @@ class Prompt:
         input_ids: Int[Tensor, " seq"],
         tokenizer: PreTrainedTokenizerBase | None = None,
         among: Sequence[int] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.input_ids = input_ids
+        self.beside = dict(beside or {})
         self.layers = len(attachment.layers.layers)
         self._positions = list(range(len(attachment.adapters)) if among is None else among)
         self.adapters = tuple(attachment.adapters[position].name for position in self._positions)
@@ -54,7 +56,13 @@ class Prompt:
 
         Raises:
             LoraflowError: if there is no tokenizer.
+            MethodError: if there is more to the prompt than its text.
         """
+        if self.beside:
+            raise MethodError(
+                f"The method reads a prompt's text, and this prompt has `{next(iter(self.beside))}` beside it. Take a "
+                "method that reads it through the base."
+            )
         return str(require_tokenizer(self._tokenizer).decode(self.input_ids.tolist(), skip_special_tokens=True))
 
     def compare(self, measure: Measure, tokens: Literal["last", "all"]) -> Float[Tensor, "layers adapters"]:
@@ -147,7 +155,9 @@ class Prompt:
         model = self._attachment.model
         ids = self.input_ids.to(model.device).expand(rows, -1)
         with contextlib.suppress(_Seen):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            # Rows are all the same prompt, whatever way its images are laid out.
+            beside = {name: torch.cat([value] * rows) for name, value in self.beside.items()}
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **beside)
 
 
 class _Seen(Exception):  # noqa: N818 (not an error: what was to be read has been read)

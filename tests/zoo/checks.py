@@ -280,7 +280,9 @@ def _constant_for_each_row(case: Case, weights: Tensor) -> float:
     case.require_batches()
     models = [case.merged(row) for row in weights]
     expected = _each(case.reader.at_once, models, [row[None] for row in case.words])
-    return case.error(case.generated(case.words), expected)
+    # Whose image it is can be told of one prompt only.
+    rows = case.words.split(1) if case.reader.inputs else [case.words]
+    return case.error(torch.cat([case.generated(row) for row in rows]), expected)
 
 
 CHECKS: dict[str, Callable[[Case], float]] = {

@@ -62,13 +62,14 @@ with {versions}. {counts}
 | token cache | the same with the cache |
 | token rows | a row with gates beside a row with constants: each alone |
 | module | a gate for each linear: the slow reference, with the cache and without |
-| query | weights that qa-FLoRA gives a whole prompt: the base with these merged, layer by layer |
+| query | weights that qa-FLoRA gives a whole prompt: those of the slow reference, merged layer by layer |
 
 ✓ equal; – refused, with a message; · the base or PEFT by themselves cannot do it, or no oracle knows it. *Linears* are
 all linear modules of the decoder layers that PEFT adapts as such; *without* those that read other rows than their
 layer's tokens; *experts* the parameters of fused experts (`target_parameters`); *all-linear* what PEFT makes of that
-word where it adapts such parameters for it. Models compute in float64 where they can; where they give float32 by
-themselves, the bound is 1e-4.
+word where it adapts such parameters for it; *image* has one random image before the words of every row, made without
+the architecture's processor, and *tower* adapts what reads it as well. Models compute in float64 where they can; where
+they give float32 by themselves, the bound is 1e-4.
 """
 
 
@@ -225,9 +226,14 @@ def reasons(found: dict[str, Found]) -> list[str]:
 
 def general(message: str) -> str:
     """A message without what is of one architecture only, in one line of a table."""
-    message = re.sub(r"\S*/(one|two)/", "", message)
-    message = re.sub(r"\[[^\]]{30,}\]", "[...]", message)
-    message = re.sub(r"^\w+ (is not supported|is an encoder)", r"The model \1", message)
+    for pattern, instead in (
+        (r" \(\S*/(one|two)\)|\S*/(one|two)/", ""),
+        (r"\[[^\]]{30,}\]", "[...]"),
+        (r"\b[A-Z]\w*(For[A-Z]\w+|LMHeadModel|GenerationDecoder)\b", "the model"),
+        (r"'\w+(\.\w+)+'", "'...'"),
+        (r"\(\w*\.?(\w+\.)*layers\)", "(...)"),
+    ):
+        message = re.sub(pattern, instead, message)
     message = re.sub(r"`|\|", "'", message).replace("<", "(").replace(">", ")")
     return " ".join(message.split())[:400]
 

@@ -7,6 +7,7 @@ architecture needs no line here unless it has sizes of its own; those are in `OV
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Iterator, Mapping
@@ -41,11 +42,13 @@ class Base:
         architecture: its `model_type`.
         model: the model, in evaluation mode.
         precise: whether it computes in float64 up to its logits.
+        unused: a copy of the model that has answered nothing: some keep what they saw of the last prompt.
     """
 
     architecture: str
     model: PreTrainedModel
     precise: bool
+    unused: PreTrainedModel
 
 
 class NotBuilt(Exception):  # noqa: N818 (an outcome, not an error)
@@ -95,13 +98,15 @@ def small_model(architecture: str, seed: int = 0) -> Base:
         model.generation_config.pad_token_id = 0
     model.eval()
     with contextlib.suppress(Exception):
+        unused = copy.deepcopy(model.double())
         # Some give float32 whatever they are in.
-        return Base(architecture, model, precise=_try_forward(model.double()) == torch.float64)
+        return Base(architecture, model, _try_forward(model) == torch.float64, unused)
     try:
-        _try_forward(model.float())
+        unused = copy.deepcopy(model.float())
+        _try_forward(model)
     except Exception as error:
         raise NotBuilt(f"its forward: {type(error).__name__}: {first_line(error)}") from error
-    return Base(architecture, model, precise=False)
+    return Base(architecture, model, False, unused)
 
 
 def _auto_class(architecture: str) -> type:

@@ -81,7 +81,7 @@ class Case:
     @functools.cached_property
     def fused(self) -> FusedModel:
         """The fusion, under a method of constant weights at first."""
-        return FusedModel.from_adapters(copy.deepcopy(self.base.model), self.paths, "average")
+        return FusedModel.from_adapters(copy.deepcopy(self.base.unused), self.paths, "average")
 
     def merged(self, weights: Mapping[str, float] | Tensor) -> nn.Module:
         """The base with weights merged into it, `[layers, adapters]` or the same for all layers."""
@@ -137,6 +137,15 @@ class Case:
         if not effect > 1e-6:
             raise Unable("the adapters change nothing")
         return (found[:, : LENGTH - 1] - expected[:, asked]).abs().max().item() / effect
+
+    def require_batches(self) -> None:
+        """Give the check up where rows change one another without adapters.
+
+        Raises:
+            Unable: if they do.
+        """
+        if not self.abilities.batches:
+            raise Unable("in a batch the rows of the base itself change one another")
 
     def generated(self, words: Tensor, **kwargs: object) -> Tensor:
         """What the fusion says step by step.
@@ -268,9 +277,12 @@ def query(case: Case) -> float:
 
 
 def _constant_for_each_row(case: Case, weights: Tensor) -> float:
+    case.require_batches()
     models = [case.merged(row) for row in weights]
     expected = _each(case.reader.at_once, models, [row[None] for row in case.words])
-    return case.error(case.generated(case.words), expected)
+    # Whose image it is can be told of one prompt only.
+    rows = case.words.split(1) if case.reader.inputs else [case.words]
+    return case.error(torch.cat([case.generated(row) for row in rows]), expected)
 
 
 CHECKS: dict[str, Callable[[Case], float]] = {
@@ -310,6 +322,7 @@ def _run(check: Callable[[Case], float], case: Case) -> Outcome:
 
 def _rows(case: Case, methods: list, alone: list[nn.Module]) -> float:
     """Rows together in one forward, and generated after padding where the base allows it, against each alone."""
+    case.require_batches()
     reader, words = case.reader, case.words
     expected = _each(reader.at_once, alone, [row[None] for row in words])
     error = case.error(reader.at_once(case.fused, words, methods=methods), expected)

@@ -108,11 +108,13 @@ class Abilities:
     """What a base does by itself.
 
     Attributes:
+        batches: whether rows of a batch leave one another alone.
         caches: whether its answer with a cache is that without.
         steps: whether that is so from the first token on.
         pads: whether padding on the left changes nothing.
     """
 
+    batches: bool
     caches: bool
     steps: bool
     pads: bool
@@ -132,6 +134,7 @@ class Abilities:
             return bool(torch.allclose(found, wanted, atol=1e-5 if base.precise else 1e-4, rtol=0))
 
         asked = expected[:, PROMPT - 1 : -1]
+        batches = agrees(lambda: torch.cat([reader.at_once(base.model, row[None]) for row in words]), expected)
         caches = agrees(lambda: reader.step_by_step(base.model, words), asked)
         steps = not len(reader.prefix) and agrees(
             lambda: reader.step_by_step(base.model, words[:1], 1), expected[:1, :-1]
@@ -140,7 +143,7 @@ class Abilities:
         rows = [reader.whole(base.model, row) for row in reader.alone(words, 2)]
         padded = torch.cat(rows)[:, PROMPT - 1 : -1]
         pads = caches and agrees(lambda: reader.step_by_step(base.model, words, padding=2), padded)
-        return cls(caches, steps, pads)
+        return cls(batches, caches, steps, pads)
 
 
 class _Dictated(LogitsProcessor):

@@ -105,10 +105,13 @@ def targets_of_images(base: Base, layers: DecoderLayers) -> Iterator[Targets]:
 def linears_of(model: nn.Module, layers: DecoderLayers) -> list[str]:
     """The linear modules of the decoder layers.
 
-    Not those with a forward of their own (grouped output projections), whose shapes PEFT does not know.
+    Not grouped ones, whose shapes PEFT does not know.
     """
-    forwards = (nn.Linear.forward, Conv1D.forward)
-    return [name for name, module in model.named_modules() if type(module).forward in forwards and layers.split(name)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "Grouped" not in type(module).__name__ and layers.split(name)
+    ]
 
 
 def other_rows(base: Base, layers: DecoderLayers, linears: Sequence[str], reader: Reader) -> OtherRows:

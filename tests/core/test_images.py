@@ -57,6 +57,16 @@ def test_a_base_is_loaded_by_its_path(base, adapters, question, tmp_path):
 
 
 @torch.no_grad()
+def test_a_base_that_has_answered_before_is_fused_like_any_other(base, adapters, question):
+    ids, inputs, _ = question
+    fresh = FusedModel.from_adapters(copy.deepcopy(base.model), adapters, "one")
+    expected = fresh(input_ids=ids, **inputs).logits
+    base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **inputs)
+    used = FusedModel.from_adapters(base.model, adapters, "one")
+    assert torch.equal(used(input_ids=ids, **inputs).logits, expected)
+
+
+@torch.no_grad()
 def test_the_image_counts_for_methods_that_weigh_tokens(base, adapters, question):
     ids, inputs, other = question
     model = FusedModel.from_adapters(base.model, adapters, LoraFlow())

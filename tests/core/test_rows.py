@@ -197,5 +197,5 @@ def test_weights_of_tokens_are_refused_where_none_are_read():
 def test_a_base_that_cannot_be_run_is_refused():
     base = tiny_model("llama")
     base.model.layers[0].mlp = nn.Linear(7, 7)
-    with pytest.raises(ArchitectureError, match=r"LlamaForCausalLM could not be run on 7 prompts.*RuntimeError"):
+    with pytest.raises(ArchitectureError, match=r"LlamaForCausalLM could not be run on 9 prompts.*RuntimeError"):
         found(base)

@@ -185,6 +185,9 @@ def _final_norm(model: PreTrainedModel, prefix: str) -> nn.Module:
     norms = [name for name, child in children.items() if "norm" in type(child).__name__.lower()]
     # Some models have a norm of the embeddings too, before their layers.
     found = [name for name in norms if name in after] or [name for name in norms if name.startswith("final")]
+    if len(found) > 1:
+        # Beside norms of embeddings of each layer's own.
+        found = [name for name in found if name == "norm" or name.startswith("final")]
     if len(found) != 1:
         raise ArchitectureError(
             f"The final norm of {type(model).__name__} was not found (norms beside its layers: {norms or 'none'}). "
@@ -213,6 +216,11 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 
 def _apply_head(model: PreTrainedModel, states: Float[Tensor, "*rows hidden"]) -> Tensor:
     head = model.get_output_embeddings()
+    if head is None:
+        raise ArchitectureError(
+            f"{type(model).__name__} does not tell its head, so inner states have no logits. Take a distance of hidden "
+            "states (`cosine`, `euclidean`)."
+        )
     if head.weight.is_floating_point() and head.weight.shape[-1] != states.shape[-1]:
         raise ArchitectureError(
             f"{type(model).__name__} projects its states from {states.shape[-1]} to {head.weight.shape[-1]} features "

@@ -34,9 +34,9 @@ order; nothing of the kind.
 """
 _BY_STRENGTH: tuple[Rows, ...] = ("tokens", "cached", "prompts", "unknown")
 
-# Positions read at first, and then with the cache; two prompts more than positions: the first, and its equal.
-_FIRST, _NEXT = 4, 1
-_PROMPTS = _FIRST + _NEXT + 2
+# Positions read at first, and then with the cache; the other prompts are the first, and two equal ones at the end.
+_FIRST, _NEXT = 5, 1
+_PROMPTS = _FIRST + _NEXT + 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LayerRows:
 
     Attributes:
         axes: where batch and positions are in the layer's input; None where they are nowhere.
-        streams: whether that input is not one state of each token, `[batch, seq, hidden]`.
+        streams: whether that input is not one state of each token, as wide as the model's.
         linears: what each linear reads, by name within the layer; those that the probe never called are missing.
     """
 
@@ -98,8 +98,12 @@ def _probe(model: PreTrainedModel, layers: DecoderLayers) -> list[LayerRows]:
     seen = {index: _Seen(layers.layers[index]) for index in sorted(first_of.values())}
     ids = _prompts(model)
     training = [module for module in model.modules() if module.training]
+    # Qwen's vision models keep there how far the last prompt's images have moved its positions.
+    moved = {module: module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")}
     model.eval()
     try:
+        for module in moved:
+            module.rope_deltas = None
         with torch.no_grad(), contextlib.ExitStack() as hooks:
             for each in seen.values():
                 hooks.enter_context(each.watching(stop=each is seen[max(seen)]))
@@ -115,7 +119,9 @@ def _probe(model: PreTrainedModel, layers: DecoderLayers) -> list[LayerRows]:
     finally:
         for module in training:
             module.training = True
-    found = {index: each.result(_tolerance(model)) for index, each in seen.items()}
+        for module, positions in moved.items():
+            module.rope_deltas = positions
+    found = {index: each.result(layers.hidden_size, _tolerance(model)) for index, each in seen.items()}
     lost = [index for index, rows in found.items() if rows.axes is None]
     if lost:
         raise ArchitectureError(
@@ -130,7 +136,7 @@ def _kind(layer: nn.Module) -> object:
 
 
 def _prompts(model: PreTrainedModel) -> Tensor:
-    """The first prompt, then one for each position that differs from it there, then the first again."""
+    """The first prompt, then one for each position that differs from it there, then the first twice again."""
     config = model.config.get_text_config(decoder=True)
     special: set[int] = set()
     for source in (model.config, config):
@@ -157,6 +163,7 @@ class _Seen:
     layer: nn.Module
     calls: list[dict[str, list[Tensor]]] = field(default_factory=lambda: [{}])
     cache: Cache | None = None
+    output: Tensor | None = None
 
     @contextlib.contextmanager
     def watching(self, stop: bool) -> Iterator[None]:
@@ -176,10 +183,15 @@ class _Seen:
         def end(*_: object) -> None:
             raise _Stop
 
+        def note_output(_: nn.Module, __: object, output: Any) -> None:
+            if len(self.calls) == 1:
+                self.output = (output if isinstance(output, Tensor) else output[0]).detach().clone()
+
         handles = [
             module.register_forward_pre_hook(note(name), with_kwargs=True)
             for name, module in self.layer.named_modules()
         ]
+        handles.append(self.layer.register_forward_hook(note_output))
         if stop:
             handles.append(self.layer.register_forward_hook(end))
         try:
@@ -188,19 +200,23 @@ class _Seen:
             for handle in handles:
                 handle.remove()
 
-    def result(self, tolerance: float) -> LayerRows:
+    def result(self, hidden_size: int, tolerance: float) -> LayerRows:
         """What the layer's rows, and those of each of its linears, are."""
         prefill = self.calls[0]
         if "" not in prefill:
             # A layer that only images reach.
             return LayerRows(linears={})
-        axes, streams = _axes(prefill[""][0], tolerance)
+        axes = _axes(prefill[""][0], tolerance)
+        streams = axes != (0, 1) or prefill[""][0].shape[2:] != (hidden_size,)
+        # Where positions look ahead, a later one changes those before it, and only the shape is left to go by.
+        output = None if self.output is None or axes is None else self.output.movedim(axes, (0, 1)).flatten(2)
+        ahead = output is not None and not _are_positions(output, 0, _FIRST, tolerance)
         linears = {}
         for name in prefill:
             if name:
-                found = [_rows(x, 0, _FIRST, 0, tolerance) for x in prefill[name]]
+                found = [_rows(x, 0, _FIRST, 0, tolerance, ahead) for x in prefill[name]]
                 for later in self.calls[1:]:
-                    found += [_rows(x, _FIRST, _NEXT, _FIRST, tolerance) for x in later.get(name, [])]
+                    found += [_rows(x, _FIRST, _NEXT, _FIRST, tolerance, ahead) for x in later.get(name, [])]
                 linears[name] = max(found, key=_BY_STRENGTH.index)
         return LayerRows(axes, streams, linears)
 
@@ -224,48 +240,51 @@ def _tolerance(model: PreTrainedModel) -> float:
     return 2e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-3
 
 
-def _rows(x: Tensor, first: int, count: int, cached: int, tolerance: float) -> Rows:
+def _rows(x: Tensor, first: int, count: int, cached: int, tolerance: float, ahead: bool) -> Rows:
     """What the rows of an input are, where the prompts' positions from `first` on were read."""
-    if _are_positions(x, first, count, tolerance):
+    if _are_positions(x, first, count, tolerance, ahead):
         return "tokens"
-    if cached and _are_positions(x, 0, cached + count, tolerance):
+    if cached and _are_positions(x, 0, cached + count, tolerance, ahead):
         return "cached"
     if len(x) == _PROMPTS and x.dim() > 1:
         changed = _changes(x.reshape(_PROMPTS, 1, -1), tolerance)[:, 0].tolist()
-        # The first and the last prompt are equal; those in between differ in a position that was read, or is cached,
-        # or is yet to come.
-        read, to_come = changed[1 + first : 1 + first + count], changed[1 + first + count : -1]
-        if all(read) and not any((*to_come, changed[0], changed[-1])):
+        equal, to_come = (changed[0], *changed[-2:]), changed[1 + first + count : -2]
+        if any(changed) and not any((*equal, *to_come)):
             return "prompts"
     return "unknown"
 
 
-def _are_positions(x: Tensor, first: int, count: int, tolerance: float) -> bool:
+def _are_positions(x: Tensor, first: int, count: int, tolerance: float, ahead: bool = False) -> bool:
     """Whether the rows are `count` positions of each prompt from `first` on, prompt after prompt."""
-    if x.dim() < 2 or x.shape[:-1].numel() != _PROMPTS * count:
+    if x.dim() < 2 or x.shape[:-1].numel() != _PROMPTS * count or (ahead and x.shape[:2] != (_PROMPTS, count)):
         return False
     changed = _changes(x.reshape(_PROMPTS, count, -1), tolerance)
-    if changed[0].any() or changed[-1].any():
+    if changed[0].any() or changed[-2:].any():
         return False
-    for prompt in range(1, _PROMPTS - 1):
-        position = prompt - 1 - first
+    for position in range(_FIRST + _NEXT - first):
         # A prompt that differs in what is cached may differ in every row after it.
-        if position >= 0 and (changed[prompt, :position].any() or not changed[prompt, position : position + 1].all()):
+        here = changed[1 + first + position]
+        if not here[position : position + 1].all() or (here[:position].any() and not ahead):
             return False
     return True
 
 
 def _changes(states: Tensor, tolerance: float) -> Tensor:
-    """Where the prompts' states differ from those of the first, `[prompts, positions]`."""
+    """Where the prompts' states differ from those of the first, `[prompts, positions]`.
+
+    By their length as a whole: single features of real models are larger than all others by far, for every token.
+    """
     states = states.float()
-    return (states - states[:1]).abs().amax(-1) > tolerance * states.abs().max()
+    lengths = states.norm(dim=-1)
+    return (states - states[:1]).norm(dim=-1) > tolerance * torch.maximum(lengths, lengths[:1])
 
 
-def _axes(x: Tensor, tolerance: float) -> tuple[tuple[int, int] | None, bool]:
-    """Where batch and positions are in a layer's input of the first forward, and whether it is of several streams."""
+def _axes(x: Tensor, tolerance: float) -> tuple[int, int] | None:
+    """Where batch and positions are in a layer's input of the first forward."""
     for batch, seq in itertools.permutations(range(x.dim()), 2):
-        if (x.shape[batch], x.shape[seq]) == (_PROMPTS, _FIRST) and x.dim() > 2:
-            states = x.movedim((batch, seq), (0, 1)).flatten(2)
-            if _are_positions(states, 0, _FIRST, tolerance):
-                return (batch, seq), x.dim() > 3 or (batch, seq) != (0, 1)
-    return None, True
+        if (x.shape[batch], x.shape[seq]) != (_PROMPTS, _FIRST) or x.dim() < 3:
+            continue
+        # That of a layer behind the first may have looked ahead.
+        if _are_positions(x.movedim((batch, seq), (0, 1)).flatten(2), 0, _FIRST, tolerance, ahead=True):
+            return batch, seq
+    return None

@@ -425,3 +425,10 @@ def test_encode_is_the_fusions_prompt_padded_on_the_left(adapters):
     assert model.encode("5")["input_ids"].tolist() == [[7, 5, 8]]
     with pytest.raises(DataError, match="Read them with `loraflow"):
         model.fit("train.jsonl")
+
+
+def test_of_several_processes_the_main_one_saves(model, tmp_path):
+    model.save_pretrained(tmp_path / "other", state_dict=None, is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    model.save_pretrained(tmp_path / "main", state_dict=None, is_main_process=True)
+    assert (tmp_path / "main" / "fusion.safetensors").is_file()

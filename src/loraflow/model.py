@@ -195,6 +195,7 @@ class FusedModel(Fusion):
         *,
         copy_adapters: bool = False,
         state_dict: Mapping[str, Tensor] | EllipsisType | None = ...,
+        is_main_process: bool = True,
     ) -> None:
         """Write `fusion_config.json`, `fusion.safetensors` and a model card.
 
@@ -203,10 +204,13 @@ class FusedModel(Fusion):
             copy_adapters: copy local adapters into the directory, so that it can be moved elsewhere as it is.
             state_dict: given by transformers' `Trainer`: what is learned, or None for the model's own. The file that it
                 goes on from, `model.safetensors`, is written then too.
+            is_main_process: given by transformers' `Trainer` since 5.24: whether this one of several processes writes.
 
         Raises:
             FusionError: if the directory is a file, or an adapter that is to be copied has changed on disk.
         """
+        if not is_main_process:
+            return
         directory = Path(directory).expanduser()
         with self.attachment.turn():
             learned = self.state_dict() if state_dict is None or state_dict is ... else state_dict

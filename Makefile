@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-vllm test-newest lint venv clean
+.PHONY: help demo test test-vllm test-real test-newest lint venv clean
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: lint  ## Lint, then run all tests.
 
 test-vllm:  ## Test the vLLM plug-in, in an environment of its own.
 	scripts/test_vllm.sh
+
+test-real:  ## Try every command on a real model, in an environment of its own.
+	scripts/test_real.sh
 
 test-newest:  ## Run the tests on the newest of every dependency, in an environment of its own.
 	scripts/test_newest.sh

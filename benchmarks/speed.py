@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                              # hidden size 768, k = 3, r = 16
     python benchmarks/speed.py --hidden 1536 --layers 8 --batch 8
+    python benchmarks/speed.py --experts 16 --adapters 2    # a mixture of experts, which the adapters update too
 
 A machine's speed drifts, so every contender runs in every round, in turn, and what counts is the median over the rounds
 of its ratio to the base in the same round. Models are random: speed does not depend on the weights' values.
@@ -25,12 +26,14 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import loraflow
 from loraflow import FusedModel, LoraFlow
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 Contenders = dict[str, torch.nn.Module]
 
 
@@ -57,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=None, help="default: 8/3 of hidden, as in Llama")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture, two for each token; default: no mixture")
+    parser.add_argument("--experts-implementation", default="grouped_mm", choices=["eager", "batched_mm", "grouped_mm"])
     parser.add_argument("--adapters", type=int, default=3, help="k")
     parser.add_argument("--rank", type=int, default=16, help="r")
     parser.add_argument("--granularity", default="layer", choices=["step", "layer", "module"])
@@ -70,7 +75,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--without-xlora", action="store_true", help="leave out X-LoRA, by far the slowest")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    # PEFT's X-LoRA takes linears only.
+    args.without_xlora = args.without_xlora or args.experts > 0
+    return args
 
 
 def print_setting(args: argparse.Namespace) -> None:
@@ -92,33 +100,51 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def build_base(args: argparse.Namespace) -> LlamaForCausalLM:
-    """A random Llama."""
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate or (args.hidden * 8 // 3 + 63) // 64 * 64,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 64,
-    )
-    model = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
+def build_base(args: argparse.Namespace) -> PreTrainedModel:
+    """A random Llama; or, with experts, a random Qwen3 MoE, whose experts together are as wide as four dense layers."""
+    intermediate = args.intermediate or (args.hidden * 8 // 3 + 63) // 64 * 64
+    common = {
+        "vocab_size": args.vocab,
+        "hidden_size": args.hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": args.hidden // 64,
+    }
+    if args.experts:
+        config = Qwen3MoeConfig(
+            **common,
+            head_dim=64,
+            num_experts=args.experts,
+            num_experts_per_tok=2,
+            moe_intermediate_size=max(64, 4 * intermediate // args.experts // 64 * 64),
+            experts_implementation=args.experts_implementation,
+        )
+        model: PreTrainedModel = Qwen3MoeForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    model = model.to(args.device, getattr(torch, args.dtype)).eval()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
 
 
-def save_adapter(base: LlamaForCausalLM, directory: Path, args: argparse.Namespace, seed: int) -> str:
+def save_adapter(base: PreTrainedModel, directory: Path, args: argparse.Namespace, seed: int) -> str:
     """A random adapter, written by PEFT."""
     torch.manual_seed(args.seed + seed + 1)
     config = LoraConfig(
-        r=args.rank, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"
+        r=args.rank,
+        lora_alpha=16,
+        target_modules=ATTENTION if args.experts else TARGETS,
+        target_parameters=EXPERTS if args.experts else None,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
     )
     get_peft_model(copy.deepcopy(base), config).save_pretrained(directory)
     return str(directory)
 
 
-def build_contenders(base: LlamaForCausalLM, adapters: dict[str, str], args: argparse.Namespace) -> Contenders:
+def build_contenders(base: PreTrainedModel, adapters: dict[str, str], args: argparse.Namespace) -> Contenders:
     """The base alone, the fusion, PEFT with one adapter, with all summed, and X-LoRA."""
     paths = list(adapters.values())
     one = PeftModel.from_pretrained(copy.deepcopy(base), paths[0], is_trainable=True).eval()

@@ -14,7 +14,8 @@ from torch import nn
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.adapters import load_adapter, match_adapter
 from loraflow.core.experts import FusedExperts
-from loraflow.errors import AdapterError, ArchitectureError, MethodError
+from loraflow.errors import AdapterError, ArchitectureError, LoraflowError, MethodError
+from loraflow.export import export_peft
 from tests.tiny import peft_model, random_ids, relative_error, save_adapter, set_random_gates, tiny_model
 
 # What PEFT writes for "all-linear" on such a base, and a subset of it.
@@ -325,3 +326,10 @@ def test_half_of_what_became_one_parameter_is_refused(base, tmp_path):
     path = save_old_mixtral(base, tmp_path / "old", ["w1", "q_proj"])
     with pytest.raises(AdapterError, match=r"PEFT cannot read it for MixtralForCausalLM.*without also targeting w3"):
         FusedModel.from_adapters(base, {"old": path})
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe"])
+def test_an_export_of_bare_parameters_is_refused(base, adapters, tmp_path):
+    model = FusedModel.from_adapters(base, adapters, Static(CONSTANT))
+    with pytest.raises(LoraflowError, match=r"updates 9 bare parameters, such as 'model.layers.0.mlp"):
+        export_peft(model, tmp_path / "exported")

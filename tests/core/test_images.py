@@ -99,13 +99,9 @@ def test_images_of_several_prompts_are_refused_where_prompts_are_weighed(base, a
     twice = {name: torch.cat([value] * 2) for name, value in inputs.items()}
     options = {"attention_mask": torch.ones_like(ids).repeat(2, 1), "max_new_tokens": 2, **twice}
     with pytest.raises(MethodError, match=r"'qa-flora' reads each prompt by itself, and whose of 2 prompts"):
-        model.generate(
-            torch.cat([ids] * 2), attention_mask=torch.ones_like(ids).repeat(2, 1), max_new_tokens=2, **twice
-        )
+        model.generate(torch.cat([ids] * 2), **options)
     with model.using(Static({"one": 1.0})):
-        model.generate(
-            torch.cat([ids] * 2), attention_mask=torch.ones_like(ids).repeat(2, 1), max_new_tokens=2, **twice
-        )
+        model.generate(torch.cat([ids] * 2), **options)
 
 
 def test_an_adapter_of_the_vision_tower_is_never_fused_in_part(base, tmp_path):

@@ -20,7 +20,7 @@ from loraflow.serving.config import EngineLimits
 from loraflow.serving.engine import Engine
 from loraflow.serving.jobs import Failure, Sampling, Weigher
 from tests.serving.worlds import DEADLINE_S, alone, job, learned, running, send, tiny_fusion, wait_for, weigher_of
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import random_adapter, random_ids, tiny_model
 
 SMALL = EngineLimits(requests=8, batch_tokens=24, cache_tokens=1024, page_tokens=16)
 # Nothing learned here; the base, one adapter, the average, hand-set weights (by layer too), and methods that read.
@@ -430,6 +430,15 @@ def test_eager_attention_is_refused():
     model = FusedModel.from_adapters(base, {"a": tiny_fusion().adapters[0]}, "average")
     with pytest.raises(LoraflowError, match=r"Continuous batching changes eager attention for everybody\. Load"):
         Engine(model)
+
+
+def test_linears_that_read_the_cache_are_refused():
+    base = tiny_model("deepseek_v3")
+    base.set_attn_implementation("sdpa")
+    model = FusedModel.from_adapters(base, {"a": random_adapter(base, "a", ["kv_b_proj"])}, "average")
+    refused = pytest.raises(LoraflowError, match="Linears of DeepseekV3ForCausalLM read all cached positions")
+    with running(model, SMALL) as engine, refused:
+        engine.submit(job([5, 6]))
 
 
 def test_requests_that_can_never_be_answered_are_refused():

@@ -185,6 +185,13 @@ def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtyp
             kept[f"{prefix}.{site_name.removeprefix('layers.')}"] = active
     if not kept:
         raise MethodError("Every fusion weight is 0: the fusion is its base alone, and there is nothing to export.")
+    modules_of_base = dict(model.base_model.named_modules())
+    bare = [name for name in kept if name not in modules_of_base]
+    if bare:
+        raise LoraflowError(
+            f"The fusion updates {len(bare)} bare parameters, such as '{bare[0]}' (experts of a mixture, a router), of "
+            "which no adapter is written. Use it as it is: `loraflow generate` and `loraflow serve` take it."
+        )
     uses_dora = any(update.magnitude is not None for active in kept.values() for update, _ in active)
     lora_bias = any(update.bias is not None for active in kept.values() for update, _ in active)
     if uses_dora and lora_bias:

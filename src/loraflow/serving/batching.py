@@ -95,6 +95,10 @@ class Manager(ContinuousBatchingManager):
         )
         processor.model_runner.fail = self._fail
         processor.cache.update = _with_finite_states(processor.cache.update)
+        if not hasattr(processor.cache, "get_seq_length"):
+            # OPT asks before it looks whether it needs the answer: every token comes with its position. Since
+            # transformers 5.24 the paged cache is what models take for theirs.
+            processor.cache.get_seq_length = lambda *_: 0
         return processor
 
     def _fail(self, job: Job, message: str) -> None:

@@ -42,12 +42,15 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
             f"its gate must look at one token at a time. {_UNVERIFIED}"
         )
     for name, update in _updates(plan):
-        what = (
-            "a DoRA" if update.magnitude is not None else "trained with `lora_bias`" if update.bias is not None else ""
-        )
-        if what:
+        what = {
+            "a DoRA": update.magnitude is not None,
+            "trained with `lora_bias`": update.bias is not None,
+            "one of a mixture's experts": update.experts > 1,
+        }
+        if any(what.values()):
+            found = next(kind for kind, is_it in what.items() if is_it)
             raise AdapterError(
-                f"Adapter {name!r} is {what}, which is not computed in vLLM. Serve it with `loraflow serve`, or leave "
+                f"Adapter {name!r} is {found}, which is not computed in vLLM. Serve it with `loraflow serve`, or leave "
                 "it out."
             )
 

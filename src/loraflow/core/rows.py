@@ -99,7 +99,7 @@ def _probe(model: PreTrainedModel, layers: DecoderLayers) -> list[LayerRows]:
     ids = _prompts(model)
     training = [module for module in model.modules() if module.training]
     # Qwen's vision models keep there how far the last prompt's images have moved its positions.
-    moved = {module: module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")}
+    moved: dict[Any, Any] = {module: module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")}
     model.eval()
     try:
         for module in moved:

@@ -144,11 +144,10 @@ def _prompts(model: PreTrainedModel) -> Tensor:
             if name.endswith(("token_id", "token_index")):
                 special.update(value if isinstance(value, list) else [value])
     plain = [token for token in range(min(config.vocab_size, 1024)) if token not in special]
-    # Apart from one another, for small vocabularies may repeat.
-    first, other = plain[: _FIRST + _NEXT], plain[-_FIRST - _NEXT :]
-    ids = torch.tensor([first] * _PROMPTS, device=model.device)
+    count = len(plain)
+    ids = torch.tensor([[plain[i % count] for i in range(_FIRST + _NEXT)]] * _PROMPTS, device=model.device)
     for position in range(_FIRST + _NEXT):
-        ids[position + 1, position] = other[position]
+        ids[position + 1, position] = plain[(position + count // 2) % count]
     return ids
 
 

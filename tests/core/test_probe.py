@@ -176,8 +176,8 @@ def test_a_final_norm_that_cannot_be_told_is_an_error():
     ):
         prompt_of(model).logits(torch.randn(1, 32, dtype=torch.float64), norm=True)
     model.base_model.model.norm = torch.nn.LayerNorm(32)
-    model.base_model.model.norm_too = torch.nn.LayerNorm(32)
-    with pytest.raises(ArchitectureError, match=r"\['norm', 'norm_too'\]\)\. Set `final_norm` to false"):
+    model.base_model.model.final_too = torch.nn.LayerNorm(32)
+    with pytest.raises(ArchitectureError, match=r"\['norm', 'final_too'\]\)\. Set `final_norm` to false"):
         prompt_of(model).logits(torch.randn(1, 32, dtype=torch.float64), norm=True)
 
 

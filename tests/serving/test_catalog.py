@@ -238,7 +238,7 @@ def test_a_changed_adapter_is_told(root, tmp_path):
 
 
 def test_gates_that_do_not_fit_are_told(catalog):
-    message = "The fusion 'new' does not fit its method: 'layers.0.bias' is missing or unknown. Save it again."
+    message = "do not match the method of the fusion 'new': 'layers.0.bias' is missing, unknown or of another shape"
     with pytest.raises(FusionError, match=re.escape(message)):
         catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt, {})
     good = {
@@ -247,7 +247,7 @@ def test_gates_that_do_not_fit_are_told(catalog):
         for key, value in gate.state_dict().items()
     }
     tensors = {**good, "layers.9.weight": torch.ones(1)}
-    with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing or unknown"):
+    with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing, unknown"):
         catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, tensors)
     assert "new" not in catalog.served
 

@@ -80,7 +80,8 @@ def server(tmp_path_factory):
     tensors = {f"{site}.{key}": value for site, gate in flow.gates.items() for key, value in gate.state_dict().items()}
     plain = PromptFormat(template="<|user|>{prompt}<|assistant|>")
     for name, prompt in (("plain", plain), (HOSTILE_NAME, flow.prompt)):
-        catalog._offer(catalog._make(name, "fusion", "nowhere", tuple(NAMES), flow.method, prompt, tensors))
+        manner = prompt, flow.endings
+        catalog._offer(catalog._make(name, "fusion", "nowhere", tuple(NAMES), flow.method, manner, tensors))
     # Random gates may find no end.
     service = Service(catalog, ServerConfig(max_new_tokens=24))
     with listening(service) as url:

@@ -167,11 +167,13 @@ def _saved(model: FusedModel, directory: Path) -> _Other:
 
 def _trace_all(model: FusedModel, own: str, others: Mapping[str, _Other], traced: Any) -> dict[str, Any]:
     """The text of a trace by all methods."""
+    from loraflow.core.lanes import load_gates
+
     traces = {own: traced}
     for name, (method, learned) in others.items():
         with model.using(method):
             if learned:
-                model.load_state_dict(learned)
+                load_gates(model.gates, learned, f"the fusion {name!r}")
             ids, mask = (tensor.to(model.device) for tensor in (traced.input_ids, traced.attention_mask))
             traces[name] = model.trace(ids, mask, prompt_length=traced.prompt_length)
     return traces

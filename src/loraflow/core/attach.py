@@ -56,12 +56,14 @@ class Attachment:
         adapters: the fused adapters, in order.
         layers: where its decoder layers are.
         sites: every place that a gate can stand, by place, then by site name.
+        keeps: whether a linear reads cached positions, so that weights are kept in the cache.
     """
 
     model: PreTrainedModel
     adapters: tuple[Adapter, ...]
     layers: DecoderLayers
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
+    keeps: bool = False
     _turn: Turn = field(default_factory=Turn)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
@@ -361,6 +363,7 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         attachment.detach()
         raise
     attachment.sites = find_sites(layers, adapters)
+    attachment.keeps = any(context.keeps for context in attachment.contexts)
     attachment._slots = [
         (parent, name, child)
         for layer in layers.layers

@@ -204,7 +204,7 @@ class Fusion(FusionState):
                     f"The method {self.method.name!r} weighs each prompt before it is answered, and a step of "
                     f"continuous batching does not say what the prompts are. {_INSTEAD}"
                 )
-            if self.gates and any(context.keeps for context in self.attachment.contexts):
+            if self.gates and self.attachment.keeps:
                 raise LoraflowError(
                     f"Linears of {type(self.base_model).__name__} read all cached positions, whose weights continuous "
                     "batching has no place for. Call `generate`, which takes several prompts at once."

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loraflow.errors import LoraflowError
+from loraflow.errors import FusionError, LoraflowError
 from loraflow.methods.base import Mixing, Place
 
 Gates = dict[str, nn.Module]
 """The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+
+
+def learned_of(gates: Gates) -> dict[str, Tensor]:
+    """What gates have learned: `site.parameter` to tensor."""
+    return {f"{site}.{name}": tensor for site, gate in gates.items() for name, tensor in gate.state_dict().items()}
+
+
+def load_gates(gates: Gates, learned: Mapping[str, Tensor], of: str, *, assign: bool = False) -> None:
+    """Load what `learned_of` gave; all of it, for a gate left out would change the model.
+
+    Raises:
+        FusionError: if tensors are missing, unknown, or of another shape.
+    """
+    mine = learned_of(gates)
+    wrong = sorted(mine.keys() ^ learned.keys())
+    wrong += sorted(name for name in mine.keys() & learned.keys() if mine[name].shape != learned[name].shape)
+    if wrong:
+        raise FusionError(
+            f"The learned tensors do not match {of}: '{wrong[0]}' is missing, unknown or of another shape "
+            f"({len(wrong)} such). Use the fusion's own method and adapters."
+        )
+    for site, gate in gates.items():
+        gate.load_state_dict({name: learned[f"{site}.{name}"] for name in gate.state_dict()}, assign=assign)
 
 
 class RowGate(nn.Module):

@@ -15,9 +15,9 @@ from loraflow.bases import BaseRecord
 from loraflow.core.asking import Asking
 from loraflow.core.attach import Attachment
 from loraflow.core.choice import Choice, Use
-from loraflow.core.lanes import Gates
+from loraflow.core.lanes import Gates, load_gates
 from loraflow.endings import Endings
-from loraflow.errors import FusionError, LoraflowError, MethodError
+from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, get_method
 from loraflow.prompts import PromptFormat
 
@@ -261,23 +261,10 @@ class FusionState(Asking, _OfBase):
         return learned
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` gave; all of it, whatever `strict` says, for a gate left out would change the model.
-
-        Raises:
-            FusionError: if keys are missing, unknown, or of another shape.
-        """
-        mine = self.state_dict()
-        wrong = sorted(mine.keys() ^ state_dict.keys())
-        wrong += sorted(k for k in mine.keys() & state_dict.keys() if mine[k].shape != state_dict[k].shape)
-        if wrong:
-            raise FusionError(
-                f"The learned tensors do not match the method {self.own_method.name!r}: '{wrong[0]}' is missing, "
-                f"unknown or of another shape ({len(wrong)} such). Use the fusion's own method and adapters."
-            )
+        """Load what `state_dict` gave; all of it, whatever `strict` says: a gate left out would change the model."""
         with self.attachment.turn():
-            for site, gate in self._choice.own.gates.items():
-                mine_of_gate = {name: state_dict[f"{site}.{name}"] for name in gate.state_dict()}
-                gate.load_state_dict(mine_of_gate, strict=True, assign=assign)
+            own = self._choice.own
+            load_gates(own.gates, state_dict, f"the method {own.method.name!r}", assign=assign)
         return nn.modules.module._IncompatibleKeys([], [])
 
     def num_learned_parameters(self) -> int:

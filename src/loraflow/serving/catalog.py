@@ -17,7 +17,7 @@ from loraflow.adapters import Adapter, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
-from loraflow.core.lanes import Gates
+from loraflow.core.lanes import Gates, load_gates
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
@@ -266,7 +266,9 @@ class Catalog:
     ) -> Served:
         attachment = self.model.attachment
         gates = attachment.make_gates(method, attachment.positions(adapters))
-        _load_gates(name, gates, tensors or {})
+        load_gates(gates, tensors or {}, f"the method of the fusion {name!r}")
+        for gate in gates.values():
+            gate.requires_grad_(False)
         parts = _parts(attachment, adapters)
         return Served(
             id=name,
@@ -397,18 +399,6 @@ def _check_reads_nothing_else(config: FusionConfig) -> None:
 
 def _parts(attachment: Attachment, adapters: Sequence[str]) -> tuple[str, ...]:
     return tuple(attachment.adapters[position].digest for position in attachment.positions(adapters))
-
-
-def _load_gates(name: str, gates: Gates, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {f"{site}.{key}" for site, gate in gates.items() for key in gate.state_dict()}
-    if wanted != tensors.keys():
-        wrong = sorted(wanted ^ tensors.keys())[0]
-        raise FusionError(
-            f"The fusion {name!r} does not fit its method: '{wrong}' is missing or unknown. Save it again."
-        )
-    for site, gate in gates.items():
-        gate.load_state_dict({key: tensors[f"{site}.{key}"] for key in gate.state_dict()})
-        gate.requires_grad_(False)
 
 
 def _add_adapters(

@@ -53,7 +53,7 @@ class Engine:
         longest = len(job.prompt) + job.max_new_tokens
         if not job.prompt:
             raise LoraflowError("The prompt has no tokens. Give at least one.")
-        if any(context.keeps for context in self.model.attachment.contexts):
+        if self.model.attachment.keeps:
             raise LoraflowError(
                 f"Linears of {type(self.model.base_model).__name__} read all cached positions, whose weights "
                 "continuous batching has no place for. Leave the adapters of those out, or call `generate`."

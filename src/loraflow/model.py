@@ -223,7 +223,8 @@ class FusedModel(Fusion):
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
             # First, so that what cannot be saved leaves no empty repository.
-            self._save(Path(directory), self.state_dict(), copy_adapters=True, publish=True)
+            with self.attachment.turn():
+                self._save(Path(directory), self.state_dict(), copy_adapters=True, publish=True)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(
                 api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload loraflow fusion")

@@ -333,3 +333,29 @@ def test_an_export_of_bare_parameters_is_refused(base, adapters, tmp_path):
     model = FusedModel.from_adapters(base, adapters, Static(CONSTANT))
     with pytest.raises(LoraflowError, match=r"updates 9 bare parameters, such as 'model.layers.0.mlp"):
         export_peft(model, tmp_path / "exported")
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe"])
+@torch.no_grad()
+def test_adapters_of_experts_are_exchanged_and_put_in_again(base, adapters, tmp_path):
+    model = FusedModel.from_adapters(base, adapters, Static(CONSTANT))
+    ids = random_ids()
+    expected = model(ids).logits
+    with model.exchanged(model.adapters[:1]), model.using("all"):
+        assert relative_error(model(ids).logits, expected) > 1e-3
+    assert torch.equal(model(ids).logits, expected)
+    fused = {adapter.name: adapter for adapter in model.adapters}
+    again = FusedModel.from_adapters(model.unload(), fused, Static(CONSTANT))
+    assert torch.equal(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe"])
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_without_tokens_give_none(base, adapters, implementation):
+    base.config._experts_implementation = implementation
+    model = FusedModel.from_adapters(base, adapters, Static(CONSTANT))
+    experts = model.base_model.model.layers[0].mlp.experts
+    experts.fused.context.weights = torch.ones(2)
+    none = torch.zeros(0, 2, dtype=torch.long)
+    assert experts(torch.zeros(0, 32), none, torch.zeros(0, 2)).shape == (0, 32)

@@ -6,15 +6,16 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.bases import BaseOptions, load_base, load_empty_base
 from loraflow.errors import AdapterError, MethodError
-from tests.tiny import peft_model, relative_error, save_adapter, set_random_gates
-from tests.zoo.bases import small_model
+from tests.tiny import peft_model, random_adapter, relative_error, save_adapter, set_random_gates, tiny_model
+from tests.zoo.bases import small_config, small_model
 from tests.zoo.images import image_reader
 
-pytestmark = pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+reading = pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
 TARGETS = r".*language_model.*\.(q_proj|o_proj|up_proj)"
 
 
@@ -43,6 +44,7 @@ def question(base):
     return ids, inputs, other
 
 
+@reading
 @torch.no_grad()
 def test_a_base_is_loaded_by_its_path(base, adapters, question, tmp_path):
     ids, inputs, _ = question
@@ -56,6 +58,7 @@ def test_a_base_is_loaded_by_its_path(base, adapters, question, tmp_path):
     assert model.attachment.layers.prefix == "model.language_model.layers"
 
 
+@reading
 @torch.no_grad()
 def test_a_base_that_has_answered_before_is_fused_like_any_other(base, adapters, question):
     ids, inputs, _ = question
@@ -66,6 +69,7 @@ def test_a_base_that_has_answered_before_is_fused_like_any_other(base, adapters,
     assert torch.equal(used(input_ids=ids, **inputs).logits, expected)
 
 
+@reading
 @torch.no_grad()
 def test_the_image_counts_for_methods_that_weigh_tokens(base, adapters, question):
     ids, inputs, other = question
@@ -81,6 +85,7 @@ def test_the_image_counts_for_methods_that_weigh_tokens(base, adapters, question
     assert torch.equal(answer, whole)
 
 
+@reading
 @torch.no_grad()
 def test_methods_that_weigh_prompts_see_the_image(base, adapters, question):
     ids, inputs, other = question
@@ -102,6 +107,7 @@ def test_methods_that_weigh_prompts_see_the_image(base, adapters, question):
     torch.testing.assert_close(model.weigh(padded, known, **kinds), seen)
 
 
+@reading
 @torch.no_grad()
 def test_images_of_several_prompts_are_refused_where_prompts_are_weighed(base, adapters, question):
     ids, inputs, _ = question
@@ -114,6 +120,7 @@ def test_images_of_several_prompts_are_refused_where_prompts_are_weighed(base, a
         model.generate(torch.cat([ids] * 2), **options)
 
 
+@reading
 def test_an_adapter_of_the_vision_tower_is_never_fused_in_part(base, tmp_path):
     linears = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
     vision = next(name for name in linears if "vis" in name)
@@ -121,3 +128,26 @@ def test_an_adapter_of_the_vision_tower_is_never_fused_in_part(base, tmp_path):
     path = save_adapter(base.model, tmp_path / "both", [vision, text])
     with pytest.raises(AdapterError, match=f"targets '{vision}', which is outside the decoder layers"):
         FusedModel.from_adapters(base.model, {"both": path})
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_the_class_that_the_files_name_is_loaded(auto_class, tmp_path):
+    base = auto_class.from_config(small_config("qwen3_5"), dtype=torch.float32)
+    base.save_pretrained(tmp_path)
+    assert type(load_base(tmp_path, BaseOptions(dtype=torch.float32))) is type(base)
+
+
+@torch.no_grad()
+def test_what_is_given_for_each_token_is_each_prompts_own():
+    base = tiny_model()
+    fused = FusedModel.from_adapters(base, {"a": random_adapter(base, "a"), "b": random_adapter(base, "b")}, "qa-flora")
+    ids = torch.randint(5, 40, (2, 6))
+    seen = []
+    own = base.forward
+    base.forward = lambda *args, token_type_ids=None, **kwargs: (seen.append(token_type_ids), own(*args, **kwargs))[1]
+    kinds = torch.tensor([[0] * 6, [1] * 6])
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    weights = fused.weigh(ids, mask, token_type_ids=kinds)
+    assert {tuple(kind.shape[1:]) for kind in seen} == {(6,), (4,)}
+    assert all(len(set(kind.flatten().tolist())) == 1 for kind in seen)
+    torch.testing.assert_close(weights, fused.weigh(ids, mask))

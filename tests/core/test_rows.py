@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -199,3 +200,56 @@ def test_a_base_that_cannot_be_run_is_refused():
     base.model.layers[0].mlp = nn.Linear(7, 7)
     with pytest.raises(ArchitectureError, match=r"LlamaForCausalLM could not be run on 9 prompts.*RuntimeError"):
         found(base)
+
+
+@torch.no_grad()
+def test_a_first_token_that_outweighs_all_others_hides_nothing():
+    """Real models make something large of the first token, whatever it is."""
+    base = tiny_model("llama", torch.bfloat16)
+    for index, layer in enumerate(base.model.layers):
+        # Each of a kind of its own, so that each is probed.
+        layer.own = nn.Sequential(*[nn.Identity()] * index)
+        down = layer.mlp.down_proj
+
+        def with_sink(x, own=down.forward):
+            out = own(x)
+            out[:, 0] += 300 * torch.sign(torch.arange(32) % 3 - 1) if x.shape[1] > 1 else 0
+            return out
+
+        down.forward = with_sink
+    for layer in found(base):
+        assert {name: rows for name, rows in layer.linears.items() if name.endswith("proj") and rows != "tokens"} == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CACHED)
+def test_positions_keep_what_they_had_when_another_method_goes_on(architecture):
+    model = fused(tiny_model(architecture, torch.float64))
+    ids = random_ids(2, 6)
+    answers = []
+    for rest in ("base", Static({"a": 0.0, "b": 0.0})):
+        cache = DynamicCache()
+        model(ids[:, :5], past_key_values=cache)
+        with model.using(rest):
+            answers.append(model(ids[:, 5:], past_key_values=cache).logits)
+    assert relative_error(answers[0], answers[1]) < 1e-9
+
+
+def test_layers_that_look_ahead_read_tokens_too():
+    base = tiny_model("llama")
+    base.config._attn_implementation = "eager"
+    for layer in base.model.layers:
+        layer.self_attn.is_causal = False
+        own = layer.forward
+        layer.forward = lambda *args, own=own, **kwargs: own(*args, **{**kwargs, "attention_mask": None})
+    assert {rows for layer in found(base) for name, rows in layer.linears.items() if name.endswith("proj")} == {
+        "tokens"
+    }
+
+
+def test_wider_states_than_the_models_are_streams():
+    base = tiny_model("llama")
+    layers = find_decoder_layers(base)
+    assert not probe_rows(base, layers)[0].streams
+    again = tiny_model("llama")
+    assert probe_rows(again, dataclasses.replace(find_decoder_layers(again), hidden_size=8))[0].streams

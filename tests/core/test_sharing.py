@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from loraflow import FusedModel, LoraFlow
 from loraflow.core.linear import FusedLinear
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.saved.fusion import SavedFusion
-from tests.tiny import ARCHITECTURES, number_tokenizer, random_ids, save_adapter, set_random_gates, tiny_model
+from tests.tiny import (
+    ARCHITECTURES,
+    number_tokenizer,
+    random_adapter,
+    random_ids,
+    save_adapter,
+    set_random_gates,
+    tiny_model,
+)
 
 IDS = random_ids()
 
@@ -48,6 +57,21 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dum
 
 def storages(model):
     return {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", COPIES)
+def test_a_forward_that_a_trainer_put_on_the_model_is_copied_with_it(way):
+    base = tiny_model()
+    model = FusedModel.from_adapters(base, {"a": random_adapter(base, "a")}, "average")
+    model.forward = types.MethodType(type(model).forward, model)
+    ids = random_ids()
+    expected = model(ids).logits
+    copied = COPIES[way](model)
+    with copied.using("base"):
+        assert not torch.equal(copied(ids).logits, expected)
+    assert torch.equal(copied(ids).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("how", COPIES)

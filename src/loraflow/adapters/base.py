@@ -88,6 +88,7 @@ class Adapter:
         digest: SHA-256 of its weights and of the settings that decide the mathematics.
         copies: values of the base's own parameters that PEFT saved with it (`save_embedding_layers`, `modules_to_save`,
             `bias`), by parameter name; it fits a base that has the same.
+        placed: whether its updates are by the names of a base, which it may be put into again.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Adapter:
     modules: Mapping[str, LoraModule] = field(repr=False)
     digest: str
     copies: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    placed: bool = False
 
     @property
     def parameters(self) -> int:

@@ -60,7 +60,7 @@ def _check_targets(adapter: Adapter, base: nn.Module, linears: Collection[str]) 
 
     if adapter.config.target_modules is None:
         return
-    adapted = [name for name in adapter.modules if name in linears]
+    adapted = {name: None for name in adapter.modules if name in linears}
     # PEFT resolves "all-linear" in place; this adapter's own configuration is for any base.
     config = tuners_utils._maybe_include_all_linear_layers(copy.copy(adapter.config), base)
     targeted = {name for name in linears if tuners_utils.check_target_module_exists(config, name)}

@@ -32,6 +32,9 @@ def place_parameters(adapter: Adapter, base: nn.Module, linears: Collection[str]
         # The first parameter is wrapped first, so it lies deepest.
         for depth, name in enumerate(reversed(names)):
             parameter = f"{module_name}.{name}"
+            where = module_name if module_name in linears and name == "weight" else parameter
+            if adapter.placed and where in modules:
+                continue
             update = modules.pop(module_name + WRAPPED * depth, None)
             if update is None and len(names) == 1:
                 # PEFT names those of old files so whether or not the other parameter is adapted, and then loses them.
@@ -43,9 +46,8 @@ def place_parameters(adapter: Adapter, base: nn.Module, linears: Collection[str]
                 )
             shape = getattr(module, name).shape
             experts = shape[0] if len(shape) == 3 else 1
-            where = module_name if module_name in linears and name == "weight" else parameter
             modules[where] = _of_parameter(adapter, parameter, update, experts)
-    return dataclasses.replace(adapter, modules=modules)
+    return dataclasses.replace(adapter, modules=modules, placed=True)
 
 
 def _targeted(config: LoraConfig, base: nn.Module) -> Iterator[tuple[str, list[str]]]:

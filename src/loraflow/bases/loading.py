@@ -130,10 +130,19 @@ def read_base_config(base: str | Path, options: BaseOptions) -> PreTrainedConfig
 def _auto_class(config: PreTrainedConfig) -> Any:
     """What loads such a base: as a causal language model, or as one that reads images too; None for any other."""
     remote = getattr(config, "auto_map", None) or {}
-    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        if type(config) in auto_class._model_mapping or auto_class.__name__ in remote:
-            return auto_class
-    return None
+    found = [
+        auto_class
+        for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+        if type(config) in auto_class._model_mapping or auto_class.__name__ in remote
+    ]
+    # Of some there is a class that leaves the images out too; the files are of the one that they name.
+    of_files = [one for one in found if _class_name(one, config) in (config.architectures or ())]
+    return next(iter([*of_files, *found]), None)
+
+
+def _class_name(auto_class: Any, config: PreTrainedConfig) -> str | None:
+    mapped = auto_class._model_mapping
+    return mapped[type(config)].__name__ if type(config) in mapped else None
 
 
 def load_tokenizer(base: str | Path, options: BaseOptions) -> PreTrainedTokenizerBase:

@@ -348,6 +348,7 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
 
     Raises:
         AdapterError: if an adapter does not fit the base.
+        ArchitectureError: if the base cannot be tried, or an adapter updates what cannot be fused.
     """
     check_plain(model)
     adapters = [match_adapter(adapter, model) for adapter in adapters]

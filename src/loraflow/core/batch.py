@@ -153,27 +153,32 @@ def weigh_prompts(
         MethodError: if a prompt is empty, or several have something beside their tokens.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if beside and len(input_ids) > 1:
+    of_tokens = {name: value for name, value in (beside or {}).items() if value.shape == input_ids.shape}
+    of_all = {name: value for name, value in (beside or {}).items() if name not in of_tokens}
+    if of_all and len(input_ids) > 1:
         raise MethodError(
             f"The method {method.name!r} reads each prompt by itself, and whose of {len(input_ids)} prompts "
-            f"`{next(iter(beside))}` is cannot be told. Answer them one at a time."
+            f"`{next(iter(of_all))}` is cannot be told. Answer them one at a time."
         )
-    # What is given for each token (their kinds) loses its padding as they do.
-    beside = {
-        name: value[:, mask[0].bool()] if value.shape[:2] == input_ids.shape else value
-        for name, value in (beside or {}).items()
-    }
     prompts = [ids[real.bool()] for ids, real in zip(input_ids, mask, strict=True)]
-    keys = [tuple(prompt.tolist()) for prompt in prompts]
-    if () in keys:
-        raise MethodError(f"Row {keys.index(())} has no tokens. Give every prompt at least one.")
+    # What is given for each token (its kind) loses its padding as they do.
+    kinds = [
+        {name: value[row : row + 1, real.bool()] for name, value in of_tokens.items()} for row, real in enumerate(mask)
+    ]
+    keys = [
+        (tuple(prompt.tolist()), *(tuple(kind.flatten().tolist()) for kind in of_row.values()))
+        for prompt, of_row in zip(prompts, kinds, strict=True)
+    ]
+    empty = next((row for row, prompt in enumerate(prompts) if not len(prompt)), None)
+    if empty is not None:
+        raise MethodError(f"Row {empty} has no tokens. Give every prompt at least one.")
     layers = attachment.layer_count
     read = {
-        key: method.weigh(Prompt(attachment, prompt, tokenizer, among, beside), gate).expand(layers, -1)
-        for key, prompt in dict(zip(keys, prompts, strict=True)).items()
+        key: method.weigh(Prompt(attachment, prompts[row], tokenizer, among, {**of_all, **kinds[row]}), gate)
+        for key, row in {key: row for row, key in enumerate(keys)}.items()
     }
     dtype = torch.promote_types(attachment.model.dtype, torch.float32)
-    return torch.stack([read[key] for key in keys]).to(attachment.model.device, dtype)
+    return torch.stack([read[key].expand(layers, -1) for key in keys]).to(attachment.model.device, dtype)
 
 
 def beside_tokens(options: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -142,22 +142,21 @@ class LayerContext:
         Raises:
             ArchitectureError: if the weights differ where it cannot be told which rows they are for.
         """
-        weights = self.weights
-        if weights is not None and (weights.dim() > 1 or rows == "cached"):
+        # Positions before keep what they had, whoever weighs now.
+        weights = self.cached if rows == "cached" and self.cached is not None else self.weights
+        if weights is not None and weights.dim() > 1:
             weights = self._weights_of_rows(names[0], weights, rows, x.shape[:-1].numel())
         return self._weights_of_modules(names, rows, x, weights) if self.running.reads_modules else weights
 
     def _weights_of_rows(
-        self, name: str, weights: Float[Tensor, "*tokens adapters"], rows: Rows, count: int
+        self, name: str, weights: Float[Tensor, "tokens adapters"], rows: Rows, count: int
     ) -> Float[Tensor, "*rows adapters"]:
         """The layer's weights, for this many rows of a linear's input.
 
         Raises:
             ArchitectureError: if it cannot be told which rows they are for.
         """
-        if rows == "cached" and self.cached is not None:
-            weights = self.cached
-        elif rows in ("prompts", "unknown"):
+        if rows in ("prompts", "unknown"):
             # Methods whose weights differ within a prompt were refused.
             of_prompts = weights.view(*self.shape, -1)[:, 0]
             if len(of_prompts) == 1:
@@ -168,7 +167,7 @@ class LayerContext:
                 f"'{name}' of decoder layer {self.index} reads rows of which it cannot be told whose they are, so "
                 "prompts with weights of their own cannot be answered together. Answer them one at a time."
             )
-        if weights.dim() > 1 and len(weights) != count:
+        if len(weights) != count:
             raise ArchitectureError(
                 f"'{name}' of decoder layer {self.index} got {count} rows where {len(weights)} positions have weights. "
                 "Leave it out of `target_modules`."
@@ -262,9 +261,8 @@ class LayerContext:
                 weights = weights.view(len(keys), 1, -1, adapters)
             keys = torch.cat([keys, weights.expand(*keys.shape[:-1], adapters)], dim=-1)
             keys, values = own(keys, values, *args, **kwargs)
-            self.cached = None
-            if self.weights is not None:
-                self.cached = keys[:, 0, :, -adapters:].reshape(-1, adapters).to(self.weights.dtype)
+            cached = keys[:, 0, :, -adapters:].reshape(-1, adapters)
+            self.cached = cached.to(torch.promote_types(torch.float32, cached.dtype))
             return keys[..., :-adapters], values
 
         cache.update = update  # type: ignore[method-assign,assignment]

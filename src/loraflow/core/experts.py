@@ -187,7 +187,7 @@ class FusedExperts(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "tokens hidden"], *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The experts' output with the adapters' updates; `args` are each token's experts and their weights."""
-        if not self.fused.context.weighs:
+        if not self.fused.context.weighs or not len(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         return self.routed_forward(hidden_states, *args, *kwargs.values())
 
@@ -310,9 +310,11 @@ class _Product(TorchFunctionMode):
         """Call a function of torch's, and add to what it gives if it is the product."""
         result = func(*args, **(kwargs or {}))
         # Some cast the weight first, so that it is another tensor.
-        if func is F.linear and args[1].shape == cast(Tensor, self.module.weight).shape:
-            self.count += 1
-            result = self.module.add_updates(args[0], result)
+        if func is F.linear:
+            x, weight = (*args, *(kwargs or {}).values())[:2]
+            if weight.shape == cast(Tensor, self.module.weight).shape:
+                self.count += 1
+                result = self.module.add_updates(x, result)
         return result
 
 

@@ -40,7 +40,10 @@ class _AsBase:
         self._fusion = fusion
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_fusion"], name)
+        return getattr(self._fusion, name)
+
+    def __reduce__(self) -> tuple[type[_AsBase], tuple[Fusion]]:
+        return _AsBase, (self._fusion,)
 
     def base_model(self, *args: Any, **kwargs: Any) -> Any:
         """The base without its head, with the fused adapters in it."""

@@ -58,10 +58,11 @@ class Prompt:
             LoraflowError: if there is no tokenizer.
             MethodError: if there is more to the prompt than its text.
         """
-        if self.beside:
+        more = [name for name, value in self.beside.items() if value.shape != (1, len(self.input_ids))]
+        if more:
             raise MethodError(
-                f"The method reads a prompt's text, and this prompt has `{next(iter(self.beside))}` beside it. Take a "
-                "method that reads it through the base."
+                f"The method reads a prompt's text, and this prompt has `{more[0]}` beside it. Take a method that "
+                "reads it through the base."
             )
         return str(require_tokenizer(self._tokenizer).decode(self.input_ids.tolist(), skip_special_tokens=True))
 

@@ -34,9 +34,10 @@ order; nothing of the kind.
 """
 _BY_STRENGTH: tuple[Rows, ...] = ("tokens", "cached", "prompts", "unknown")
 
-# Positions read at first, and then with the cache; the other prompts are the first, and two equal ones at the end.
-_FIRST, _NEXT = 5, 1
-_PROMPTS = _FIRST + _NEXT + 3
+# Positions read at first, and then with the cache. All prompts have the same token first: real models make of that one
+# something large which no other token would change. Two prompts at the end are equal to the first.
+_FIRST, _NEXT = 6, 1
+_PROMPTS = _FIRST + _NEXT + 2
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _kind(layer: nn.Module) -> object:
 
 
 def _prompts(model: PreTrainedModel) -> Tensor:
-    """The first prompt, then one for each position that differs from it there, then the first twice again."""
+    """The first prompt, then one for each later position that differs from it there, then the first twice again."""
     config = model.config.get_text_config(decoder=True)
     special: set[int] = set()
     for source in (model.config, config):
@@ -146,8 +147,8 @@ def _prompts(model: PreTrainedModel) -> Tensor:
     plain = [token for token in range(min(config.vocab_size, 1024)) if token not in special]
     count = len(plain)
     ids = torch.tensor([[plain[i % count] for i in range(_FIRST + _NEXT)]] * _PROMPTS, device=model.device)
-    for position in range(_FIRST + _NEXT):
-        ids[position + 1, position] = plain[(position + count // 2) % count]
+    for position in range(1, _FIRST + _NEXT):
+        ids[position, position] = plain[(position + count // 2) % count]
     return ids
 
 
@@ -247,7 +248,7 @@ def _rows(x: Tensor, first: int, count: int, cached: int, tolerance: float, ahea
         return "cached"
     if len(x) == _PROMPTS and x.dim() > 1:
         changed = _changes(x.reshape(_PROMPTS, 1, -1), tolerance)[:, 0].tolist()
-        equal, to_come = (changed[0], *changed[-2:]), changed[1 + first + count : -2]
+        equal, to_come = (changed[0], *changed[-2:]), changed[first + count : -2]
         if any(changed) and not any((*equal, *to_come)):
             return "prompts"
     return "unknown"
@@ -260,9 +261,9 @@ def _are_positions(x: Tensor, first: int, count: int, tolerance: float, ahead: b
     changed = _changes(x.reshape(_PROMPTS, count, -1), tolerance)
     if changed[0].any() or changed[-2:].any():
         return False
-    for position in range(_FIRST + _NEXT - first):
-        # A prompt that differs in what is cached may differ in every row after it.
-        here = changed[1 + first + position]
+    # A prompt that differs in what is cached may differ in every row after it.
+    for prompt in range(max(first, 1), _FIRST + _NEXT):
+        here, position = changed[prompt], prompt - first
         if not here[position : position + 1].all() or (here[:position].any() and not ahead):
             return False
     return True

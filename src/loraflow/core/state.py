@@ -282,11 +282,12 @@ class FusionState(Asking, _OfBase):
             try:
                 self._swap_adapters(adapters)
             finally:
-                self._choice.own = self._choice.fresh("base", self.attachment)
-                self._choice.change(self._choice.own)
-                self.training_record = None
-                self._register()
-                self._install()
+                if self.attachment.is_attached:
+                    self._choice.own = self._choice.fresh("base", self.attachment)
+                    self._choice.change(self._choice.own)
+                    self.training_record = None
+                    self._register()
+                    self._install()
 
     @contextlib.contextmanager
     def exchanged(self, adapters: Sequence[Adapter]) -> Iterator[Self]:
@@ -311,8 +312,9 @@ class FusionState(Asking, _OfBase):
             raise
         finally:
             self._choice.forget_made()
-            self._register()
-            self._install()
+            if self.attachment.is_attached:
+                self._register()
+                self._install()
 
     def unload(self) -> PreTrainedModel:
         """Take adapters and gates out and return the base model, bit for bit as it was; this object is empty then."""

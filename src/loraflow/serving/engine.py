@@ -38,11 +38,24 @@ class Engine:
                 "Continuous batching changes eager attention for everybody. Load the base with "
                 '`BaseOptions(model_kwargs={"attn_implementation": "sdpa"})`, or a flash implementation.'
             )
+        self._check_rows()
         model.eval()
         self._closed = False
         self._jobs: dict[str, Job] = {}
         self._manager = Manager(model, self.limits, self._jobs)
         self._manager.start()
+
+    def _check_rows(self) -> None:
+        """Check that every linear reads the tokens of a step.
+
+        Raises:
+            LoraflowError: if one reads cached positions too.
+        """
+        if self.model.attachment.keeps:
+            raise LoraflowError(
+                f"Linears of {type(self.model.base_model).__name__} read all cached positions, whose weights "
+                "continuous batching has no place for. Leave the adapters of those out, or call `generate`."
+            )
 
     def submit(self, job: Job) -> None:
         """Take a request in; its listener hears of what follows.
@@ -53,11 +66,7 @@ class Engine:
         longest = len(job.prompt) + job.max_new_tokens
         if not job.prompt:
             raise LoraflowError("The prompt has no tokens. Give at least one.")
-        if self.model.attachment.keeps:
-            raise LoraflowError(
-                f"Linears of {type(self.model.base_model).__name__} read all cached positions, whose weights "
-                "continuous batching has no place for. Leave the adapters of those out, or call `generate`."
-            )
+        self._check_rows()
         if longest > self.limits.cache_tokens:
             raise LoraflowError(
                 f"The prompt ({len(job.prompt)} tokens) and its answer (up to {job.max_new_tokens}) do not fit the "

@@ -295,7 +295,6 @@ def test_continuous_batches_that_would_be_wrong_are_refused(model):
         model.generate_batch(PROMPTS, persistent_manager=True)
     with pytest.raises(LoraflowError, match=r"in a thread of its own.*continuous_batching_context_manager\(\)"):
         model.init_continuous_batching()
-    for context in model.attachment.contexts:
-        context.keeps = True
+    model.attachment.keeps = True
     with pytest.raises(LoraflowError, match=r"Linears of LlamaForCausalLM read all cached positions.*Call `generate`"):
         model.generate_batch(PROMPTS)

@@ -21,7 +21,7 @@ test: lint  ## Lint, then run all tests.
 test-vllm:  ## Test the vLLM plug-in, in an environment of its own.
 	scripts/test_vllm.sh
 
-test-real:  ## Try every command on a real model, in an environment of its own.
+test-real:  ## Go from info to serve on a real model, in an environment of its own.
 	scripts/test_real.sh
 
 test-newest:  ## Run the tests on the newest of every dependency, in an environment of its own.

@@ -213,3 +213,19 @@ def test_a_format_is_frozen_and_takes_no_unknown_fields():
         PromptFormat(chat_tempalte=CHAT)
     with pytest.raises(ValidationError, match="frozen"):
         PromptFormat().template = "x"
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 + 'a' }}", "{{ messages | length + none }}"])
+def test_a_template_that_fails_in_python_is_named(tokenizer, fault):
+    prompt = PromptFormat(chat_template=fault).resolve(tokenizer)
+    with pytest.raises(DataError, match="The chat template refuses the conversation: "):
+        prompt.prompt_text(tokenizer, USER)
+
+
+@pytest.mark.parametrize("mark", [".", '"', ".\n"])
+def test_a_single_mark_behind_an_answer_ends_none(tokenizer, mark):
+    for written, token_id in ((mark, None), (mark + "</s>", 1)):
+        prompt = PromptFormat(chat_template=CHAT.replace("</s>\n", written)).resolve(tokenizer)
+        end = prompt.turn_end(tokenizer, USER)
+        assert (end and end.token_id) == token_id
+        assert end is None or not end.string

@@ -143,7 +143,7 @@ class PromptFormat(BaseModel):
         options: dict[str, Any] = {"chat_template": self.chat_template, "tokenize": False}
         try:
             text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not answered, **options)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"The chat template refuses the conversation: {error}") from error
         assert isinstance(text, str)
         return text
@@ -164,6 +164,8 @@ def _first_end(tokenizer: PreTrainedTokenizerBase, behind: str) -> TurnEnd | Non
     token = next((one for one in written if one in added and added[one] in behind), None)
     before = behind if token is None else behind[: behind.index(added[token])]
     string = before.strip().partition("\n")[0].strip()
+    if len(string) == 1 and not string.isalpha():
+        string = ""  # A mark such as "." stands inside answers, too.
     if token is not None:
         return TurnEnd(before + added[token], token, string)
     return TurnEnd(behind[: behind.index(string) + len(string)], None, string) if string else None

@@ -20,8 +20,6 @@ from loraflow.adapters import AdapterSource
 from loraflow.errors import DataError
 from loraflow.prompts import PromptFormat
 
-_CONFIG, _TOKENIZER, _OLD_TOKENS = "tokenizer_config.json", "tokenizer.json", "added_tokens.json"
-
 
 class TokenRecord(BaseModel):
     """A token beyond a tokenizer's own vocabulary, as tokenizers describe it."""

@@ -229,3 +229,24 @@ def test_a_single_mark_behind_an_answer_ends_none(tokenizer, mark):
         end = prompt.turn_end(tokenizer, USER)
         assert (end and end.token_id) == token_id
         assert end is None or not end.string
+
+
+PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+
+
+def test_a_template_that_reads_parts_is_given_parts():
+    tokenizer = chat_tokenizer()
+    prompt = PromptFormat(chat_template=PARTS).resolve(tokenizer)
+    asked = prompt.prompt_text(tokenizer, [{"role": "user", "content": "What is 2+2?"}])
+    assert asked == "<|im_start|>user: What is 2+2?<|im_end|>\n<|im_start|>assistant:"
+
+
+def test_a_template_that_writes_no_question_is_refused():
+    tokenizer = chat_tokenizer()
+    prompt = PromptFormat(chat_template="{% for m in messages %}{{ m['role'] }}{% endfor %}").resolve(tokenizer)
+    with pytest.raises(DataError, match="writes nothing of what a user says, neither as a text nor as a list of parts"):
+        prompt.prompt_text(tokenizer, [{"role": "user", "content": "What is 2+2?"}])

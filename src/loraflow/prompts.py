@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,13 +141,54 @@ class PromptFormat(BaseModel):
     def _chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answered: bool) -> str:
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        options: dict[str, Any] = {"chat_template": self.chat_template, "tokenize": False}
+        assert self.chat_template is not None
+        if _reads_parts(tokenizer, self.chat_template):
+            messages = [_in_parts(message) for message in messages]
+        return _rendered(tokenizer, self.chat_template, messages, answered=answered)
+
+
+# Of chat templates: whether they read what a message says as a list of parts.
+_reading_parts: dict[str, bool] = {}
+
+
+def _reads_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template reads contents as lists of parts, as those of models that see images may, and loses texts.
+
+    Raises:
+        DataError: if it writes a user's message in neither form.
+    """
+    if template not in _reading_parts:
+        question: Message = {"role": "user", "content": _PROBE}
         try:
-            text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not answered, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"The chat template refuses the conversation: {error}") from error
-        assert isinstance(text, str)
-        return text
+            text = _rendered(tokenizer, template, [question], answered=False)
+        except DataError:
+            # It wants another conversation, and is asked with that.
+            return False
+        if _PROBE not in text and _PROBE not in _rendered(tokenizer, template, [_in_parts(question)], answered=False):
+            raise DataError(
+                "The chat template writes nothing of what a user says, neither as a text nor as a list of parts. Give "
+                "another as `chat_template`."
+            )
+        _reading_parts[template] = _PROBE not in text
+    return _reading_parts[template]
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, Any]], *, answered: bool
+) -> str:
+    conversation = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=not answered, chat_template=template, tokenize=False
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"The chat template refuses the conversation: {error}") from error
+    assert isinstance(text, str)
+    return text
 
 
 def _within(whole: str, before: str, behind: str, answer: str) -> bool:
@@ -155,11 +197,22 @@ def _within(whole: str, before: str, behind: str, answer: str) -> bool:
     return room >= 0 and whole.startswith(before) and whole.endswith(behind) and answer in whole[len(before) :][:room]
 
 
+_known_tokens: weakref.WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = weakref.WeakKeyDictionary()
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens of a tokenizer's own that are no space, by id; it makes a table of thousands anew at each question."""
+    size = len(tokenizer)
+    known = _known_tokens.get(tokenizer)
+    if known is None or known[0] != size:
+        added = {id_: one.content for id_, one in tokenizer.added_tokens_decoder.items() if not one.content.isspace()}
+        _known_tokens[tokenizer] = known = size, added
+    return known[1]
+
+
 def _first_end(tokenizer: PreTrainedTokenizerBase, behind: str) -> TurnEnd | None:
     """The first token of the tokenizer's own in the text behind an answer; where there is none, its first line."""
-    added = {
-        token: known.content for token, known in tokenizer.added_tokens_decoder.items() if not known.content.isspace()
-    }
+    added = _added_tokens(tokenizer)
     written = tokenizer(behind, add_special_tokens=False)["input_ids"]
     token = next((one for one in written if one in added and added[one] in behind), None)
     before = behind if token is None else behind[: behind.index(added[token])]

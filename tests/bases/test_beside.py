@@ -110,7 +110,7 @@ def test_adapters_that_agree_bring_their_template(tmp_path: Path) -> None:
     asked = chosen(sources, chat_tokenizer(template=GEMMA), PromptFormat(system_prompt="Be brief."))
     assert asked.prompt == PromptFormat(chat_template=CHATML, system_prompt="Be brief.")
     assert asked.origin == "the chat template of the adapters 'zh' and 'math', which is not the base's"
-    assert chosen({"zh": sources["zh"]}, chat_tokenizer()).origin == "the chat template of the adapter 'zh'"
+    assert chosen({"zh": sources["zh"]}, chat_tokenizer()).origin == "the base tokenizer's chat template"
 
 
 def test_what_is_given_goes_before_what_adapters_bring(tmp_path: Path) -> None:
@@ -259,3 +259,16 @@ def test_an_adapter_is_trained_further_with_its_own_template(world: Path, monkey
     examples = [{"prompt": "hi", "completion": "ho"}]
     finetune(world / "base", examples, world / "tuned", adapter=world / "zh", config=config)
     assert seen == [(CHATML, 259)]
+
+
+@pytest.mark.parametrize("own", [CHATML, CHATML + "\n"])
+def test_the_bases_own_template_beside_an_adapter_stays_the_bases(tmp_path: Path, own: str) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = own
+    source = place(tmp_path, "a", chat_template=CHATML + "\n")
+    manner = choose(PromptFormat(), tokenizer, {"a": source}, ROWS)
+    assert (manner.origin, manner.brought, manner.prompt) == (
+        "the base tokenizer's chat template",
+        False,
+        PromptFormat(),
+    )

@@ -132,3 +132,10 @@ def test_errors_are_one_clear_line(run, arguments, message):
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_prompt_options_without_examples_are_refused(run, tmp_path):
+    options = ("--method", "average", "--output", tmp_path / "out", "--system-prompt", "Be brief.")
+    result = run("export", *SOURCES, *options)
+    assert result.exit_code == 1
+    assert "are how the examples of `--mean-weights-on` are asked, which is missing" in " ".join(result.output.split())

@@ -163,3 +163,9 @@ def test_bare_words_after_compare():
     ]
     # Words after the values of other options stay where they are.
     assert spread_values(["trace", "--lora-modules", "a=1", "dir"]) == ["trace", "--lora-modules", "a=1", "dir"]
+
+
+def test_a_given_answer_has_no_stop(run):
+    result = run(*ANSWERED, "--stop", "x")
+    assert result.exit_code == 1
+    assert "`--stop` ends a generated answer, and `--answer` gives one" in " ".join(result.output.split())

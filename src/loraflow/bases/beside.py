@@ -182,11 +182,12 @@ def _brought(prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, beside: M
             f"The adapters bring different chat templates. One: {groups}. Give the one to use as `chat_template=...`."
         )
     own = tokenizer.chat_template
-    if not holders:
+    # Jinja drops one line end behind a template, so that those with and without it are the same.
+    if not holders or (isinstance(own, str) and list(holders) == [own.removesuffix("\n")]):
         return Manner(prompt, "no chat template: plain text" if own is None else "the base tokenizer's chat template")
     ((text, names),) = holders.items()
     origin = f"the chat template of the adapter{'s' * (len(names) > 1)} {_names(names)}"
-    if own is not None and own != text:
+    if own is not None:
         origin += ", which is not the base's"
     return Manner(prompt.model_copy(update={"chat_template": text}), origin, brought=True)
 

@@ -71,6 +71,7 @@ def export(
     from rich.console import Console
 
     from loraflow.examples import read_examples
+    from loraflow.prompts import PromptFormat
 
     # Cheap checks come before the model is loaded.
     if to not in _FORMATS:
@@ -80,6 +81,11 @@ def export(
     fields = names.fields()
     if fields is not None and mean_weights_on is None:
         raise LoraflowError("`--prompt-field` names a field of `--mean-weights-on`, which is missing. Give it too.")
+    if mean_weights_on is None and source.prompt.format() != PromptFormat():
+        raise LoraflowError(
+            "`--system-prompt`, `--prompt-template` and `--chat-template` are how the examples of `--mean-weights-on` "
+            "are asked, which is missing. Give it too."
+        )
     examples = None if mean_weights_on is None else read_examples(mean_weights_on, fields)
 
     import torch

@@ -69,7 +69,7 @@ class PromptOptions:
     """How conversations become prompts."""
 
     system_prompt: Annotated[
-        str | None, _reading("--system-prompt", help="Put before every conversation; saved with the fusion.")
+        str | None, _reading("--system-prompt", help="Put before every conversation; a fusion that is saved keeps it.")
     ] = None
     prompt_template: Annotated[
         str | None,
@@ -97,7 +97,9 @@ class PromptOptions:
     def over(self, own: PromptFormat) -> PromptFormat:
         """A format with what the options say in place of what it has; a template of either kind is one."""
         given = self.format().model_dump(exclude_none=True)
-        if given.keys() & {"template", "chat_template"}:
+        unsaid = own.template == "{prompt}" and "system_prompt" in given
+        if given.keys() & {"template", "chat_template"} or unsaid:
+            # A prompt alone is what a format without a template became; it is chosen anew for the system prompt.
             given = {"template": None, "chat_template": None, **given}
         return own.model_copy(update=given)
 

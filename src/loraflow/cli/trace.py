@@ -56,10 +56,12 @@ def trace(
 
     A generated token has the colour of the weights that produced it, those of the position before it (the paper's
     figure 5). Example: `loraflow trace zh-math --prompt "..." --compare average qa-flora --html trace.html`
-    """
+    """  # noqa: DOC501 (it is the --help text)
     for flag, path in {"--html": html_file, "--json": json_file}.items():
         if path is not None:
             _check_file(flag, path)
+    if answer is not None and stop:
+        raise LoraflowError("`--stop` ends a generated answer, and `--answer` gives one. Leave one of them out.")
     model = source.open(stop_strings(stop))
     own = source.choice.method or model.method.name
     others = _compared(model, own, compare)

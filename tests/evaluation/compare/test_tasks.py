@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraflow.adapters import load_adapter
 from loraflow.demo import tasks as demo_tasks
 from loraflow.demo.setting import METRIC, MIXED, small_world
 from loraflow.demo.tasks import TASKS, load_task, meaning_of, more_training, problem
@@ -22,6 +23,7 @@ from loraflow.evaluation.compare import tasks as settings
 from loraflow.evaluation.compare.plan import MixSpec, SettingSpec
 from loraflow.evaluation.compare.tasks import Setting, load_setting, mix_sentences
 from loraflow.prompts import PromptFormat
+from tests.tiny import save_adapter, tiny_model
 
 
 def lines(path: Path, records: list[dict[str, Any]]) -> str:
@@ -359,3 +361,11 @@ def test_mixed_questions_hold_both_languages(name: str) -> None:
         assert question != own.prompt
         assert question.startswith(own.prompt[:5])
         assert how == "alternate" or not question.endswith(ending)
+
+
+def test_what_stands_beside_an_adapter_is_a_part_of_what_it_is(tmp_path: Path) -> None:
+    path = save_adapter(tiny_model(), tmp_path / "a")
+    first, second = (Setting("nowhere", {"a": path}, {}) for _ in range(2))
+    assert first.weights_digest("a") == load_adapter("a", path).digest
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert second.weights_digest("a") != first.weights_digest("a")

@@ -111,6 +111,9 @@ def _fusion_identity(fusion: str) -> dict[str, Any]:
         "method": config.method.model_dump(mode="json"),
         "prompt": config.prompt.model_dump(mode="json"),
         "learned": config.weights_digest,
+        # Where there are none, as before the fusion had any, nothing is to be told apart.
+        **({"endings": config.endings.model_dump(mode="json")} if config.endings else {}),
+        **({"added_tokens": sorted(config.added_tokens)} if config.added_tokens else {}),
     }
 
 

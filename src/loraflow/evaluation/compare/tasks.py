@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from loraflow.adapters import load_adapter
+from loraflow.bases import read_beside
 from loraflow.errors import DataError, did_you_mean
 from loraflow.evaluation.compare.plan import FieldNames, MixSpec, SettingSpec, TaskSpec
 from loraflow.evaluation.scoring import Scorer, get_scorer
@@ -173,8 +174,22 @@ class Setting:
 
     @functools.cached_property
     def weights_digest(self) -> Callable[[str], str]:
-        """SHA-256 of an adapter as it was on disk when this was first asked."""
-        return functools.cache(lambda adapter: load_adapter(adapter, self.adapters[adapter]).digest)
+        """SHA-256 of an adapter as it was on disk when this was first asked, and of how it has questions asked."""
+
+        def digest(name: str) -> str:
+            adapter = load_adapter(name, self.adapters[name])
+            beside = read_beside(adapter.source)
+            if not beside.templates and not beside.tokens:
+                return adapter.digest
+            return _digest(
+                [
+                    adapter.digest,
+                    dict(beside.templates),
+                    {text: one.model_dump() for text, one in beside.tokens.items()},
+                ]
+            )
+
+        return functools.cache(digest)
 
     @functools.cached_property
     def examples_digest(self) -> Callable[[str], str]:

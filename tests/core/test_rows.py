@@ -253,3 +253,22 @@ def test_wider_states_than_the_models_are_streams():
     assert not probe_rows(base, layers)[0].streams
     again = tiny_model("llama")
     assert probe_rows(again, dataclasses.replace(find_decoder_layers(again), hidden_size=8))[0].streams
+
+
+@torch.no_grad()
+def test_a_caches_own_update_comes_back():
+    model = fused(tiny_model("deepseek_v3"))
+    plain, watched, calls = DynamicCache(), DynamicCache(), []
+    own = watched.update
+
+    def update(*args, **kwargs):
+        calls.append(args[0].shape[-1])
+        return own(*args, **kwargs)
+
+    watched.update = update
+    for cache in (plain, watched):
+        model(random_ids(1, 3), past_key_values=cache)
+    assert "update" not in vars(plain)
+    assert watched.update is update
+    # A latent of 16 features, and the weights of two adapters.
+    assert calls == [18] * 3

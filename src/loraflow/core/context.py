@@ -249,6 +249,7 @@ class LayerContext:
     @contextlib.contextmanager
     def _keeping(self, cache: Cache) -> Iterator[None]:
         own, adapters = cache.update, self.adapters
+        before = vars(cache).get("update")
 
         def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if self.running.flat:
@@ -270,6 +271,8 @@ class LayerContext:
             yield
         finally:
             del cache.update
+            if before is not None:
+                vars(cache)["update"] = before
 
     def close(self) -> None:
         """Drop everything of the layer's forward, so that its activations do not outlive it."""

@@ -14,13 +14,16 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from loraflow import FusedModel
+from loraflow import FusedModel, PromptFormat
 from loraflow.cli import app
+from loraflow.cli.serve import offered
 from loraflow.demo.world import adapter_paths, base_path
+from loraflow.methods import get_method
 
 DEADLINE_S = 200
 MODULES = [f"{name}={path}" for name, path in adapter_paths().items() if name in ("zh-chat", "math")]
@@ -214,3 +217,18 @@ def test_it_serves_and_ends_when_told_to():
     assert '"model": "math", "method": "static"' in output
     assert "2 + 3" not in output
     assert "Traceback" not in output
+
+
+def test_models_that_are_asked_otherwise_than_the_base_are_named():
+    plain, chat = PromptFormat(template="{prompt}"), PromptFormat(chat_template="{{ messages }}")
+    method = get_method("average", ["zh", "es"])
+    served = {
+        "base": SimpleNamespace(id="base", kind="base", prompt=plain),
+        "zh": SimpleNamespace(id="zh", kind="adapter", prompt=chat),
+        "mix": SimpleNamespace(id="mix", kind="fusion", prompt=plain, method=method, adapters=("zh", "es")),
+    }
+    assert list(offered(SimpleNamespace(base_id="base", served=served))) == [
+        "base     base",
+        "adapter  zh  asked in a prompt format of its own",
+        "fusion   mix  (average on zh, es)",
+    ]

@@ -6,7 +6,7 @@ import enum
 import os
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -223,9 +223,8 @@ def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> 
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("loraflow.serving").setLevel(logging.INFO)
-    for served in catalog.served.values():
-        what = f"  ({served.method.name} on {', '.join(served.adapters)})" if served.kind == "fusion" else ""
-        typer.echo(f"{served.kind:8} {served.id}{what}")
+    for line in offered(catalog):
+        typer.echo(line)
     # uvicorn raises the signal that ended it once more when all is done; an end that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
 
@@ -291,6 +290,15 @@ def _check_engine(engine: Engine, given: Given) -> None:
     both = {"fusions", "engine", *options_of(Network), *options_of(Sources)} - {"device", "quantization"}
     for flag in given.flags(set(given.names) - both - set(of_vllm)):
         raise LoraflowError(f"`{flag}` is for loraflow's own engine. Leave it out; vLLM's options go into --vllm-args.")
+
+
+def offered(catalog: Catalog) -> Iterator[str]:
+    """What a server offers, a line each; where one is asked otherwise than the base, that is said."""
+    base = catalog.served[catalog.base_id]
+    for served in catalog.served.values():
+        what = f"  ({served.method.name} on {', '.join(served.adapters)})" if served.kind == "fusion" else ""
+        asked = "" if served.prompt == base.prompt else "  asked in a prompt format of its own"
+        yield f"{served.kind:8} {served.id}{what}{asked}"
 
 
 def _become_vllm(command: list[str], api_keys: list[str], *, only_print: bool) -> None:

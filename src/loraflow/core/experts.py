@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from loraflow.adapters import LoraModule
 from loraflow.core.context import LayerContext
-from loraflow.core.linear import FusedLinear, Member, StackedLora, fuse_linear, mix_slots
+from loraflow.core.linear import FusedLinear, mix_slots
 from loraflow.core.rows import Rows
 from loraflow.core.swap import swap_class
 from loraflow.errors import ArchitectureError
@@ -316,8 +316,3 @@ class _Product(TorchFunctionMode):
                 self.count += 1
                 result = self.module.add_updates(x, result)
         return result
-
-
-def fuse_weight(module: nn.Module, stack: StackedLora, fused: Member) -> None:
-    """Make a module with a bare weight a `FusedWeight`, in its place."""
-    fuse_linear(module, stack, fused, FusedWeight)

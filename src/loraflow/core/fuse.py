@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from loraflow.adapters import Adapter, LoraModule
 from loraflow.core.architecture import DecoderLayers, group_by_input
 from loraflow.core.context import LayerContext
-from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, fuse_experts, fuse_weight
+from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, FusedWeight, fuse_experts
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.linear import FusedLinear, InputGroup, Member, fuse_linear, stack_adapters, unfuse_linear
 from loraflow.core.rows import LayerRows, Rows
@@ -100,7 +100,7 @@ class _Layer:
             stack = stack_adapters(self.updates[full], module, dtype)
             group = InputGroup([full], [stack], device, rows)
             self.groups.append(group)
-            fuse_weight(module, stack, Member(group, 0, self.context, False))
+            fuse_linear(module, stack, Member(group, 0, self.context, False), FusedWeight)
         else:
             raise ArchitectureError(
                 f"{list(parameters)} of '{name}' in decoder layer {self.context.index} of {type(self.model).__name__} "

@@ -21,17 +21,22 @@ from loraflow.errors import DataError
 from loraflow.prompts import PromptFormat
 
 
-class TokenRecord(BaseModel):
-    """A token beyond a tokenizer's own vocabulary, as tokenizers describe it."""
+class _Manners(BaseModel):
+    """How tokenizers find a token in a text."""
 
-    model_config = ConfigDict(frozen=True)
-
-    id: int
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
     normalized: bool = False
     special: bool = False
+
+
+class TokenRecord(_Manners):
+    """A token beyond a tokenizer's own vocabulary, as tokenizers describe it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: int
 
     def added(self, text: str) -> AddedToken:
         """The same as tokenizers take it."""
@@ -47,13 +52,8 @@ class _Named(BaseModel):
     template: str
 
 
-class _Described(BaseModel):
+class _Described(_Manners):
     content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = False
-    special: bool = False
 
 
 class _Listed(_Described):

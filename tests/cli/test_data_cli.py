@@ -49,12 +49,13 @@ NAMED = ("--prompt-field", "Q: {{question}}\\nA:", "--completion-field", "answer
 
 def test_a_fit_on_a_mixture_and_what_is_done_with_it(run, tmp_path):
     data = ("--data", "{world}/x.csv=2", "{world}/x.csv[:4]=1", *NAMED, "--dev", "{world}/x.csv[8:]")
-    fitted = run("fit", *SOURCES, *data, "--epochs", "1", "--output", f"{tmp_path}/fusion")
+    fitted = run("fit", *SOURCES, *data, "--epochs", "1", "--train-on", "all", "--output", f"{tmp_path}/fusion")
     assert fitted.exit_code == 0, fitted.output
     # All four of the second, and of the first twice as many.
     assert "12 examples" in fitted.output
     config = json.loads((tmp_path / "fusion/fusion_config.json").read_text())
     assert config["training"]["examples"] == 12
+    assert config["training"]["recipe"]["train_on"] == "all"
 
     stats = run("info", f"{tmp_path}/fusion", "--stats", "--data", "{world}/x.json[2:]", "--examples", "3")
     assert stats.exit_code == 0, stats.output
@@ -84,7 +85,12 @@ def test_finetune_takes_mixtures_too(run, tmp_path):
         (("--data", "{world}/x.json=1", "{world}/x.csv"), "`--data` gives some sources a weight, and"),
         (("--data", "{world}/x.json=1", "{world}/x.json=-1"), "`weights` (=[1.0, -1.0]) must be greater than 0"),
         (("--data", "{world}/x.json[train]"), "which has no splits. Leave 'train' out."),
+        (("--data", "{world}/x.json", "--train-on", "first"), "`train_on` is unknown: 'first'. Known: 'all', 'last'."),
         (("--data", "{world}/x.json", "--prompt-field", "{{", "--completion-field", "a"), "Write {{{{ and }}}} for"),
+        (
+            ("--method", "centroid", "--adapter-data", "a={world}/x.json", "--train-on", "all"),
+            "The method 'centroid' has no use for --train-on.",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(run, tmp_path, arguments, message):

@@ -10,7 +10,7 @@ from loraflow.cli.groups import Given, panel, with_groups
 from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
-from loraflow.cli.texts import DevExamples, PromptOptions, data_option
+from loraflow.cli.texts import DevExamples, PromptOptions, TrainOn, data_option
 from loraflow.errors import LoraflowError
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 
@@ -91,6 +91,7 @@ def finetune(
     seed: Annotated[
         int, recipe_option(help="Of a new adapter, the examples' order, dropout, and what a mixture takes.")
     ] = FitConfig.seed,
+    train_on: TrainOn = FitConfig.train_on,
     prompt: PromptOptions,
     placement: Placement,
 ) -> None:

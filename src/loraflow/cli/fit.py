@@ -13,7 +13,7 @@ from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
-from loraflow.cli.texts import DevExamples, PromptOptions, Stop, data_option, manner_line, stop_strings
+from loraflow.cli.texts import DevExamples, PromptOptions, Stop, TrainOn, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
 from loraflow.training.config import FitConfig
@@ -159,6 +159,7 @@ def fit(
     seed: Annotated[
         int, recipe_option(help="Of the examples' order, of dropout, and of what a mixture takes.")
     ] = FitConfig.seed,
+    train_on: TrainOn = FitConfig.train_on,
     prompt: PromptOptions,
     stop: Stop = [],  # noqa: B006 (typer reads the default)
 ) -> None:

@@ -23,6 +23,13 @@ data_option = panel("Data")
 _reading = panel("How text is read")
 
 Dev = Annotated[str | None, data_option("--dev", help="Examples on which the best checkpoint is chosen.")]
+TrainOn = Annotated[
+    str,
+    data_option(
+        "--train-on",
+        help="Which of the assistant's turns in a conversation are learned: the last one, or all.",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ MARKED = CHATML.replace(
 )
 # The end of all texts stands behind a conversation that nobody goes on with, as in Phi-3's template.
 ENDED = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+MARKED_ENDED = (
+    MARKED + "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
 CALLS = CHATML.replace("m['content'] +", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '') +")
 
 
@@ -48,7 +51,7 @@ def test_the_two_templates_differ():
     assert MARKED.count("generation %}") == 2
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED, ENDED])
+@pytest.mark.parametrize("template", [CHATML, MARKED, ENDED, MARKED_ENDED])
 def test_every_answer_is_learned_up_to_its_end(template):
     texts, row = labels([said("system", "Be brief."), *TURNS, said("user", "3?"), said("assistant", "three")], template)
     assert [text.removesuffix("<|endoftext|>") for text in texts] == [f"{n}<|im_end|>" for n in ("one", "two", "three")]
@@ -89,17 +92,24 @@ FORGETS = MARKED.replace(
     "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
 )
 
+MUTE = MARKED.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+
 
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
         (THOUGHT, FORGETFUL, "writes the assistant's turn (message 2 of the conversation) otherwise when it is past"),
         (THOUGHT, FORGETS, "it may drop thoughts, or begin answers with some. Learn from the last turn"),
+        (
+            THOUGHT,
+            MUTE,
+            "marks the assistant's turn (message 2 of the conversation) without all that it says; it",
+        ),
         (TURNS, UNEVEN, "(`train_on='last'`), or give another template as `chat_template`."),
         (
             TURNS,
             CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
-            "The chat template has `{% generation %}` in it, and marks no answer with it.",
+            "without all that it says; it may drop thoughts.",
         ),
     ],
 )

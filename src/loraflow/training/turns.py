@@ -33,8 +33,8 @@ def earlier_turns(prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, mess
         messages: the conversation up to the turn that is answered.
 
     Raises:
-        DataError: if the template writes a past turn otherwise than as it was answered, or marks none; or the tokenizer
-            does not say where its tokens stand.
+        DataError: if the template writes a past turn otherwise than as it was answered, or does not mark all of it;
+            or the tokenizer does not say where its tokens stand.
     """
     if all(message["role"] != "assistant" for message in messages):
         return []
@@ -64,6 +64,14 @@ def _spans(
             continue
         if marked:
             written, spans = _marked(prompt, tokenizer, messages[: place + 1])
+            spans = [span for span in spans if not found or span[0] >= found[-1][1]]
+            # Whatever space a template has put or cut.
+            shown, content = (re.sub(r"\s", "", one) for one in (_cut(written, spans), message["content"]))
+            if content not in shown:
+                raise DataError(
+                    f"The chat template marks the assistant's turn (message {place + 1} of the conversation) without "
+                    f"all that it says; it may drop thoughts. {_REMEDY}"
+                )
         else:
             start = prompt.prompt_text(tokenizer, messages[:place])
             written = start + prompt.turn_text(tokenizer, messages[:place], message)
@@ -74,16 +82,23 @@ def _spans(
                 f"when it is past than when it is answered; it may drop thoughts, or begin answers with some. {_REMEDY}"
             )
         found += spans
-    if not found:
-        raise DataError(f"The chat template has `{{% generation %}}` in it, and marks no answer with it. {_REMEDY}")
     return found
+
+
+def _cut(text: str, spans: Sequence[Span]) -> str:
+    return "".join(text[start:end] for start, end in spans)
 
 
 def _marked(
     prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[str, list[Span]]:
     """A conversation up to the end of its last answer, and where the template says that answers stand in it."""
-    given: Any = {**tokenizer.special_tokens_map, "return_assistant_tokens_mask": True}
+    # As one that goes on: behind one that is over, some templates mark the end of all texts as well.
+    given: Any = {
+        **tokenizer.special_tokens_map,
+        "return_assistant_tokens_mask": True,
+        "add_generation_prompt": True,
+    }
     conversation: Any = [prompt.conversation(tokenizer, messages)]
     try:
         rendered, spans = cast(Any, render_jinja_template)(conversation, chat_template=prompt.chat_template, **given)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from loraflow.errors import LoraflowError
+from loraflow.errors import LoraflowError, did_you_mean
 
 Score = Callable[[str, Mapping[str, Any]], float]
 """Scores a generated answer against its example's record."""
@@ -18,6 +18,9 @@ Score = Callable[[str, Mapping[str, Any]], float]
 # The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
 # model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
 LEARNING_RATE = 2e-4
+
+# What `train_on` may be.
+TURNS = ("last", "all")
 
 
 class HasRecipe(Protocol):
@@ -45,6 +48,7 @@ class FitConfig:
         warmup: share of the steps over which the learning rate rises; it falls along a cosine after that.
         adapter_dropout: dropout on the adapters' input. Off here; the official code appears to leave 0.1 on.
         gradient_checkpointing: recompute activations in the backward, to save memory.
+        train_on: which of the assistant's turns in a conversation are learned: the "last" one, or "all".
         max_length: longest example, in tokens; None takes the model's limit, at most 2048.
         seed: of the examples' order, and of dropout.
         checkpoint_steps: steps between checkpoints; None makes one after every epoch.
@@ -63,6 +67,7 @@ class FitConfig:
     warmup: float = 0.2
     adapter_dropout: float = 0.0
     gradient_checkpointing: bool = False
+    train_on: str = "last"
     max_length: int | None = None
     seed: int = 0
     checkpoint_steps: int | None = None
@@ -76,6 +81,8 @@ class FitConfig:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0, and finite.")
+        if self.train_on not in TURNS:
+            raise LoraflowError(f"`train_on` is unknown: {self.train_on!r}. {did_you_mean(str(self.train_on), TURNS)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise LoraflowError(f"`betas` (={self.betas}) must be two numbers, each at least 0 and less than 1.")
         for name in ("adapter_dropout", "warmup"):

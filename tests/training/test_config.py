@@ -114,7 +114,7 @@ def test_training_arguments_that_no_recipe_has(tmp_path, given, message):
 
 
 def test_unknown_overrides_are_named(tmp_path):
-    with pytest.raises(LoraflowError, match="`TrainingArguments` has no 'use_cp'.*Did you mean 'use_cpu'"):
+    with pytest.raises(LoraflowError, match=r"`TrainingArguments` has no 'use_cp'.*Did you mean 'use_cpu'"):
         FitConfig().training_arguments(tmp_path, use_cp=True)
 
 

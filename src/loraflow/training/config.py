@@ -94,7 +94,6 @@ class FitConfig:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0, and finite.")
-        self._check_whole()
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise LoraflowError(f"`betas` (={self.betas}) must be two numbers, each at least 0 and less than 1.")
         for name in ("adapter_dropout", "warmup"):
@@ -103,6 +102,7 @@ class FitConfig:
         for name in ("max_length", "max_steps", "checkpoint_steps", "keep_last", "early_stopping"):
             if getattr(self, name) is not None and not 1 <= getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1, and finite.")
+        self._check_whole()
         if self.batch_size % self.gradient_accumulation:
             raise LoraflowError(
                 f"`gradient_accumulation` (={self.gradient_accumulation}) must divide "
@@ -216,6 +216,7 @@ class Run:
         score: what decides on dev examples instead of their loss.
         label: what it is called where progress is shown; empty for the learner's own words.
         reports: where files of trackers and the picture of the weights go; None takes a new folder in `runs`.
+        lasting: whether the directory is there after the run.
     """
 
     config: FitConfig
@@ -225,6 +226,7 @@ class Run:
     score: Score | None = None
     label: str = ""
     reports: Path | None = None
+    lasting: bool = True
 
 
 @dataclass(frozen=True)

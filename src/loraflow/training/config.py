@@ -267,7 +267,8 @@ class FitResult:
 
     Attributes:
         start: the fusion weights at which training started, by adapter; empty where gates start as made.
-        start_losses: each adapter's loss alone on the examples, where the start was chosen by it.
+        start_losses: the loss of each possible start on the examples, by name (an adapter's is that one alone), where
+            the start was chosen by it.
         steps: optimiser steps, or evaluations of a search, of the whole run, those before a resume included.
         train_loss: mean loss of the last epoch's steps, or that of a search's result, in nats for each response token;
             None where there was none.

@@ -228,7 +228,8 @@ def _print_studies() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraflow.evaluation.compare.plan import STUDIES, read_yaml, study_names
+    from loraflow.evaluation.compare.plan import STUDIES, study_names
+    from loraflow.training.recipes import read_yaml
 
     table = Table("study", "what it finds out", box=None)
     for name in study_names():

@@ -105,12 +105,14 @@ class FitData:
         dev: dev examples as token ids, where there are some.
         dev_examples: the same as they were given.
         digest: SHA-256 of all token ids.
+        origins: where each training example comes from.
     """
 
     train: TokenExamples
     dev: TokenExamples | None
     dev_examples: Sequence[Example]
     digest: str
+    origins: Sequence[str] = ()
 
 
 def note_endings(fusion: Any, examples: Sequence[Example]) -> None:
@@ -125,11 +127,13 @@ def prepare(model: Any, examples: Any, dev: Any, config: FitConfig) -> FitData:
     """Check examples and turn them into token ids, by the tokenizer and in the prompt format of a model."""
     tokenizer = require_tokenizer(model.tokenizer)
     max_length = config.max_length or longest_example(model)
-    train = tokenize(parse_examples(examples), tokenizer, model.prompt, max_length, config.train_on)
+    parsed = parse_examples(examples)
+    train = tokenize(parsed, tokenizer, model.prompt, max_length, config.train_on)
     dev_examples = parse_examples(dev) if dev is not None else []
     dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length, config.train_on) if dev_examples else None
     rows = [[dataclasses.astuple(row) for row in split.rows] for split in (train, dev_rows) if split is not None]
-    return FitData(train, dev_rows, dev_examples, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return FitData(train, dev_rows, dev_examples, digest, [example.origin for example in parsed])
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from loraflow.evaluation.compare.plan import (
     SettingSpec,
     make_plan,
     read_plan,
-    read_yaml,
     study_names,
 )
+from loraflow.training.recipes import read_yaml
 
 ORIGIN = Path("plans/mine.yaml")
 TASK = {"test": "test.jsonl", "scorer": "last-number"}
@@ -243,7 +243,7 @@ def test_a_plan_needs_a_setting() -> None:
     [
         (b"a: [", r"p\.yaml cannot be read as YAML"),
         (b"\xff\xfe\x00", r"p\.yaml cannot be read as YAML"),
-        (b"- base\n", r"p\.yaml holds list, and should hold the fields of a plan or setting"),
+        (b"- base\n", r"p\.yaml holds list, and should hold fields, as `name: value`"),
         (b"", r"p\.yaml holds NoneType, and should hold"),
     ],
 )

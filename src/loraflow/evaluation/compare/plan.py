@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraflow.errors import DataError, did_you_mean
 from loraflow.examples import Source
 from loraflow.prompts import PromptFormat
+from loraflow.training.recipes import read_yaml
 
 STUDIES = Path(__file__).parents[1] / "studies"
 EVERY_TASK = "every"
@@ -324,30 +324,6 @@ def _fields_at(location: Sequence[int | str]) -> list[str]:
         if part in location:
             return list(kind.model_fields)
     return list(Plan.model_fields)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML would read 1e-3 as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields that a YAML file holds.
-
-    Raises:
-        DataError: if it cannot be read, or holds something else.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__}, and should hold the fields of a plan or setting.")
-    return content
 
 
 def _resolved(setting: dict[str, Any], origin: Path) -> dict[str, Any]:

@@ -59,6 +59,17 @@ def ray() -> Iterator[Any]:
         # Ray's workers would let all else on this machine go first.
         patch.setenv("RAY_worker_niceness", "0")
         try:
+            start(ray, folder)
+            yield ray
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(ray: Any, folder: str) -> None:
+    # It gives up after half a minute, which a busy machine may need.
+    for attempt in range(4):
+        try:
             ray.init(
                 num_cpus=2,
                 num_gpus=0,
@@ -69,10 +80,11 @@ def ray() -> Iterator[Any]:
                 _node_ip_address="127.0.0.2",
                 _temp_dir=folder,
             )
-            yield ray
-        finally:
+            return
+        except Exception as error:
             ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+            if attempt == 3 or "timed out" not in str(error):
+                raise
 
 
 @pytest.fixture(scope="module")

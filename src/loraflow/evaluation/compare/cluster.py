@@ -79,7 +79,8 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     try:
         # What workers have to say comes as events.
         ray.init(cluster.address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    # Ray raises what it likes, plain `Exception` included.
+    except Exception as error:
         raise LoraflowError(
             f"`ray` (={cluster.address!r}): no connection to such a cluster ({error}). Give the `host:port` of its "
             "head, 'auto' on one of its machines, or 'local' for one of this machine alone."

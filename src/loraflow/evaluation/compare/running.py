@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from loraflow.bases import BaseOptions, read_base_config
@@ -25,7 +23,7 @@ from loraflow.evaluation.compare.plan import Plan
 from loraflow.evaluation.compare.progress import Board
 from loraflow.evaluation.compare.store import PLAN_FILE, Cell, Store
 from loraflow.evaluation.compare.workers import Job, measure_here, measure_in_processes
-from loraflow.files import make_folder, write_atomically
+from loraflow.files import alone, write_atomically
 
 # Answers to a task of lm-evaluation-harness, as far as the progress bar knows before the task is loaded.
 _HARNESS_GUESS = 100
@@ -60,8 +58,7 @@ def compare(
     check_tasks(comparison, options.allow_code)
     read_base_config(comparison.setting.base, BaseOptions(comparison.setting.revision))
     store = Store(output)
-    make_folder(store.root)
-    with _alone(store.root):
+    with alone(store.root, "comparison"):
         missing = unfinished(comparison, store, overwrite=overwrite)
         text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), allow_unicode=True, sort_keys=False)
         write_atomically(store.root / PLAN_FILE, text.encode())
@@ -103,19 +100,6 @@ def _size(comparison: Comparison, cell: Cell) -> int:
     return max(1, len(task.test[:limit]) if task.harness is None else limit or _HARNESS_GUESS)
 
 
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    lock = FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise LoraflowError(f"Another comparison is running in {root}. Wait for it, or give another place.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
     """Score the kept answers of all finished cells anew, without a model.
 
@@ -128,7 +112,7 @@ def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
     comparison = open_comparison(plan, allow_code=allow_code)
     check_tasks(comparison, allow_code)
     store, changed, found = Store(output), 0, 0
-    with _alone(store.root):
+    with alone(store.root, "comparison"):
         for cell in comparison.cells:
             record = store.read(cell)
             if record is None:

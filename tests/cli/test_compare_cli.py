@@ -71,6 +71,7 @@ def test_help_tells_every_flag(run):
     assert result.exit_code == 0, result.output
     flags = """--output --methods --fusions --seeds --reference --setting --tasks --base --lora-modules --test --scorer
     --data --dev --limit --batch-size --workers --device --allow-code --weights --rescore --report --overwrite --list
+    --ray --cell-cpus --cell-gpus --cell-memory --retries
     --chat --revision --dtype --quantization --prompt-field --completion-field --max-new-tokens"""
     assert [flag for flag in flags.split() if flag not in result.output] == []
 
@@ -226,6 +227,14 @@ MISTAKES = {
         "There is no setting 'small-word'. Known: 'small-world'. Did you mean 'small-world'?",
     ),
     "workers": ((*PLAN, "--workers", "0", "--output", "x"), "`workers` (=0) must be at least 1."),
+    "workers of a cluster": (
+        (*PLAN, "--workers", "2", "--ray", "auto", "--output", "x"),
+        "`workers` (=2) are processes of this machine, and a cluster has as many as it has room for. Leave it out.",
+    ),
+    "cells without a cluster": (
+        (*PLAN, "--cell-memory", "2", "--output", "x"),
+        "`--cell-memory` is for cells on a cluster. Give --ray too, or leave it out.",
+    ),
     "one field": ((*BASE, *TEST, "--prompt-field", "q", "--output", "x"), "`--prompt-field` and `--completion-field`"),
 }
 

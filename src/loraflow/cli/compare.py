@@ -14,12 +14,14 @@ from loraflow.cli.texts import Dev, FieldNames, Stop, stop_strings
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
+    from loraflow.evaluation.compare.options import Cluster
     from loraflow.evaluation.compare.plan import Plan
     from loraflow.saved.fusion import SavedFusion
 
 _row = panel("What is compared")
 _task = panel("On what")
 _run_option = panel("The run")
+_cluster_option = panel("On a cluster")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,46 @@ class Measuring:
     overwrite: Annotated[bool, _run_option("--overwrite", help="Measure anew what was measured otherwise.")] = False
 
 
+@dataclass(frozen=True)
+class OnCluster:
+    """Where cells are measured, if not on this machine."""
+
+    ray: Annotated[
+        str | None,
+        _cluster_option(
+            "--ray",
+            help="Measure on a cluster of Ray: `host:port` of its head, auto (the one that this machine is a part of), "
+            "or local. Needs `pip install 'loraflow[ray]'`.",
+            show_default=False,
+        ),
+    ] = None
+    cell_cpus: Annotated[float, _cluster_option("--cell-cpus", help="Processors of each cell.")] = 1
+    cell_gpus: Annotated[
+        float | None,
+        _cluster_option(
+            "--cell-gpus", help="GPUs of each cell, or a part of one.  [default: 1 if the cluster has any]"
+        ),
+    ] = None
+    cell_memory_gib: Annotated[
+        float | None, _cluster_option("--cell-memory", help="Memory that is set aside for each cell, in GiB.")
+    ] = None
+    retries: Annotated[int, _cluster_option(help="How often a cell is tried again whose worker was lost.")] = 2
+
+    def options(self, given: Given) -> Cluster | None:
+        """The cluster that is asked for.
+
+        Raises:
+            LoraflowError: if something else is said of it, and it is not.
+        """
+        if self.ray is None:
+            for flag in given.flags(options_of(OnCluster)):
+                raise LoraflowError(f"`{flag}` is for cells on a cluster. Give --ray too, or leave it out.")
+            return None
+        from loraflow.evaluation.compare import Cluster
+
+        return Cluster(self.ray, self.cell_cpus, self.cell_gpus, self.cell_memory_gib, self.retries)
+
+
 @with_groups
 def compare(
     *,
@@ -177,6 +219,7 @@ def compare(
     sources: Sources,
     own: OwnTasks,
     measuring: Measuring,
+    on_cluster: OnCluster,
     list_studies: Annotated[bool, typer.Option("--list", help="Show the studies, and exit.")] = False,
 ) -> None:
     """Compare methods on tasks: scores with intervals, tests against a reference, cost, every answer kept.
@@ -217,7 +260,7 @@ def compare(
     else:
         described = {**_base(sources, rows.fusions), "tasks": own.described(names)}
         chosen = _made({"setting": described, "methods": rows.described(), **changes})
-    _run(chosen, output, sources.placement.device, measuring)
+    _run(chosen, output, sources.placement.device, measuring, on_cluster.options(given))
 
 
 def _known(**values: Any) -> dict[str, Any]:
@@ -305,7 +348,7 @@ def _made(content: dict[str, Any]) -> Plan:
     return make_plan(content, Path.cwd() / "command line")
 
 
-def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring) -> None:
+def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring, cluster: Cluster | None) -> None:
     from rich.console import Console
 
     from loraflow.evaluation.compare import Options, Store, identities, open_comparison, write_report
@@ -318,7 +361,7 @@ def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring) -> 
     if measuring.rescore:
         console.print(f"scores changed in {score_anew(plan, output, allow_code=allow_code)} cells")
     elif not measuring.report:
-        options = Options(device=device, workers=measuring.workers, allow_code=allow_code)
+        options = Options(device=device, workers=measuring.workers, allow_code=allow_code, cluster=cluster)
         try:
             failed = measure(plan, output, options=options, overwrite=measuring.overwrite, console=console)
         except KeyboardInterrupt:

@@ -10,6 +10,7 @@ _FLAGS = {
     "admin_keys": "--admin-key",
     "allow_code": "--allow-code",
     "base": "--base",
+    "cell_gpus": "--cell-gpus {value}",
     "chat_template": "--chat-template",
     "fields": "--prompt-field and --completion-field",
     "load_from": "--load-from",

@@ -77,6 +77,14 @@ def test_every_cell_has_files_of_its_own(store: Store) -> None:
     assert all(path.is_relative_to(store.root / "cells") for path in paths)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", Path("gs://bucket")])
+def test_a_url_is_no_folder(url: str | Path) -> None:
+    with pytest.raises(
+        LoraflowError, match=r"The run's place \(='.*:/.*'\) is a URL, and a comparison works in a folder"
+    ):
+        Store(url)
+
+
 # ---- Writing and reading -------------------------------------------------------------------------------------------
 
 

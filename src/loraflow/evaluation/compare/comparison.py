@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraflow.errors import DataError, LoraflowError
+from loraflow.errors import DataError, LoraflowError, SandboxError
 from loraflow.evaluation.compare.plan import EVERY_TASK, Plan, RowSpec
 from loraflow.evaluation.compare.rows import PlannedRow
 from loraflow.evaluation.compare.store import Cell, Store
 from loraflow.evaluation.compare.tasks import Setting, load_setting
+from loraflow.evaluation.harness.evaluate import check_task
+from loraflow.evaluation.sandbox import check_available
 from loraflow.saved.fusion import SavedFusion
 
 
@@ -78,6 +80,24 @@ def _rows(name: str, spec: RowSpec, setting: Setting, tasks: Sequence[str]) -> I
         yield PlannedRow(f"{name} of {task}", spec.model_copy(update={"fitted_on": task}), setting)
 
 
+def check_tasks(comparison: Comparison, allow_code: bool) -> None:
+    """Refuse tasks that there are not, and those that run code unless that is allowed and can be done safely.
+
+    Raises:
+        SandboxError: if one runs code and may not.
+    """
+    runs_code = False
+    for name in dict.fromkeys(cell.task for cell in comparison.cells):
+        task = comparison.setting.tasks[name]
+        if task.runs_code and not allow_code:
+            raise SandboxError(f"The task {name!r} runs generated code. Say `allow_code=True`, or leave it out.")
+        runs_code |= task.runs_code
+        if task.harness is not None:
+            runs_code |= check_task(task.harness.name, allow_code=allow_code, include_path=task.harness.folder)
+    if runs_code:
+        check_available()
+
+
 def identities(comparison: Comparison) -> dict[Cell, dict[str, Any]]:
     """What makes each cell the measurement that it is, as JSON values."""
     setting, plan = comparison.setting, comparison.plan
@@ -128,18 +148,21 @@ def unfinished(comparison: Comparison, store: Store, *, overwrite: bool) -> dict
         record = store.read(cell)
         if record is not None and record.identity != identity:
             if not overwrite:
-                known = {**identity, **record.identity}
-                key = next(key for key in known if record.identity.get(key) != identity.get(key))
                 raise LoraflowError(
-                    f"{store.record_path(cell)} was measured with another `{key}`: {_shown(record.identity.get(key))}, "
-                    f"not {_shown(identity.get(key))}. Give another directory, or replace such "
-                    "cells with `overwrite=True`."
+                    f"{store.record_path(cell)} was measured with another {difference(record.identity, identity)}. "
+                    "Give another directory, or replace such cells with `overwrite=True`."
                 )
             store.remove(cell)
             record = None
         if record is None or (comparison.plan.weights and record.weights is None):
             missing[cell] = identity
     return missing
+
+
+def difference(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In what a cell that is not the wanted one differs from it."""
+    key = next(key for key in {**wanted, **identity} if identity.get(key) != wanted.get(key))
+    return f"`{key}`: {_shown(identity.get(key))}, not {_shown(wanted.get(key))}"
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ class Board:
     - `"start"`, `"answering"`: what a worker is at;
     - `"learning"`: a line of how that goes on;
     - `"answered"`: how many answers there are, and how many there will be;
+    - `"lost"`: why a worker is no more, and what becomes of its cell;
     - `"done"`, `"failed"`: a line of text, or a traceback. `failed` counts the latter.
     """
 
@@ -63,6 +64,10 @@ class Board:
             elif kind in ("start", "answering"):
                 verb = "preparing" if kind == "start" else "answering"
                 self._progress.update(self._task, description=f"{verb}: {escape(str(cell))}")
+            elif kind == "lost":
+                self._answered[cell] = 0
+                self._advance()
+                self._print(f"{escape(str(cell))}: {escape(value)}")
             else:
                 self._finish(cell, kind, value)
 

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import queue
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from loraflow.bases import BaseOptions, read_base_config
-from loraflow.errors import LoraflowError, SandboxError
-from loraflow.evaluation.compare.comparison import Comparison, open_comparison, unfinished
+from loraflow.errors import LoraflowError
+from loraflow.evaluation.compare.cluster import measure_on_cluster
+from loraflow.evaluation.compare.comparison import Comparison, check_tasks, open_comparison, unfinished
 from loraflow.evaluation.compare.measure import score_again
+from loraflow.evaluation.compare.options import Options
 from loraflow.evaluation.compare.plan import Plan
-from loraflow.evaluation.compare.store import PLAN_FILE, Store
-from loraflow.evaluation.compare.workers import Options, measure_cells
-from loraflow.evaluation.harness.evaluate import check_task
-from loraflow.evaluation.sandbox import check_available
+from loraflow.evaluation.compare.progress import Board
+from loraflow.evaluation.compare.store import PLAN_FILE, Cell, Store
+from loraflow.evaluation.compare.workers import Job, measure_here, measure_in_processes
 from loraflow.files import alone, write_atomically
+
+# Answers to a task of lm-evaluation-harness, as far as the progress bar knows before the task is loaded.
+_HARNESS_GUESS = 100
 
 
 def compare(
@@ -46,7 +55,7 @@ def compare(
     options = options or Options()
     console = console or Console(stderr=True)
     comparison = open_comparison(plan, allow_code=options.allow_code)
-    _check_tasks(comparison, options.allow_code)
+    check_tasks(comparison, options.allow_code)
     read_base_config(comparison.setting.base, BaseOptions(comparison.setting.revision))
     store = Store(output)
     with alone(store.root, "comparison"):
@@ -57,25 +66,38 @@ def compare(
         for reason in comparison.left_out:
             console.print(f"left out: {reason}", markup=False)
         console.print(f"{len(comparison.cells)} cells, {finished} of them finished before")
-        return measure_cells(comparison, missing, store, options, console) if missing else 0
+        return _measure(comparison, missing, store, options, console) if missing else 0
 
 
-def _check_tasks(comparison: Comparison, allow_code: bool) -> None:
-    """Refuse tasks that there are not, and those that run code unless that is allowed and can be done safely.
+def _measure(comparison: Comparison, missing: Job, store: Store, options: Options, console: Console) -> int:
+    """Measure cells and keep what they come to.
 
-    Raises:
-        SandboxError: if one runs code and may not.
+    Returns:
+        How many failed.
     """
-    runs_code = False
-    for name in dict.fromkeys(cell.task for cell in comparison.cells):
-        task = comparison.setting.tasks[name]
-        if task.runs_code and not allow_code:
-            raise SandboxError(f"The task {name!r} runs generated code. Say `allow_code=True`, or leave it out.")
-        runs_code |= task.runs_code
-        if task.harness is not None:
-            runs_code |= check_task(task.harness.name, allow_code=allow_code, include_path=task.harness.folder)
-    if runs_code:
-        check_available()
+    jobs: dict[tuple[str, str, int | None], dict[Cell, Mapping[str, Any]]] = {}
+    for cell, identity in missing.items():
+        jobs.setdefault((comparison.learned_on(cell), cell.method, cell.seed), {})[cell] = identity
+    events: Any = multiprocessing.get_context("spawn").Queue() if options.workers > 1 else queue.SimpleQueue()
+    board = Board({cell: _size(comparison, cell) for cell in missing}, console)
+    watcher = threading.Thread(target=board.watch, args=(events,), daemon=True)
+    with board:
+        watcher.start()
+        try:
+            measure = measure_here if options.workers == 1 else measure_in_processes
+            if options.cluster is not None:
+                measure = measure_on_cluster
+            measure(comparison, list(jobs.values()), store, options, events)
+        finally:
+            events.put(None)
+            watcher.join(timeout=30)
+    return board.failed
+
+
+def _size(comparison: Comparison, cell: Cell) -> int:
+    """How many answers a cell has, as far as that is known."""
+    task, limit = comparison.setting.tasks[cell.task], comparison.plan.limit
+    return max(1, len(task.test[:limit]) if task.harness is None else limit or _HARNESS_GUESS)
 
 
 def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
@@ -88,7 +110,7 @@ def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
         LoraflowError: if there are no finished cells.
     """
     comparison = open_comparison(plan, allow_code=allow_code)
-    _check_tasks(comparison, allow_code)
+    check_tasks(comparison, allow_code)
     store, changed, found = Store(output), 0, 0
     with alone(store.root, "comparison"):
         for cell in comparison.cells:

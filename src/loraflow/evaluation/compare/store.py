@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loraflow.errors import LoraflowError
-from loraflow.files import make_folder, write_atomically
+from loraflow.files import make_folder, staged, write_atomically
 
 PLAN_FILE = "plan.yaml"
 # File systems take 255 bytes, some of which are temporary files' endings.
@@ -105,6 +107,11 @@ class Store:
     """Cells in a directory."""
 
     def __init__(self, root: str | Path) -> None:
+        # `Path` leaves one slash of a URL's two.
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(root)):
+            raise LoraflowError(
+                f"The run's place (={str(root)!r}) is a URL, and a comparison works in a folder. Give one, or mount it."
+            )
         self.root = Path(root).expanduser()
 
     def record_path(self, cell: Cell) -> Path:
@@ -160,6 +167,30 @@ class Store:
                 f"{path} does not hold the answers of {cell} ({error}). Remove {self.record_path(cell).name} "
                 "beside it, to measure the cell again."
             ) from error
+
+    def pack(self, cells: Iterable[Cell], learned: Path) -> dict[str, bytes]:
+        """The files of cells and of what was learned, by their paths in the run; those that there are.
+
+        Args:
+            cells: the cells.
+            learned: their `learned_path`.
+        """
+        # A cell is finished once its record is there, so that comes last.
+        wanted = [path for path in sorted(learned.rglob("*")) if path.is_file()]
+        wanted += [path(cell) for cell in cells for path in (self.answers_path, self.record_path)]
+        return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in wanted if path.is_file()}
+
+    def unpack(self, files: Mapping[str, bytes], learned: Path) -> None:
+        """Write what another store has packed; what was learned there takes the place of what was learned here."""
+        folder = learned.relative_to(self.root).as_posix() + "/"
+        with staged(learned, folder=True) as temporary:
+            for name in [name for name in files if name.startswith(folder)]:
+                write_atomically(temporary / name.removeprefix(folder), files[name])
+            shutil.rmtree(learned, ignore_errors=True)
+            if any(temporary.iterdir()):
+                os.replace(temporary, learned)
+        for name in [name for name in files if not name.startswith(folder)]:
+            write_atomically(self.root / name, files[name])
 
     def remove(self, cell: Cell) -> None:
         """Forget a cell."""

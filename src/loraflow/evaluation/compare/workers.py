@@ -1,4 +1,4 @@
-"""Measuring cells, in this process or in several at the same time."""
+"""Measuring cells on one machine, in this process or in several at the same time."""
 
 from __future__ import annotations
 
@@ -6,93 +6,48 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
-import queue
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
 from loraflow.errors import LoraflowError
 from loraflow.evaluation.compare.comparison import Comparison, open_comparison
 from loraflow.evaluation.compare.measure import answer_task, mean_answer_weights
+from loraflow.evaluation.compare.options import Options
 from loraflow.evaluation.compare.plan import Plan
 from loraflow.evaluation.compare.prepare import Bench, prepare
-from loraflow.evaluation.compare.progress import Board
 from loraflow.evaluation.compare.store import Cell, Record, Store
-
-# Answers to a task of lm-evaluation-harness, as far as the progress bar knows before the task is loaded.
-_HARNESS_GUESS = 100
 
 Job = Mapping[Cell, Mapping[str, Any]]
 """Cells that share what was learned, each with its identity, for one worker, one after the other."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a comparison runs; none of it changes a score.
+def measure_here(comparison: Comparison, jobs: Sequence[Job], store: Store, options: Options, events: Any) -> None:
+    """Do jobs one after the other, in this process."""
+    worker = Worker(comparison, store, options, events)
+    for job in jobs:
+        worker.run(job)
 
-    Attributes:
-        device: cpu, cuda, ...; None is a GPU if there is one.
-        workers: processes that measure cells at the same time; with several GPUs, each takes the next one.
-        allow_code: whether scorers may run what a model wrote, in the sandbox.
+
+def measure_in_processes(
+    comparison: Comparison, jobs: Sequence[Job], store: Store, options: Options, events: Any
+) -> None:
+    """Let several processes of this machine do jobs.
+
+    Raises:
+        LoraflowError: if one of them was killed.
     """
-
-    device: str | None = None
-    workers: int = 1
-    allow_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise LoraflowError(f"`workers` (={self.workers}) must be at least 1.")
-
-
-def measure_cells(comparison: Comparison, missing: Job, store: Store, options: Options, console: Console) -> int:
-    """Measure cells and keep what they come to.
-
-    Returns:
-        How many failed.
-    """
-    jobs: dict[tuple[str, str, int | None], dict[Cell, Mapping[str, Any]]] = {}
-    for cell, identity in missing.items():
-        jobs.setdefault((comparison.learned_on(cell), cell.method, cell.seed), {})[cell] = identity
-    events: Any = multiprocessing.get_context("spawn").Queue() if options.workers > 1 else queue.SimpleQueue()
-    board = Board({cell: _size(comparison, cell) for cell in missing}, console)
-    watcher = threading.Thread(target=board.watch, args=(events,), daemon=True)
-    with board:
-        watcher.start()
-        try:
-            if options.workers == 1:
-                worker = _Worker(comparison, store, options, events)
-                for job in jobs.values():
-                    worker.run(job)
-            else:
-                _share(comparison.plan, list(jobs.values()), store, options, events)
-        finally:
-            events.put(None)
-            watcher.join(timeout=30)
-    return board.failed
-
-
-def _size(comparison: Comparison, cell: Cell) -> int:
-    """How many answers a cell has, as far as that is known."""
-    task, limit = comparison.setting.tasks[cell.task], comparison.plan.limit
-    return max(1, len(task.test[:limit]) if task.harness is None else limit or _HARNESS_GUESS)
-
-
-def _share(plan: Plan, jobs: Sequence[Job], store: Store, options: Options, events: Any) -> None:
-    """Let several processes do the jobs."""
     threads = max(1, torch.get_num_threads() // options.workers)
     pool = concurrent.futures.ProcessPoolExecutor(
         min(options.workers, len(jobs)),
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(plan, store, options, events, threads, os.getpid()),
+        initargs=(comparison.plan, store, options, events, threads, os.getpid()),
     )
     try:
         for future in concurrent.futures.as_completed([pool.submit(_run_in_worker, job) for job in jobs]):
@@ -106,7 +61,7 @@ def _share(plan: Plan, jobs: Sequence[Job], store: Store, options: Options, even
         pool.shutdown(cancel_futures=True)
 
 
-_worker: _Worker | None = None
+_worker: Worker | None = None
 
 
 def _start_worker(plan: Plan, store: Store, options: Options, events: Any, threads: int, parent: int) -> None:
@@ -114,12 +69,11 @@ def _start_worker(plan: Plan, store: Store, options: Options, events: Any, threa
     # The parent says who it is: it may be gone by now, and somebody else this process's parent.
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    be_quiet()
     if options.device is None and torch.cuda.device_count() > 1:
         number = int(multiprocessing.current_process().name.rpartition("-")[2]) - 1
         options = dataclasses.replace(options, device=f"cuda:{number % torch.cuda.device_count()}")
-    _worker = _Worker(open_comparison(plan, allow_code=options.allow_code), store, options, events)
+    _worker = Worker(open_comparison(plan, allow_code=options.allow_code), store, options, events)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -134,7 +88,20 @@ def _run_in_worker(job: Job) -> None:
     _worker.run(job)
 
 
-class _Worker:
+def be_quiet() -> None:
+    """Keep transformers from writing between the lines of several workers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def outcome(record: Record) -> str:
+    """What a finished cell came to, in a line."""
+    mean = 100 * sum(record.scores) / len(record.scores)
+    learned = f"{record.fit_s:.0f} s to learn, " if record.examples else ""
+    return f"{record.metric} {mean:.1f} %; {learned}{record.answer_s:.0f} s to answer"
+
+
+class Worker:
     """Measures cells, with the base model loaded once."""
 
     def __init__(self, comparison: Comparison, store: Store, options: Options, events: Any) -> None:
@@ -153,10 +120,7 @@ class _Worker:
             except Exception:
                 self._events.put(("failed", cell, traceback.format_exc()))
             else:
-                mean = 100 * sum(record.scores) / len(record.scores)
-                learned = f"{record.fit_s:.0f} s to learn, " if record.examples else ""
-                said = f"{record.metric} {mean:.1f} %; {learned}{record.answer_s:.0f} s to answer"
-                self._events.put(("done", cell, said))
+                self._events.put(("done", cell, outcome(record)))
 
     def _measure(self, cell: Cell, identity: Mapping[str, Any]) -> Record:
         row = self._comparison.rows[cell.method]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,7 +96,7 @@ class Room:
             "the picture of the weights are in --output/reports.",
             show_default=False,
         ),
-    ] = field(default_factory=list)
+    ] = ()  # type: ignore[assignment]
 
 
 def check_output(output: Path, *, overwrite: bool, makes: str) -> None:

@@ -38,7 +38,7 @@ def test_a_fit_is_replayed_from_its_own_file(run, world, tmp_path, monkeypatch):
     saved = yaml.safe_load((first / CONFIG_FILE).read_text())
     assert saved["base"] == str(world / "base")
     assert saved["lora_modules"] == {"zh": str(world / "zh"), "math": str(world / "math")}
-    assert saved["data"] == str(world / "train.jsonl")
+    assert saved["data"] == [str(world / "train.jsonl")]
     assert saved["method_option"] == ["granularity=step"]
     assert not saved.keys() & {"output", "resume", "overwrite", "config"}
     assert FitConfig.from_yaml(first / CONFIG_FILE) == FitConfig(max_steps=3, seed=7)
@@ -87,7 +87,7 @@ def test_options_win_over_the_file(run, world, tmp_path):
         ({"recipe": {"epoch": 3}}, "mine.yaml: `recipe` has no 'epoch'."),
         ({"recipe": 3}, "mine.yaml: `recipe` holds fields, as `name: value`, and no 3."),
         ({"epochs": 3, "recipe": {"epochs": 3}}, "mine.yaml: 'epochs' stands twice, also under `recipe`."),
-        ({"data": ["a", "b"]}, "mine.yaml: 'data' (=['a', 'b']) takes one value."),
+        ({"seed": [1, 2]}, "mine.yaml: 'seed' (=[1, 2]) takes one value."),
         ({"recipe": {"betas": ["x", "y"]}}, "`betas` (='x') must be a number."),
         ({"method": "lorahub", "epochs": 3}, "The method 'lorahub' has no use for --epochs. Leave it out."),
     ],

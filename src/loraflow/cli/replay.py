@@ -18,8 +18,9 @@ from loraflow.training.recipes import known_fields, read_yaml
 CONFIG_FILE = "fit.yaml"
 # What is of one run, not of what it makes.
 _OF_A_RUN = frozenset({"config", "output", "resume", "overwrite", "keep_checkpoints", "find_learning_rate"})
-# Options that are places or Hub ids.
-_PLACES = frozenset({"base", "lora_modules", "adapter_data"})
+# Options that are places or Hub ids; those of several by name.
+_NAMED = frozenset({"lora_modules", "adapter_data"})
+_PLACES = _NAMED | {"base", "data", "dev"}
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -94,9 +95,12 @@ def _as_place(name: str, value: Any) -> Any:
     """A value with absolute paths, which mean the same in every working directory; Hub ids stay."""
     if isinstance(value, Path):
         return str(value.expanduser().absolute())
-    if name in _PLACES and isinstance(value, list | tuple):
-        pairs = [str(each).partition("=") for each in value]
-        return {key: _as_place(name, path) for key, _, path in pairs}
+    if name in _NAMED and isinstance(value, list | tuple):
+        return {key: _as_place(name, path) for key, _, path in (str(each).partition("=") for each in value)}
+    if isinstance(value, list | tuple):
+        return [_as_place(name, each) for each in value]
     if name in _PLACES and isinstance(value, str):
-        return str(Path(value).absolute()) if Path(value).exists() else value
-    return list(value) if isinstance(value, tuple) else value
+        # A source of data may have its share of a mixture behind it.
+        place, mark, share = (value, "", "") if Path(value).exists() else value.rpartition("=")
+        return f"{Path(place).absolute()}{mark}{share}" if place and Path(place).exists() else value
+    return value

@@ -24,6 +24,8 @@ Score = Callable[[str, Mapping[str, Any]], float]
 # model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
 LEARNING_RATE = 2e-4
 
+TURNS = ("last", "all")
+"""What `train_on` may be."""
 BESIDE = frozenset({"keep_last", "report_to"})
 """Fields that change nothing of what is learned: a run that goes on may have others."""
 
@@ -54,6 +56,7 @@ class FitConfig:
         schedule: how it goes on from there: "cosine" or "linear", to 0, or "constant".
         adapter_dropout: dropout on the adapters' input. Off here; the official code appears to leave 0.1 on.
         gradient_checkpointing: recompute activations in the backward, to save memory.
+        train_on: which of the assistant's turns in a conversation are learned: the "last" one, or "all".
         max_length: longest example, in tokens; None takes the model's limit, at most 2048.
         seed: of the examples' order, and of dropout.
         checkpoint_steps: steps between checkpoints; None makes one after every epoch.
@@ -77,6 +80,7 @@ class FitConfig:
     schedule: str = "cosine"
     adapter_dropout: float = 0.0
     gradient_checkpointing: bool = False
+    train_on: str = "last"
     max_length: int | None = None
     seed: int = 0
     checkpoint_steps: int | None = None
@@ -112,6 +116,7 @@ class FitConfig:
             raise LoraflowError(f"`seed` (={self.seed}) must be at least 0 and less than 2**32.")
         for name, value, known in [
             ("schedule", self.schedule, SCHEDULES),
+            ("train_on", self.train_on, TURNS),
             *(("report_to", one, TRACKERS) for one in self.report_to),
         ]:
             if value not in known:
@@ -262,7 +267,8 @@ class FitResult:
 
     Attributes:
         start: the fusion weights at which training started, by adapter; empty where gates start as made.
-        start_losses: each adapter's loss alone on the examples, where the start was chosen by it.
+        start_losses: the loss of each possible start on the examples, by name (an adapter's is that one alone), where
+            the start was chosen by it.
         steps: optimiser steps, or evaluations of a search, of the whole run, those before a resume included.
         train_loss: mean loss of the last epoch's steps, or that of a search's result, in nats for each response token;
             None where there was none.

@@ -15,7 +15,7 @@ of [Wang et al. 2024](https://arxiv.org/abs/2402.11455); a token of a prompt, wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,20 +25,19 @@ from torch import Tensor
 
 from loraflow.answers import generate_answers, require_tokenizer
 from loraflow.core.fusion import Fusion
-from loraflow.errors import LoraflowError
 from loraflow.examples import Example, parse_examples
 from loraflow.methods import QueryMethod
 from loraflow.methods.base import Level, Place
 from loraflow.prompts import Message
 from loraflow.training.data import (
     IGNORED,
-    Collator,
     TokenExample,
     TokenExamples,
     longest_example,
     split_batches,
     tokenize,
 )
+from loraflow.training.weights import normalized_entropy, weights_of_rows
 
 TIE = 1e-6
 """Weights this near to the largest are largest too."""
@@ -180,7 +179,7 @@ def statistics_of_tokens(
     answers, prompts, tenths = (_Tally(n, len(model.adapters)) for n in (last + 1, len(layers), TENTHS))
     whole = isinstance(model.method, QueryMethod)
     for batch in split_batches(data, batch_size):
-        for answer, prompt in _weights_of_rows(model, batch, layers, modules):
+        for answer, prompt in weights_of_rows(model, batch, layers, modules):
             of_layers = answer[:, : len(layers)].mean(dim=1)
             sites = torch.cat([answer, of_layers[:, None]], dim=1)
             answers.add_all(sites[:1] if whole else sites)
@@ -234,37 +233,6 @@ def answer_tokens(
         ids, new = model.prompt.prompt_ids(tokenizer, conversation), list(answer.token_ids)
         rows.append(TokenExample(ids + new, [IGNORED] * len(ids) + new))
     return TokenExamples(rows, [])
-
-
-def _weights_of_rows(
-    model: Fusion, batch: TokenExamples, layers: Sequence[int], modules: Sequence[str]
-) -> Iterator[tuple[Float[Tensor, "answer sites adapters"], Float[Tensor, "prompt sites adapters"]]]:
-    """Each example's weights, at the layers, then the modules: those that produced its answer, and its prompt's.
-
-    Yields:
-        One example's weights after another.
-
-    Raises:
-        LoraflowError: if weights are not finite.
-    """
-    tensors = {key: value.to(model.device) for key, value in Collator(0)(batch.rows).items()}
-    ids, mask = tensors["input_ids"], tensors["attention_mask"]
-    if isinstance(model.method, QueryMethod):
-        of_prompts = model.weigh(ids, mask * (tensors["labels"] == IGNORED)).double().cpu()[:, list(layers)]
-        weights = of_prompts[:, None].expand(-1, ids.shape[1], -1, -1)
-    else:
-        traced = model.trace(ids, mask)
-        of_modules = [traced.module_weights[name] for name in modules]
-        weights = torch.cat([traced.weights[:, :, list(layers)], *(w[:, :, None] for w in of_modules)], dim=2).double()
-    for row, example in zip(weights, batch.rows, strict=True):
-        prompt = sum(label == IGNORED for label in example.labels)
-        if not row[: len(example.input_ids)].isfinite().all():
-            raise LoraflowError(
-                f"The method {model.method.name!r} gave weights that are not finite (NaN or infinite). Check what it "
-                "learned, and the precision of the base (`dtype`)."
-            )
-        # The last position is where nothing was produced any more.
-        yield row[prompt - 1 : len(example.input_ids) - 1], row[:prompt]
 
 
 class _Tally:
@@ -336,18 +304,6 @@ class _Tally:
 
 # Steps of either sign in one number with their cell: weights up to a million, and two million cells.
 _MIDDLE = 2**30
-
-
-def normalized_entropy(weights: Float[Tensor, "*rows adapters"]) -> Float[Tensor, "*rows"]:
-    """Entropy of the positive weights as shares, divided by the logarithm of the number of adapters.
-
-    0 where one adapter speaks (and where there is only one), 1 where all speak alike, NaN where no weight is positive.
-    """
-    positive = weights.clamp(min=0)
-    total = positive.sum(dim=-1, keepdim=True)
-    shares = positive / total
-    entropy = torch.special.entr(shares).sum(dim=-1)
-    return entropy / math.log(weights.shape[-1]) if weights.shape[-1] > 1 else entropy
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ def settled_dtype(own: Any, options: Any) -> Any:
         return own
     log.warning(
         "This CPU has no bfloat16 instructions: the base is loaded in float32, in twice the memory. "
-        "`dtype` (`--dtype`) bfloat16 keeps it as it is."
+        "The `dtype` bfloat16, asked for, keeps it as it is."
     )
     return torch.float32 if isinstance(own, torch.dtype) else "float32"
 

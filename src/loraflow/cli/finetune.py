@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from loraflow.cli.groups import Given, panel, with_groups
 from loraflow.cli.mixtures import read_mixture
-from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
+from loraflow.cli.recipe import Room, Run, Steps, held_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
 from loraflow.cli.texts import DevExamples, PromptOptions, TrainOn, data_option
 from loraflow.errors import LoraflowError
@@ -65,7 +65,7 @@ class FinetuneSteps(Steps):
     max_steps: Annotated[
         int | None, recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none]")
     ] = FitConfig.max_steps
-    learning_rate: Annotated[float, recipe_option(help="Peak of the cosine schedule.")] = LEARNING_RATE
+    learning_rate: Annotated[float, recipe_option(help="Peak of the schedule.")] = LEARNING_RATE
     weight_decay: Annotated[float, recipe_option(help="AdamW's.")] = FitConfig.weight_decay
 
 
@@ -107,7 +107,6 @@ def finetune(
 
     console = Console(stderr=True)
     # Cheap checks come before the model is loaded.
-    check_output(output, overwrite=run.overwrite or run.resume, makes="adapter")
     if base is None:
         raise LoraflowError("`--base` is missing. Give the base model's Hub id or directory.")
     lora = adapter.settings(given)
@@ -117,23 +116,25 @@ def finetune(
 
     from loraflow import training
 
-    checkpoints = output / "checkpoints"
-    result = training.finetune(
-        base,
-        examples,
-        output,
-        adapter=adapter.adapter,
-        lora=lora,
-        dev=dev_examples,
-        config=config,
-        prompt=format_,
-        checkpoints=checkpoints,
-        resume=run.resume,
-        console=console,
-        options=placement.options(),
-    )
-    if not run.keep_checkpoints:
-        training.remove_checkpoints(checkpoints)
+    with held_output(output, run, makes="adapter") as checkpoints:
+        result = training.finetune(
+            base,
+            examples,
+            output,
+            adapter=adapter.adapter,
+            lora=lora,
+            dev=dev_examples,
+            config=config,
+            prompt=format_,
+            checkpoints=checkpoints,
+            resume=run.resume,
+            overwrite=run.overwrite,
+            reports=output / "reports",
+            console=console,
+            options=placement.options(),
+        )
+        if not run.keep_checkpoints:
+            training.remove_checkpoints(checkpoints)
     _report(console, result, base, len(examples))
 
 

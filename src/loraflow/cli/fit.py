@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.mixtures import read_mixture
-from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
+from loraflow.cli.recipe import Room, Run, Steps, held_output, print_cut, recipe_option
+from loraflow.cli.replay import CONFIG_FILE, Config, config_file
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
 from loraflow.cli.texts import DevExamples, PromptOptions, Stop, TrainOn, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
+from loraflow.files import make_folder, write_atomically
 from loraflow.training.config import FitConfig
 
 if TYPE_CHECKING:
@@ -25,8 +29,11 @@ if TYPE_CHECKING:
     from loraflow.methods import Method as FusionMethod
     from loraflow.model import FusedModel
     from loraflow.training import FitResult
+    from loraflow.training.rates import RateTest
 
+RATES_FILE = "learning-rates.json"
 # Parameters of a fit that the command line spells otherwise, or in several options.
+_FINDING = "--find-learning-rate fits nothing"
 _SPELLED = {"dev": ("dev", "dev_prompt_field", "dev_completion_field"), "score": ("dev_metric",)}
 
 
@@ -146,6 +153,15 @@ def fit(
     sources: Sources,
     choice: FitMethod,
     decision: Decision,
+    find_learning_rate: Annotated[
+        bool,
+        typer.Option(
+            "--find-learning-rate",
+            help="Do not fit, but try learning rates from 1e-6 to 10 on --data, show the losses and suggest one: a "
+            f"tenth of the rate at which the smoothed loss is lowest. The table is also in --output/{RATES_FILE}.",
+        ),
+    ] = False,
+    config: Config = None,
     run: Run,
     copy_adapters: CopyAdapters = False,
     steps: Steps,
@@ -178,32 +194,38 @@ def fit(
     from rich.console import Console
 
     console = Console(stderr=True)
-    # Cheap checks come before the model is loaded.
-    check_output(output, overwrite=run.overwrite or run.resume, makes="fusion")
-    adapters = list(sources.adapters())
-    method = choice.resolve("lora-flow", adapters)
-    _refuse_unused(given, method)
-    _refuse_idle(given, decision)
-    examples = data.read(method, adapters, decision.examples.names.fields(), seed)
-    decides = decision.read()
-    config = FitConfig.for_method(method, **_settings(given))
+    with held_output(output, run, makes="fusion") as checkpoints:
+        # Cheap checks come before the model is loaded.
+        adapters = list(sources.adapters())
+        method = choice.resolve("lora-flow", adapters)
+        _refuse_unused(given, method)
+        _refuse_idle(given, decision, find_learning_rate=find_learning_rate)
+        examples = data.read(method, adapters, decision.examples.names.fields(), seed)
+        decides = decision.read()
+        recipe = FitConfig.for_method(method, **_settings(given))
 
-    from loraflow import training
+        from loraflow import training
+        from loraflow.training.reporting import check_trackers
 
-    model = sources.build(method, prompt.format(), stop_strings(stop))
-    count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
-    gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
-    console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")
-    asked = manner_line(model.prompt_origin, model.endings, model.tokenizer)
-    console.print(asked, soft_wrap=True, markup=False, highlight=False)
-    checkpoints = output / "checkpoints"
-    learn: Any = training.search if decision.search else training.fit
-    result = learn(
-        model, examples, **decides, config=config, checkpoints=checkpoints, resume=run.resume, console=console
-    )
-    model.save_pretrained(output, copy_adapters=copy_adapters)
-    if not run.keep_checkpoints:
-        training.remove_checkpoints(checkpoints)
+        check_trackers(recipe.report_to, weights=True)
+        model = sources.build(method, prompt.format(), stop_strings(stop))
+        count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
+        gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
+        console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")
+        asked = manner_line(model.prompt_origin, model.endings, model.tokenizer)
+        console.print(asked, soft_wrap=True, markup=False, highlight=False)
+        if find_learning_rate:
+            found = training.find_learning_rate(model, cast(Any, examples), config=recipe, console=console)
+            _report_rates(console, found, output)
+            return
+        learn: Any = training.search if decision.search else training.fit
+        on_disk = {"checkpoints": checkpoints, "reports": output / "reports"}
+        said = {"resume": run.resume, "overwrite": run.overwrite, "console": console}
+        result = learn(model, examples, **decides, config=recipe, **on_disk, **said)
+        model.save_pretrained(output, copy_adapters=copy_adapters)
+        write_atomically(output / CONFIG_FILE, config_file(given, recipe, _idle_fields(method, decision)))
+        if not run.keep_checkpoints:
+            training.remove_checkpoints(checkpoints)
     _report(console, model, result, output, count)
 
 
@@ -224,12 +246,30 @@ def _refuse_unused(given: Given, method: FusionMethod) -> None:
         raise LoraflowError(f"The method {method.name!r} has no use for {flag}. Leave it out.")
 
 
-def _refuse_idle(given: Given, decision: Decision) -> None:
+def _idle_fields(method: FusionMethod, decision: Decision) -> set[str]:
+    """What of a recipe had no use: what is saved of it is to be taken as it is."""
+    from loraflow.training.learners import learner_of
+
+    idle = set(learner_of(method).idle)
+    if decision.search:
+        idle |= {"learning_rate", "batch_size"}
+    if decision.dev_metric == "loss":
+        idle.add("score_max_new_tokens")
+    return idle
+
+
+def _refuse_idle(given: Given, decision: Decision, *, find_learning_rate: bool) -> None:
     """Refuse options that others make idle."""
     no_dev = "" if decision.examples.dev is not None else "there is no --dev"
     reasons = {
         "learning_rate": "--search tries rates of its own" if decision.search else "",
         "batch_size": "--search tries sizes of its own" if decision.search else "",
+        **(
+            {"search": _FINDING, "resume": _FINDING, "keep_checkpoints": _FINDING, "learning_rate": _FINDING}
+            if find_learning_rate
+            else {}
+        ),
+        "early_stopping": no_dev,
         "dev_prompt_field": no_dev,
         "dev_completion_field": no_dev,
         "allow_code": "" if decision.dev_metric == "code-tests" else "--dev-metric is not code-tests",
@@ -240,6 +280,19 @@ def _refuse_idle(given: Given, decision: Decision) -> None:
     for name, reason in reasons.items():
         if reason and name in given:
             raise LoraflowError(f"`{given.flag(name)}` has no effect: {reason}. Leave it out.")
+
+
+def _report_rates(console: Console, found: RateTest, output: Path) -> None:
+    from rich.table import Table
+
+    make_folder(output)
+    write_atomically(output / RATES_FILE, (json.dumps(dataclasses.asdict(found), indent=2) + "\n").encode())
+    table = Table("learning rate", "loss", "smoothed", "", box=None)
+    highest = max(found.smoothed)
+    for rate, loss, smoothed in zip(found.rates, found.losses, found.smoothed, strict=True):
+        table.add_row(f"{rate:.1e}", f"{loss:.4f}", f"{smoothed:.4f}", "█" * round(30 * smoothed / highest))
+    console.print(table)
+    console.print(f"suggestion: --learning-rate {found.suggestion:g} (a tenth of that with the lowest smoothed loss)")
 
 
 def _report(console: Console, model: FusedModel, result: FitResult, output: Path, count: int) -> None:

@@ -24,12 +24,15 @@ from typing import Any, get_type_hints
 
 import typer
 
+RECIPE = "loraflow.recipe"
+"""Where a command's context has fields of a recipe that a file says, and that no option can say."""
+
 
 class Given:
     """Which of a command's options were given; a command has one by a parameter of this type.
 
-    An option of the command line counts even if it says what is the default, and one from the environment does not: a
-    variable there is meant for many commands, and must not make one of them refuse to run.
+    An option of the command line, or of its --config, counts even if it says what is the default, and one from the
+    environment does not: a variable there is meant for many commands, and must not make one of them refuse to run.
 
     Attributes:
         names: the parameters that were given, in the command's order.
@@ -39,9 +42,10 @@ class Given:
 
     def __init__(self, context: typer.Context, values: Mapping[str, Any]) -> None:
         self._flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
-        self._values = values
+        self._values, self._recipe = values, dict(context.meta.get(RECIPE, {}))
         sources = {name: context.get_parameter_source(name) for name in self._flags if name is not None}
-        self.names = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        said = ("COMMANDLINE", "DEFAULT_MAP")
+        self.names = [name for name, source in sources.items() if source is not None and source.name in said]
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -53,7 +57,12 @@ class Given:
     def settings(self, config: type) -> dict[str, Any]:
         """What was given of the fields of a dataclass: it knows its own defaults, or a method does."""
         fields = {field.name for field in dataclasses.fields(config)}
-        return {name: self._values[name] for name in self.names if name in fields}
+        values = {**self._recipe, **self.values()}
+        return {name: value for name, value in values.items() if name in fields}
+
+    def values(self) -> dict[str, Any]:
+        """What was given, by parameter."""
+        return {name: self._values[name] for name in self.names}
 
     def flags(self, names: Collection[str]) -> list[str]:
         """Those of these parameters that were given, spelled so."""

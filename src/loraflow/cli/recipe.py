@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 
 from loraflow.cli.groups import panel
 from loraflow.errors import LoraflowError
+from loraflow.files import alone
 from loraflow.training.config import FitConfig
 
 if TYPE_CHECKING:
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 recipe_option = panel("Recipe (the defaults are the papers')")
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result in --output.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an older result in --output, and start over an interrupted run there."),
+]
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,20 @@ class Steps:
     ] = None
     learning_rate: Annotated[
         float | None,
-        recipe_option(
-            help="Peak of the cosine schedule.  [default: 1e-3; learned-static, adapter-core 1e-2; phatgoose 5e-3]"
-        ),
+        recipe_option(help="Peak of the schedule.  [default: 1e-3; learned-static, adapter-core 1e-2; phatgoose 5e-3]"),
     ] = None
     batch_size: Annotated[int, recipe_option(help="Examples in a step.")] = FitConfig.batch_size
     gradient_accumulation: Annotated[int, recipe_option(help="Forwards in a step; must divide the batch size.")] = (
         FitConfig.gradient_accumulation
     )
     warmup: Annotated[float, recipe_option(help="Share of the steps with a rising learning rate.")] = FitConfig.warmup
+    schedule: Annotated[
+        str, recipe_option(help="How the learning rate goes on after its rise: cosine, linear, constant.")
+    ] = FitConfig.schedule
+    early_stopping: Annotated[
+        int | None,
+        recipe_option(help="Stop after so many checkpoints that are no better on --dev.  [default: go on to the end]"),
+    ] = FitConfig.early_stopping
     weight_decay: Annotated[
         float | None, recipe_option(help="AdamW's.  [default: 0.1; learned-static, phatgoose 0]")
     ] = None
@@ -75,6 +85,18 @@ class Room:
     checkpoint_steps: Annotated[int | None, recipe_option(help="Steps between checkpoints.  [default: an epoch]")] = (
         FitConfig.checkpoint_steps
     )
+    keep_last: Annotated[int, recipe_option(help="Checkpoints that are kept, beside the best one.")] = (
+        FitConfig.keep_last
+    )
+    report_to: Annotated[
+        list[str],
+        recipe_option(
+            "--report-to",
+            help="Trackers that get the curves, several after one flag: tensorboard, wandb, mlflow, trackio. Files and "
+            "the picture of the weights are in --output/reports.",
+            show_default=False,
+        ),
+    ] = ()  # type: ignore[assignment]
 
 
 def check_output(output: Path, *, overwrite: bool, makes: str) -> None:
@@ -95,6 +117,22 @@ def check_output(output: Path, *, overwrite: bool, makes: str) -> None:
             raise LoraflowError(
                 f"`--output` (={str(output)!r}) holds a finished {kind}. Give another directory, or say --overwrite."
             )
+
+
+@contextlib.contextmanager
+def held_output(output: Path, run: Run, *, makes: str) -> Iterator[Path]:
+    """Hold --output for a run that may write there, and find out before anything is loaded.
+
+    Yields:
+        Where its checkpoints are.
+    """
+    from loraflow.training.checkpoints import check_decision
+
+    check_output(output, overwrite=run.overwrite or run.resume, makes=makes)
+    checkpoints = output / "checkpoints"
+    with alone(output, "fit"):
+        check_decision(checkpoints, resume=run.resume, overwrite=run.overwrite)
+        yield checkpoints
 
 
 def print_cut(console: Console, truncated: Sequence[str], count: int) -> None:

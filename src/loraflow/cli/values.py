@@ -16,11 +16,12 @@ _SEVERAL = (
     "--lora-modules",
     "--method-option",
     "--methods",
+    "--report-to",
     "--seeds",
     "--tasks",
 )
 # Of these, those whose values are bare words, so that an argument after them would be taken for one.
-_WORDS = ("--compare", "--fusions", "--methods", "--seeds", "--tasks")
+_WORDS = ("--compare", "--fusions", "--methods", "--report-to", "--seeds", "--tasks")
 # Commands that mix the data of several sources; they have no arguments that could be taken for one.
 _MIXING = ("fit", "finetune")
 

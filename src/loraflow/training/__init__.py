@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from loraflow.training.fitting import fit, search
     from loraflow.training.learners.finetune import FinetuneResult, finetune
     from loraflow.training.loss import mean_loss
+    from loraflow.training.rates import RateTest, find_learning_rate
 
 _HOMES = {
     "FinetuneResult": "learners.finetune",
+    "RateTest": "rates",
+    "find_learning_rate": "rates",
     "finetune": "learners.finetune",
     "fit": "fitting",
     "mean_loss": "loss",
@@ -26,6 +29,8 @@ __all__ = [
     "FitConfig",
     "FitResult",
     "LoraSettings",
+    "RateTest",
+    "find_learning_rate",
     "finetune",
     "fit",
     "mean_loss",

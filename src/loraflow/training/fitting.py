@@ -20,6 +20,7 @@ from loraflow.training.data import note_endings, prepare
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score
+from loraflow.training.reporting import check_trackers
 
 
 def fit(
@@ -64,6 +65,7 @@ def fit(
     if score is not None and dev is None:
         raise LoraflowError("Choosing by a score needs dev examples. Give `dev`.")
     learner.check_method(model)
+    check_trackers(config.report_to if config is not None else (), weights=True)
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
@@ -118,6 +120,7 @@ def search(
             "gradient on examples of a task. Fit it without a search."
         )
     learner.check_method(model)
+    check_trackers(config.report_to if config is not None else (), weights=True)
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
     check_score(score, parse_examples(dev))

@@ -24,17 +24,23 @@ def counting_progress(console: Console) -> Progress:
 
 
 class RichProgress(TrainerCallback):
-    """A progress bar on a terminal, a line after each epoch elsewhere."""
+    """A progress bar on a terminal and in a notebook, a line after each epoch elsewhere."""
 
     def __init__(self, console: Console, description: str) -> None:
         self._console = console
         self._description = description
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._in_notebook: Any = None
         self._loss = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
+        if self._console.is_jupyter:
+            from transformers.utils.notebook import NotebookProgressBar
+
+            # Rich's own needs ipywidgets, which not every notebook has.
+            self._in_notebook = NotebookProgressBar(state.max_steps, prefix=self._description)
         if not self._console.is_terminal:
             return
         columns = (
@@ -61,6 +67,8 @@ class RichProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar."""
+        if self._in_notebook is not None:
+            self._in_notebook.update(state.global_step, comment=f"loss {self._loss:.4f}")
         if self._progress is not None and self._task is not None:
             speed = self._progress.tasks[self._task].speed or 0.0
             examples = args.train_batch_size * args.gradient_accumulation_steps
@@ -68,7 +76,7 @@ class RichProgress(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print a line where there is no bar."""
-        if self._progress is None:
+        if self._progress is None and self._in_notebook is None:
             self._console.print(
                 f"{self._description}: epoch {state.epoch or 0:.0f}, step {state.global_step}/{state.max_steps}, "
                 f"loss {self._loss:.4f}"

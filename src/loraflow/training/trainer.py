@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -33,6 +33,7 @@ from loraflow.training.data import Collator, FitData
 from loraflow.training.guard import Guard
 from loraflow.training.loss import mean_score
 from loraflow.training.progress import RichProgress
+from loraflow.training.reporting import WatchedWeights, reporting
 from loraflow.training.state_files import (
     load_optimizer,
     load_random_state,
@@ -74,10 +75,21 @@ def train(
         remove_checkpoints(run.directory)
         write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
     recorded = json.loads((run.directory / RUN_FILE).read_text())
-    trainer = make_trainer(model, data, run, label)
+    with reporting(model, data, run) as (callbacks, watch):
+        trainer = make_trainer(model, data, run, label, callbacks, watch)
+        _carry_out(trainer, model, run, checkpoint)
+    return outcome_of(trainer, has_dev=data.dev is not None), recorded
+
+
+def _carry_out(trainer: WholeCheckpointTrainer, model: Any, run: Run, checkpoint: Path | None) -> None:
+    """Train to the end, or as far as what is learned stays good.
+
+    Raises:
+        TrainingError: if the training diverges.
+    """
     if checkpoint is not None and trainer.has_stopped(checkpoint):
         trainer.take_best(checkpoint)
-        return outcome_of(trainer, has_dev=True), recorded
+        return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except TrainingError as error:
@@ -86,7 +98,6 @@ def train(
             trainer.save_model(str(run.directory / LAST_GOOD))
             raise TrainingError(f"{error} It is saved in {run.directory / LAST_GOOD}.") from None
         raise
-    return outcome_of(trainer, has_dev=data.dev is not None), recorded
 
 
 @contextlib.contextmanager
@@ -105,7 +116,14 @@ def as_it_was(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckpointTrainer:
+def make_trainer(
+    model: Any,
+    data: FitData,
+    run: Run,
+    label: str,
+    callbacks: Sequence[TrainerCallback] = (),
+    watch: Callable[[], WatchedWeights] | None = None,
+) -> WholeCheckpointTrainer:
     """transformers' trainer, set to a recipe."""
     score = None
     if run.score is not None:
@@ -116,11 +134,12 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
         train_dataset=data.train,
         eval_dataset=data.dev,
         data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
-        callbacks=[RichProgress(run.console, label)],
+        callbacks=[RichProgress(run.console, label), *callbacks],
         score=score,
         guard=Guard(model, data),
         patience=run.config.early_stopping,
         keep=run.config.keep_last,
+        watch=watch,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -145,6 +164,7 @@ def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
+        # Trackers come as callbacks: the picture of the weights is to be drawn before they close.
         report_to="none",
         disable_tqdm=True,
     )
@@ -169,11 +189,12 @@ class WholeCheckpointTrainer(Trainer):
         score: Callable[[], float] | None = None,
         patience: int | None = None,
         keep: int = FitConfig.keep_last,
+        watch: Callable[[], WatchedWeights] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.guard = guard
-        self._score, self._patience, self._keep = score, patience, keep
+        self._score, self._patience, self._keep, self._watch = score, patience, keep, watch
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next step, which the guard has seen."""
@@ -267,6 +288,8 @@ class WholeCheckpointTrainer(Trainer):
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         # What a crash left there may be half of a checkpoint.
         shutil.rmtree(checkpoint, ignore_errors=True)
+        if self._watch is not None:
+            self.log(self._watch().curves())
         super()._save_checkpoint(model, trial)
         (checkpoint / COMPLETE).touch()
         self._drop_old_checkpoints(checkpoint.parent)

@@ -62,8 +62,8 @@ class DrawnSummary(Protocol):
     def high(self) -> Float[Tensor, "sites adapters"]: ...
 
 
-class DrawnStatistics(Protocol):
-    """What is drawn of the statistics of a fusion's weights on a data set."""
+class DrawnLayers(Protocol):
+    """What is drawn of a fusion's weights by layer."""
 
     @property
     def adapters(self) -> Sequence[str]: ...
@@ -75,13 +75,17 @@ class DrawnStatistics(Protocol):
     def answers(self) -> DrawnSummary: ...
 
     @property
-    def tenths(self) -> DrawnSummary: ...
-
-    @property
     def counted(self) -> str: ...
 
 
-def layers_figure(statistics: DrawnStatistics, title: str | None = None) -> Figure:
+class DrawnStatistics(DrawnLayers, Protocol):
+    """What is drawn of the statistics of a fusion's weights on a data set."""
+
+    @property
+    def tenths(self) -> DrawnSummary: ...
+
+
+def layers_figure(statistics: DrawnLayers, title: str | None = None) -> Figure:
     """The paper's figure 3: each adapter's mean weight in every layer, with the middle 80 % of its weights."""
     require_matplotlib()
     from matplotlib.ticker import MaxNLocator

@@ -21,10 +21,20 @@ from loraflow.training.data import FitData
 Examples = Sequence[Mapping[str, Any] | Example]
 
 # Settings of an optimiser's steps, and all that only a training uses.
-STEPS = frozenset({"epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "weight_decay"})
-TRAINING = STEPS | {"adapter_dropout", "gradient_checkpointing", "checkpoint_steps"}
+STEPS = frozenset(
+    {"epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "schedule", "weight_decay"}
+)
+TRAINING = STEPS | {
+    "adapter_dropout",
+    "gradient_checkpointing",
+    "checkpoint_steps",
+    "keep_last",
+    "early_stopping",
+    "report_to",
+    "find_learning_rate",
+}
 # What decides on examples of a task.
-DECIDING = frozenset({"dev", "score", "search", "score_max_new_tokens"})
+DECIDING = frozenset({"dev", "score", "search", "score_max_new_tokens", "early_stopping"})
 
 
 class Learner(ABC):

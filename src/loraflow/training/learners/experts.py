@@ -34,7 +34,8 @@ class Experts(Learner):
         if not run.resume:
             remove_checkpoints(run.directory)
         for position, (name, data) in enumerate(prepared.items()):
-            cell = dataclasses.replace(run, directory=run.directory / f"expert-{position}")
+            reports = None if run.reports is None else run.reports / name
+            cell = dataclasses.replace(run, directory=run.directory / f"expert-{position}", reports=reports)
             # A finished cell holds the experts before it too: all data must be as they were.
             identity = {**identity_of(fusion, data, cell), "data": digests, "expert": name}
             result = load_finished(fusion, identity, cell.directory) if run.resume else None

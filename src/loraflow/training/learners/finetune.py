@@ -35,6 +35,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.training.checkpoints import config_identity, run_directory
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
+from loraflow.training.reporting import check_trackers
 from loraflow.training.trainer import as_it_was, train
 
 _SAVE_AGAIN = "Save it with PEFT's `save_pretrained`, with `target_modules`, and nothing of the base in it."
@@ -102,6 +103,7 @@ def finetune(
     config = config or FitConfig(learning_rate=LEARNING_RATE)
     output = Path(output).expanduser()
     _check_arguments(output, adapter, lora, config)
+    check_trackers(config.report_to, weights=False)
     old = load_adapter("adapter", adapter) if adapter is not None else None
     if old is not None and output.resolve() == Path(old.source.path).resolve():
         raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")

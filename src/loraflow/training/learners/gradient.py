@@ -40,7 +40,7 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     fusion.training_record = None
 
     def start() -> dict[str, Any]:
-        return {"start_losses": _set_start(fusion, data.train, run.config) if fresh else {}}
+        return {"start_losses": set_start(fusion, data.train, run.config) if fresh else {}}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(fusion))
@@ -55,7 +55,7 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     )
 
 
-def _set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dict[str, float]:
+def set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dict[str, float]:
     """Bring the gates to where training starts; gives the loss of each start where those decide."""
     losses: dict[str, float] = {}
     for name, weights in fusion.method.starts(fusion.adapter_names).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -10,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraflow.answers import padding_id, require_tokenizer
 from loraflow.files import write_atomically
+from loraflow.training.batches import ByLength, Packed, check_packing
+from loraflow.training.capacity import announce, settle
 from loraflow.training.checkpoints import (
     COMPLETE,
     RUN_FILE,
@@ -28,6 +32,7 @@ from loraflow.training.loss import mean_score
 from loraflow.training.progress import RichProgress
 
 _KEEP = 2
+_FORWARDS = "forwards of a step"
 
 
 def train(
@@ -36,7 +41,7 @@ def train(
     run: Run,
     identity: Mapping[str, Any],
     label: str,
-    start: Callable[[], Mapping[str, Any]] = dict,
+    start: Callable[[FitConfig], Mapping[str, Any]] = lambda config: {},
 ) -> tuple[FitResult, dict[str, Any]]:
     """Train what a model's `state_dict` holds, or go on with a training that was interrupted.
 
@@ -46,13 +51,22 @@ def train(
         run: the recipe, and where it is run.
         identity: what makes two runs the same one, as JSON values.
         label: what the progress bar says.
-        start: brings the model to where training starts; what it gives is kept with the run, and given back.
+        start: brings the model to where training starts, by a recipe whose forwards are settled; what it gives is kept
+            with the run, and given back.
     """
+    if run.config.packing:
+        check_packing(model)
     checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
     if checkpoint is None:
         remove_checkpoints(run.directory)
-        write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
+        settled = settle(model, data.train, run.config)
+        begun = {**identity, **start(settled), _FORWARDS: settled.gradient_accumulation}
+        write_atomically(run.directory / RUN_FILE, json.dumps(begun).encode())
     recorded = json.loads((run.directory / RUN_FILE).read_text())
+    # A resumed run goes on with the forwards that it began with, whatever fits now.
+    config = dataclasses.replace(run.config, gradient_accumulation=recorded[_FORWARDS])
+    announce(model, data.train, config, run.console)
+    run = dataclasses.replace(run, config=config)
     trainer = make_trainer(model, data, run, label)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return outcome_of(trainer, has_dev=data.dev is not None), recorded
@@ -79,12 +93,15 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
     score = None
     if run.score is not None:
         score = functools.partial(mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+    padded = Collator(padding_id(require_tokenizer(model.tokenizer)))
     trainer = WholeCheckpointTrainer(
         model=model,
         args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
         train_dataset=data.train,
         eval_dataset=data.dev,
-        data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
+        data_collator=Packed() if run.config.packing else padded,
+        dev_collator=padded,
+        sampler=ByLength(data.train, run.config.batch_size, run.config.seed) if run.config.group_by_length else None,
         callbacks=[RichProgress(run.console, label)],
         score=score,
     )
@@ -100,9 +117,9 @@ def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool,
         output_dir=str(directory),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size // config.gradient_accumulation,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        per_device_eval_batch_size=config.batch_size // config.gradient_accumulation,
+        per_device_train_batch_size=config.forward_size,
+        gradient_accumulation_steps=config.batch_size // config.forward_size,
+        per_device_eval_batch_size=config.forward_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         # Below 1 this is a share of all steps.
@@ -139,11 +156,34 @@ class WholeCheckpointTrainer(Trainer):
 
     A checkpoint holds that (a fusion's gates, or an adapter) and the trainer's state, never the base. It counts only
     once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
+
+    The order of the examples may be another sampler's. Dev examples are always in padded batches: their loss is a mean
+    over rows, which packed ones no longer are.
     """
 
-    def __init__(self, *args: Any, score: Callable[[], float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        dev_collator: Collator,
+        sampler: Sampler | None = None,
+        score: Callable[[], float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._dev_collator = dev_collator
+        self._sampler = sampler
         self._score = score
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        return self._sampler or super()._get_train_sampler(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Trainer's, with dev examples in padded batches."""
+        collator, self.data_collator = self.data_collator, self._dev_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's loss on the dev examples, and their score where one is asked for."""

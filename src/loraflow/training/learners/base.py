@@ -22,7 +22,7 @@ Examples = Sequence[Mapping[str, Any] | Example]
 
 # Settings of an optimiser's steps, and all that only a training uses.
 STEPS = frozenset({"epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "weight_decay"})
-TRAINING = STEPS | {"adapter_dropout", "gradient_checkpointing", "checkpoint_steps"}
+TRAINING = STEPS | {"adapter_dropout", "gradient_checkpointing", "checkpoint_steps", "group_by_length", "packing"}
 # What decides on examples of a task.
 DECIDING = frozenset({"dev", "score", "search", "score_max_new_tokens"})
 

@@ -39,8 +39,8 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     started = time.perf_counter()
     fusion.training_record = None
 
-    def start() -> dict[str, Any]:
-        return {"start_losses": _set_start(fusion, data.train, run.config) if fresh else {}}
+    def start(config: FitConfig) -> dict[str, Any]:
+        return {"start_losses": _set_start(fusion, data.train, config) if fresh else {}}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(fusion))
@@ -61,7 +61,7 @@ def _set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> di
     if fusion.method.starts_at_best:
         for name in fusion.adapter_names:
             with fusion.using(name):
-                losses[name] = mean_loss(fusion, examples, config.batch_size // config.gradient_accumulation)
+                losses[name] = mean_loss(fusion, examples, config.forward_size)
     # Gates with random parts start from the seed too.
     set_seed(config.seed)
     fusion.set_method(fusion.method)

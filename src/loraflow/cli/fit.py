@@ -175,7 +175,7 @@ def fit(
     adapters = list(sources.adapters())
     method = choice.resolve("lora-flow", adapters)
     _refuse_unused(given, method)
-    _refuse_idle(given, decision)
+    _refuse_idle(given, decision, steps)
     examples = data.read(method, adapters, decision.examples.names.fields())
     decides = decision.read()
     config = FitConfig.for_method(method, **_settings(given))
@@ -216,12 +216,13 @@ def _refuse_unused(given: Given, method: FusionMethod) -> None:
         raise LoraflowError(f"The method {method.name!r} has no use for {flag}. Leave it out.")
 
 
-def _refuse_idle(given: Given, decision: Decision) -> None:
+def _refuse_idle(given: Given, decision: Decision, steps: Steps) -> None:
     """Refuse options that others make idle."""
     no_dev = "" if decision.examples.dev is not None else "there is no --dev"
     reasons = {
         "learning_rate": "--search tries rates of its own" if decision.search else "",
-        "batch_size": "--search tries sizes of its own" if decision.search else "",
+        # How many forwards a step of the search's sizes has is another matter.
+        "batch_size": "--search tries sizes of its own" if decision.search and steps.batch_size != "auto" else "",
         "dev_prompt_field": no_dev,
         "dev_completion_field": no_dev,
         "allow_code": "" if decision.dev_metric == "code-tests" else "--dev-metric is not code-tests",

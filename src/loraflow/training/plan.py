@@ -18,17 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from loraflow.core.architecture import DecoderLayers
 from loraflow.errors import LoraflowError
 from loraflow.training.batches import in_forwards
 from loraflow.training.config import FitConfig
 from loraflow.training.data import IGNORED, TokenExamples
 
 _LENGTHS = (8, 16, 32)
+# Decoder layers of a model without weights that are tried.
+_FEW = (2, 4)
 # A measurement of time grows until it takes so long: less is overhead.
 _LONG_ENOUGH_S = 0.1
 
@@ -194,6 +198,54 @@ def footprint(model: Any, *, checkpointing: bool = False, packed: bool = False, 
     head = Head(text.vocab_size, text.hidden_size, getattr(text, "final_logit_softcapping", None) is not None)
     size = sum(parameter.nbytes for parameter in learned)
     return Footprint(weights, 4 * size, head, kept, highest, operations, pace)
+
+
+def footprints_of_empty(model: Any, layers: DecoderLayers) -> tuple[Footprint, Footprint]:
+    """What a step of a model without weights takes, without and with gradient checkpointing.
+
+    Its last layers are tried; each further one takes what those take.
+
+    Args:
+        model: on the meta device, with its gates; of no other use afterwards.
+        layers: its decoder layers.
+
+    Raises:
+        LoraflowError: if the model cannot be tried.
+    """
+    count, whole = len(layers.layers), layers.layers
+    tried = (count,) if count <= _FEW[1] else _FEW
+    kinds = (False, True) if model.supports_gradient_checkpointing else (False, False)
+    found = []
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            # Not on the meta device: transformers' models ask for the values of masks there.
+            model.to_empty(device="cpu")
+            for few in tried:
+                model.set_submodule(layers.prefix, nn.ModuleList(whole[-few:]))
+                found.append([footprint(model, checkpointing=kind) for kind in kinds])
+    finally:
+        model.set_submodule(layers.prefix, whole)
+    times = (count - tried[0]) / (tried[-1] - tried[0]) if len(tried) > 1 else 0
+    plain, frugal = (_further(less, more, times) for less, more in zip(found[0], found[-1], strict=True))
+    return plain, frugal
+
+
+def _further(less: Footprint, more: Footprint, times: float) -> Footprint:
+    """The footprint of a model that has so many times the layers more that one has more than another."""
+
+    def growth(first: Growth, second: Growth) -> Growth:
+        pairs = zip(first.coefficients, second.coefficients, strict=True)
+        square, linear, constant = (a + times * (b - a) for a, b in pairs)
+        return Growth((square, linear, constant))
+
+    return Footprint(
+        weights=round(less.weights + times * (more.weights - less.weights)),
+        learned=round(less.learned + times * (more.learned - less.learned)),
+        head=less.head,
+        kept=growth(less.kept, more.kept),
+        highest=growth(less.highest, more.highest),
+        operations=growth(less.operations, more.operations),
+    )
 
 
 @contextlib.contextmanager

@@ -309,11 +309,20 @@ def test_the_forwards_of_an_epoch():
     assert len(found) == math.ceil(5 / 2)
 
 
+def test_the_order_is_an_argument_of_transformers_too(tmp_path):
+    for on in (False, True):
+        arguments = FitConfig(group_by_length=on).training_arguments(tmp_path)
+        assert arguments.train_sampling_strategy == ("group_by_length" if on else "random")
+        assert FitConfig.from_training_arguments(arguments).group_by_length is on
+
+
 def test_auto_in_recipes():
     config = FitConfig(batch_size="auto")
     assert (config.batch_size, config.gradient_accumulation) == (FitConfig.batch_size, "auto")
     assert FitConfig(batch_size=7, gradient_accumulation="auto").batch_size == 7
     assert FitConfig(batch_size=6, gradient_accumulation=3).forward_size == 2
+    with pytest.raises(LoraflowError, match=r"`gradient_accumulation` \(='auto'\) is found when a model is fitted"):
+        _ = config.forward_size
     for settings, message in [
         ({"batch_size": "most"}, r"`batch_size` \(='most'\) must be a number, or 'auto'"),
         ({"gradient_accumulation": "most"}, r"`gradient_accumulation` \(='most'\) must be a number, or 'auto'"),

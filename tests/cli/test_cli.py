@@ -165,6 +165,7 @@ def test_a_moved_fusion_says_how_to_find_its_adapters(run, world, fitted, tmp_pa
         (("--method", "phatgoose", *OWN_DATA, "--search"), "'phatgoose' has no use for --search"),
         (("--method", "phatgoose", *OWN_DATA, "--dev", "{world}/dev.jsonl"), "'phatgoose' has no use for --dev"),
         (("--method", "centroid", *OWN_DATA, "--learning-rate", "5"), "'centroid' has no use for --learning-rate"),
+        (("--method", "lorahub", *TASK_DATA, "--packing"), "'lorahub' has no use for --packing"),
         (
             ("--method", "lorahub", "--data", "{world}/train.jsonl", "--epochs", "2"),
             "'lorahub' has no use for --epochs",
@@ -261,11 +262,22 @@ def test_only_what_is_given_changes_a_methods_recipe(run, tmp_path, monkeypatch,
 
 def test_fit_searches_the_paper_grid(run, tmp_path):
     out = tmp_path / "searched"
-    result = run("fit", *SOURCES, *DATA, "--output", str(out), "--epochs", "1", "--search")
+    batches = ("--batch-size", "auto", "--group-by-length", "--packing")
+    result = run("fit", *SOURCES, *DATA, "--output", str(out), "--epochs", "1", "--search", *batches)
     assert result.exit_code == 0, result.output
     found = json.loads((out / "fusion_config.json").read_text())["training"]["search"]
     tried = {(row["learning_rate"], row["batch_size"]) for row in found}
     assert tried == set(itertools.product((1e-3, 1e-4), (2, 4, 8)))
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--gradient-accumulation"])
+def test_sizes_are_numbers_or_auto(run, option):
+    refused = run(*FIT, option, "some")
+    assert refused.exit_code == 2
+    assert "'some' is neither a number nor 'auto'" in refused.output
+    both = run(*FIT, "--batch-size", "auto", "--gradient-accumulation", "2")
+    assert both.exit_code == 1
+    assert "Leave one of them out" in both.output
 
 
 def test_info_before_anything_heavy(run, world, tmp_path):
@@ -274,6 +286,8 @@ def test_info_before_anything_heavy(run, world, tmp_path):
     # k (d + 1) values for each of 1, 3 and 21 gates.
     assert "gates, step   (2 adapters): 66 values in 1" in good.output
     assert "gates, layer  (2 adapters): 198 values in 3" in good.output
+    assert "plan of a fit (lora-flow, 4 examples in a forward)" in good.output
+    assert re.search(r"4 x 256 +[\d.]+ MiB +[\d.]+ MiB +[\d.]+ MiB +[\d.]+ MiB", good.output)
     other = tiny_model(hidden_size=64, intermediate_size=32, head_dim=16, vocab_size=259)
     save_adapter(other, tmp_path / "wide", seed=4)
     bad = run("info", "--base", "{world}/base", "--lora-modules", "zh={world}/zh", f"wide={tmp_path}/wide")

@@ -199,7 +199,7 @@ def fit(
         adapters = list(sources.adapters())
         method = choice.resolve("lora-flow", adapters)
         _refuse_unused(given, method)
-        _refuse_idle(given, decision, find_learning_rate=find_learning_rate)
+        _refuse_idle(given, decision, steps, find_learning_rate=find_learning_rate)
         examples = data.read(method, adapters, decision.examples.names.fields(), seed)
         decides = decision.read()
         recipe = FitConfig.for_method(method, **_settings(given))
@@ -258,12 +258,13 @@ def _idle_fields(method: FusionMethod, decision: Decision) -> set[str]:
     return idle
 
 
-def _refuse_idle(given: Given, decision: Decision, *, find_learning_rate: bool) -> None:
+def _refuse_idle(given: Given, decision: Decision, steps: Steps, *, find_learning_rate: bool) -> None:
     """Refuse options that others make idle."""
     no_dev = "" if decision.examples.dev is not None else "there is no --dev"
     reasons = {
         "learning_rate": "--search tries rates of its own" if decision.search else "",
-        "batch_size": "--search tries sizes of its own" if decision.search else "",
+        # How many forwards a step of the search's sizes has is another matter.
+        "batch_size": "--search tries sizes of its own" if decision.search and steps.batch_size != "auto" else "",
         **(
             {"search": _FINDING, "resume": _FINDING, "keep_checkpoints": _FINDING, "learning_rate": _FINDING}
             if find_learning_rate

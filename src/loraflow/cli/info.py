@@ -285,8 +285,10 @@ def _model_name(path: str) -> str:
 def _count(model: Any, layers: Any, adapters: list[Adapter], options: BaseOptions, console: Console) -> None:
     import torch
 
+    from loraflow.cli.planning import print_plan
     from loraflow.core.attach import attach
     from loraflow.methods import LoraFlow
+    from loraflow.training.plan import size_text
 
     total = sum(parameter.numel() for parameter in model.parameters())
     stored = str(model.config.dtype or torch.float32).removeprefix("torch.")
@@ -297,9 +299,10 @@ def _count(model: Any, layers: Any, adapters: list[Adapter], options: BaseOption
     names = [adapter.name for adapter in adapters]
     if any(adapter.uses_dora for adapter in adapters):
         # DoRA needs the base's real weights, which are not here; its gates are counted without it.
-        console.print("gates: not counted for DoRA adapters before the base is loaded")
+        console.print("gates: not counted for DoRA adapters before the base is loaded, and no fit is planned")
+        attachment = None
     else:
-        attachment = attach(model, layers, adapters)
+        attachment = attach(model.to(getattr(torch, precision)), layers, adapters)
         for granularity in ("step", "layer", "module"):
             gates = attachment.make_gates(LoraFlow(granularity=granularity, start="average"))
             count = sum(parameter.numel() for gate in gates.values() for parameter in gate.parameters())
@@ -307,11 +310,9 @@ def _count(model: Any, layers: Any, adapters: list[Adapter], options: BaseOption
     base_bytes = total * _BYTES[quantization or precision]
     adapter_bytes = sum(adapter.parameters for adapter in adapters) * _BYTES[precision]
     label = f"{quantization} base" if quantization else precision
-    console.print(f"memory for weights ({label}): base {_size(base_bytes)}, adapters {_size(adapter_bytes)}")
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    console.print(f"memory for weights ({label}): base {size_text(base_bytes)}, adapters {size_text(adapter_bytes)}")
+    if attachment is not None:
+        print_plan(attachment, base_bytes + adapter_bytes, console)
 
 
 def _show_statistics(model: Any, examples: list[Any], asked: Statistics) -> None:

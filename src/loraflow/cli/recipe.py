@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +39,19 @@ class Run:
     overwrite: Overwrite = False
 
 
+def _number_or_auto(value: object) -> int | str:
+    """What an option that takes a number or `auto` was given."""
+    if value == "auto":
+        return "auto"
+    try:
+        return int(str(value))
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is neither a number nor 'auto'.") from None
+
+
+_NUMBER_OR_AUTO: dict[str, Any] = {"parser": _number_or_auto, "metavar": "INTEGER|auto"}
+
+
 @dataclass(frozen=True)
 class Steps:
     """The steps of an optimiser, as `loraflow fit` takes them."""
@@ -52,10 +65,20 @@ class Steps:
         float | None,
         recipe_option(help="Peak of the schedule.  [default: 1e-3; learned-static, adapter-core 1e-2; phatgoose 5e-3]"),
     ] = None
-    batch_size: Annotated[int, recipe_option(help="Examples in a step.")] = FitConfig.batch_size
-    gradient_accumulation: Annotated[int, recipe_option(help="Forwards in a step; must divide the batch size.")] = (
-        FitConfig.gradient_accumulation
-    )
+    batch_size: Annotated[
+        Any,
+        recipe_option(
+            help="Examples in a step; auto takes the default, in as few forwards as memory allows.", **_NUMBER_OR_AUTO
+        ),
+    ] = FitConfig.batch_size
+    gradient_accumulation: Annotated[
+        Any,
+        recipe_option(
+            help="Forwards in a step; must divide the batch size. auto finds the fewest whose memory suffices; what is "
+            "learned does not depend on it.",
+            **_NUMBER_OR_AUTO,
+        ),
+    ] = FitConfig.gradient_accumulation
     warmup: Annotated[float, recipe_option(help="Share of the steps with a rising learning rate.")] = FitConfig.warmup
     schedule: Annotated[
         str, recipe_option(help="How the learning rate goes on after its rise: cosine, linear, constant.")
@@ -79,6 +102,20 @@ class Room:
             help="Longest example in tokens; longer ones are cut and reported.  [default: the model's, at most 2048]"
         ),
     ] = FitConfig.max_length
+    group_by_length: Annotated[
+        bool,
+        recipe_option(
+            "--group-by-length",
+            help="Steps of examples of similar length: less padding, and another order than the paper's.",
+        ),
+    ] = FitConfig.group_by_length
+    packing: Annotated[
+        bool,
+        recipe_option(
+            "--packing",
+            help="No padding: a forward's examples in one row, none of which sees another. The base is tried first.",
+        ),
+    ] = FitConfig.packing
     gradient_checkpointing: Annotated[
         bool, recipe_option("--gradient-checkpointing", help="Less memory, more time.")
     ] = FitConfig.gradient_checkpointing

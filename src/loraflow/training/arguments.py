@@ -49,9 +49,10 @@ def training_arguments(config: Any, output_dir: str | Path, overrides: Mapping[s
     of_recipe: dict[str, Any] = {
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
-        "per_device_train_batch_size": config.batch_size // config.gradient_accumulation,
-        "per_device_eval_batch_size": config.batch_size // config.gradient_accumulation,
+        "per_device_train_batch_size": config.forward_size,
+        "per_device_eval_batch_size": config.forward_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
+        "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": SCHEDULES[config.schedule],
         # Below 1 this is a share of all steps.
@@ -97,6 +98,7 @@ def settings_of(arguments: TrainingArguments) -> dict[str, Any]:
         "learning_rate": arguments.learning_rate,
         "batch_size": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
         "gradient_accumulation": arguments.gradient_accumulation_steps,
+        "group_by_length": arguments.train_sampling_strategy == "group_by_length",
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "epsilon": arguments.adam_epsilon,
         "weight_decay": arguments.weight_decay,
@@ -118,6 +120,8 @@ def _refuse_foreign(arguments: TrainingArguments) -> None:
         usual = TrainingArguments(output_dir=str(arguments.output_dir), use_cpu=arguments.use_cpu)
     for name in _FOREIGN:
         value = getattr(arguments, name, None)
+        if name == "train_sampling_strategy" and value == "group_by_length":
+            continue
         if value != getattr(usual, name, None):
             raise LoraflowError(
                 f"`{name}` (={value!r}) has no counterpart in a recipe, and would change what is learned. Leave it "

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.console import Console
 
@@ -46,8 +46,12 @@ class FitConfig:
         epochs: passes over the examples.
         max_steps: go on for so many steps, whatever `epochs` says; None goes by `epochs`.
         learning_rate: the peak of the schedule.
-        batch_size: examples in a step.
-        gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly.
+        batch_size: examples in a step; "auto" is the recipe's own number, and "auto" for `gradient_accumulation`.
+        gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly. "auto" is
+            the fewest whose memory suffices.
+        group_by_length: let examples of similar length share a step, which spares padding, and is another order than
+            the paper's random one.
+        packing: lay the examples of a forward one behind the other in one row, without padding; the loss is the same.
         betas: AdamW's.
         epsilon: AdamW's.
         weight_decay: AdamW's.
@@ -71,7 +75,9 @@ class FitConfig:
     max_steps: int | None = None
     learning_rate: float = 1e-3
     batch_size: int = 4
-    gradient_accumulation: int = 1
+    gradient_accumulation: int | Literal["auto"] = 1
+    group_by_length: bool = False
+    packing: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-5
     weight_decay: float = 0.1
@@ -90,10 +96,11 @@ class FitConfig:
     report_to: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self._settle_auto()
         self._check_kinds()
         positive = ("epochs", "batch_size", "gradient_accumulation", "learning_rate", "epsilon", "score_max_new_tokens")
         for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) != "auto" and not 0 < getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0, and finite.")
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -107,7 +114,7 @@ class FitConfig:
             if getattr(self, name) is not None and not 1 <= getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1, and finite.")
         self._check_whole()
-        if self.batch_size % self.gradient_accumulation:
+        if self.gradient_accumulation != "auto" and self.batch_size % self.gradient_accumulation:
             raise LoraflowError(
                 f"`gradient_accumulation` (={self.gradient_accumulation}) must divide "
                 f"`batch_size` (={self.batch_size})."
@@ -132,7 +139,9 @@ class FitConfig:
             value, kind = getattr(self, of.name), str(of.type)
             if value is None and kind.endswith(" | None"):
                 continue
-            kind = kind.removesuffix(" | None")
+            if value == "auto" and of.name == "gradient_accumulation":
+                continue
+            kind = kind.removesuffix(" | None").removesuffix(' | Literal["auto"]')
             if kind == "bool" and not isinstance(value, bool):
                 raise LoraflowError(f"`{of.name}` (={value!r}) must be True or False.")
             if kind in ("int", "float"):
@@ -151,6 +160,36 @@ class FitConfig:
             value = getattr(self, of.name)
             if str(of.type).startswith("int") and isinstance(value, float):
                 raise LoraflowError(f"`{of.name}` (={value}) must be a whole number.")
+
+    def _settle_auto(self) -> None:
+        """Take `batch_size="auto"` for what it means.
+
+        Raises:
+            LoraflowError: if there is another word, or the number of forwards is given too.
+        """
+        for name in ("batch_size", "gradient_accumulation"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "auto":
+                raise LoraflowError(f"`{name}` (={value!r}) must be a number, or 'auto'.")
+        if str(self.batch_size) == "auto":
+            if self.gradient_accumulation not in (1, "auto"):
+                raise LoraflowError(
+                    f"`batch_size` (='auto') finds how many forwards a step needs, and `gradient_accumulation` "
+                    f"(={self.gradient_accumulation}) says it. Leave one of them out."
+                )
+            object.__setattr__(self, "batch_size", type(self).batch_size)
+            object.__setattr__(self, "gradient_accumulation", "auto")
+
+    @property
+    def forward_size(self) -> int:
+        """Examples in a forward.
+
+        Raises:
+            LoraflowError: if the number of forwards is left to a fit.
+        """
+        if self.gradient_accumulation == "auto":
+            raise LoraflowError("`gradient_accumulation` (='auto') is found when a model is fitted. Give a number.")
+        return self.batch_size // self.gradient_accumulation
 
     @classmethod
     def for_method(cls, method: HasRecipe, **settings: Any) -> FitConfig:

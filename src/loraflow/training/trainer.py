@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -20,6 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from loraflow.answers import padding_id, require_tokenizer
 from loraflow.errors import LoraflowError, TrainingError
 from loraflow.files import make_folder, write_atomically
+from loraflow.training.batches import ByLength, Packed, check_packing
+from loraflow.training.capacity import announce, settle
 from loraflow.training.checkpoints import (
     COMPLETE,
     LAST_GOOD,
@@ -43,6 +47,8 @@ from loraflow.training.state_files import (
     save_scheduler,
 )
 
+_FORWARDS = "forwards of a step"
+
 
 def train(
     model: Any,
@@ -50,7 +56,7 @@ def train(
     run: Run,
     identity: Mapping[str, Any],
     label: str,
-    start: Callable[[], Mapping[str, Any]] = dict,
+    start: Callable[[FitConfig], Mapping[str, Any]] = lambda config: {},
 ) -> tuple[FitResult, dict[str, Any]]:
     """Train what a model's `state_dict` holds, or go on with a training that was interrupted.
 
@@ -60,7 +66,8 @@ def train(
         run: the recipe, and where it is run.
         identity: what makes two runs the same one, as JSON values.
         label: what the progress bar says.
-        start: brings the model to where training starts; what it gives is kept with the run, and given back.
+        start: brings the model to where training starts, by a recipe whose forwards are settled; what it gives is kept
+            with the run, and given back.
 
     Raises:
         LoraflowError: if it is to stop early and there are no dev examples.
@@ -70,11 +77,19 @@ def train(
         raise LoraflowError(
             f"`early_stopping` (={run.config.early_stopping}) needs dev examples to decide on. Give `dev`."
         )
+    if run.config.packing:
+        check_packing(model)
     checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
     if checkpoint is None:
         remove_checkpoints(run.directory)
-        write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
+        settled = settle(model, data.train, run.config)
+        begun = {**identity, **start(settled), _FORWARDS: settled.gradient_accumulation}
+        write_atomically(run.directory / RUN_FILE, json.dumps(begun).encode())
     recorded = json.loads((run.directory / RUN_FILE).read_text())
+    # A resumed run goes on with the forwards that it began with, whatever fits now.
+    config = dataclasses.replace(run.config, gradient_accumulation=recorded[_FORWARDS])
+    announce(model, data.train, config, run.console)
+    run = dataclasses.replace(run, config=config)
     with reporting(model, data, run) as (callbacks, watch):
         trainer = make_trainer(model, data, run, label, callbacks, watch)
         _carry_out(trainer, model, run, checkpoint)
@@ -128,12 +143,15 @@ def make_trainer(
     score = None
     if run.score is not None:
         score = functools.partial(mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+    padded = Collator(padding_id(require_tokenizer(model.tokenizer)))
     trainer = WholeCheckpointTrainer(
         model=model,
         args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
         train_dataset=data.train,
         eval_dataset=data.dev,
-        data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
+        data_collator=Packed() if run.config.packing else padded,
+        dev_collator=padded,
+        sampler=ByLength(data.train, run.config.batch_size, run.config.seed) if run.config.group_by_length else None,
         callbacks=[RichProgress(run.console, label), *callbacks],
         score=score,
         guard=Guard(model, data),
@@ -152,6 +170,8 @@ def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool,
         directory,
         # Whole checkpoints are counted here: transformers would count halves.
         save_total_limit=None,
+        # Ours knows the epoch, and transformers' would sort dev examples too.
+        train_sampling_strategy="random",
         eval_strategy=("epoch" if config.checkpoint_steps is None else "steps") if has_dev else "no",
         eval_steps=config.checkpoint_steps or 500,
         load_best_model_at_end=has_dev,
@@ -180,12 +200,17 @@ class WholeCheckpointTrainer(Trainer):
     counts only once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
 
     With FSDP and DeepSpeed, the optimizer's and the schedule's state is as these write it.
+
+    The order of the examples may be another sampler's. Dev examples are always in padded batches: their loss is a mean
+    over rows, which packed ones no longer are.
     """
 
     def __init__(
         self,
         *args: Any,
         guard: Guard,
+        dev_collator: Collator,
+        sampler: Sampler | None = None,
         score: Callable[[], float] | None = None,
         patience: int | None = None,
         keep: int = FitConfig.keep_last,
@@ -194,6 +219,7 @@ class WholeCheckpointTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.guard = guard
+        self._dev_collator, self._sampler = dev_collator, sampler
         self._score, self._patience, self._keep, self._watch = score, patience, keep, watch
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,6 +246,17 @@ class WholeCheckpointTrainer(Trainer):
         if "loss" in logs:
             losses = [loss for _, loss in logged(self.state.log_history, "loss")]
             self.guard.note(self.state.global_step, losses)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        return self._sampler or super()._get_train_sampler(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Trainer's, with dev examples in padded batches."""
+        collator, self.data_collator = self.data_collator, self._dev_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's loss on the dev examples, and their score where one is asked for."""

@@ -28,6 +28,8 @@ TRAINING = STEPS | {
     "adapter_dropout",
     "gradient_checkpointing",
     "checkpoint_steps",
+    "group_by_length",
+    "packing",
     "keep_last",
     "early_stopping",
     "report_to",

@@ -39,8 +39,8 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     started = time.perf_counter()
     fusion.training_record = None
 
-    def start() -> dict[str, Any]:
-        return {"start_losses": set_start(fusion, data.train, run.config) if fresh else {}}
+    def start(config: FitConfig) -> dict[str, Any]:
+        return {"start_losses": set_start(fusion, data.train, config) if fresh else {}}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(fusion))
@@ -60,7 +60,7 @@ def set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dic
     losses: dict[str, float] = {}
     for name, weights in fusion.method.starts(fusion.adapter_names).items():
         with fusion.using(dict(zip(fusion.adapter_names, weights, strict=True))):
-            losses[name] = mean_loss(fusion, examples, config.batch_size // config.gradient_accumulation)
+            losses[name] = mean_loss(fusion, examples, config.forward_size)
     # Gates with random parts start from the seed too.
     set_seed(config.seed)
     fusion.set_method(fusion.method)

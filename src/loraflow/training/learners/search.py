@@ -15,6 +15,7 @@ from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
 from loraflow.files import write_atomically
 from loraflow.methods.base import Searched, StartsAt
+from loraflow.training.capacity import settle
 from loraflow.training.checkpoints import SEARCH_FILE, check_same, identity_of, remove_checkpoints
 from loraflow.training.config import FitResult, Run
 from loraflow.training.data import TokenExamples, prepare
@@ -42,7 +43,12 @@ class Search(Learner):
         data = prepare(fusion, examples, dev, config)
         check_score(run.score, data.dev_examples)
         fusion.set_method(fusion.method)
-        losses = _search(fusion, data.train, identity_of(fusion, data, run), run)
+        identity = identity_of(fusion, data, run)
+        if config.gradient_accumulation == "auto":
+            # What fits with a backward fits without.
+            config = settle(fusion, data.train, config)
+            config = dataclasses.replace(config, batch_size=config.forward_size, gradient_accumulation=1)
+        losses = _search(fusion, data.train, identity, dataclasses.replace(run, config=config))
         result = FitResult(
             start=dict.fromkeys(fusion.adapter_names, 0.0),
             steps=len(losses),
@@ -58,7 +64,7 @@ class Search(Learner):
                 score = mean_score(fusion, data.dev_examples, config.score_max_new_tokens, run.score)
             dev_loss = mean_loss(fusion, data.dev, config.batch_size)
             result = dataclasses.replace(result, dev_loss=dev_loss, dev_score=score)
-        fusion.training_record = self.record(config, data, result)
+        fusion.training_record = self.record(run.config, data, result)
         return result
 
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from loraflow.training.checkpoints import remove_checkpoints
     from loraflow.training.fitting import fit, search
     from loraflow.training.learners.finetune import FinetuneResult, finetune
-    from loraflow.training.loss import mean_loss
+    from loraflow.training.loss import answer_loss, mean_loss
 
 _HOMES = {
     "FinetuneResult": "learners.finetune",
+    "answer_loss": "loss",
     "finetune": "learners.finetune",
     "fit": "fitting",
     "mean_loss": "loss",
@@ -26,6 +27,7 @@ __all__ = [
     "FitConfig",
     "FitResult",
     "LoraSettings",
+    "answer_loss",
     "finetune",
     "fit",
     "mean_loss",

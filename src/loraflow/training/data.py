@@ -15,12 +15,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from loraflow.answers import require_tokenizer
+from loraflow.core.head import IGNORED
 from loraflow.errors import DataError
 from loraflow.examples import Example, parse_examples
 from loraflow.prompts import PromptFormat
 from loraflow.training.config import FitConfig
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

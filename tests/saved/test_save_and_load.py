@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loraflow import (
+    AdapterCore,
     Arrow,
     Average,
     Centroid,
@@ -64,6 +65,7 @@ METHODS = [
     LoraFlow(scorer="attention", top_k=1),
     LearnedStatic("task"),
     LearnedStatic("module"),
+    AdapterCore("math"),
     LoraHub(),
     QaFlora("js"),
     Logo(),

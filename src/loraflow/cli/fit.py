@@ -159,9 +159,10 @@ def fit(
     """Learn a fusion of adapters from a few examples.
 
     Base and adapters stay frozen; only what the method learns is trained, and saved in --output with everything that is
-    needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient), lorahub
-    (one weight for each adapter, by gradient-free search); and from each adapter's own data instead of examples of the
-    task: phatgoose, centroid.
+    needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient),
+    adapter-core (a small matrix between the adapters in each linear, by gradient), lorahub (one weight for each
+    adapter, by gradient-free search); and from each adapter's own data instead of examples of the task: phatgoose,
+    centroid.
 
     Examples: `loraflow fit --base meta-llama/Llama-2-7b-hf --lora-modules zh=user/zh-lora math=user/math-lora
     --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;

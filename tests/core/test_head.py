@@ -126,6 +126,23 @@ def test_an_adapter_of_the_head_has_its_gradients():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_a_quantised_head_is_called_as_it_is():
+    class Quantised(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("scale", linear.weight.abs().amax() / 127)
+            self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
+
+        def forward(self, x):
+            return x @ (self.weight.float() * self.scale).T
+
+    model = tiny_model().requires_grad_(False)
+    model.lm_head = Quantised(model.lm_head)
+    check(losses(model, model.get_input_embeddings()(IDS), labels=LABELS))
+    assert head._can_be_cut[model]
+
+
 def test_a_batch_without_labels_is_the_models_own():
     model = tiny_model()
     labels = torch.full_like(IDS, IGNORED)

@@ -319,6 +319,17 @@ def test_plain_lora_keeps_only_slots_for_the_backward():
         assert tensor.numel() <= BATCH * SEQ * slots
 
 
+def test_weights_that_do_not_learn_keep_no_slots():
+    modules = lora_modules([(2, "plain"), (3, "plain")])
+    layer, (linear,) = fuse([base_linear()], [modules])
+    x, layer.weights = tokens().requires_grad_(), fusion_weights("per token", 2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x).sum().backward()
+    assert kept
+    assert not [t for t in kept if t.shape == (BATCH * SEQ, 5)]
+
+
 def test_adapter_dropout_only_acts_while_training():
     base, modules, x = base_linear(), lora_modules([(4, "plain")]), tokens()
     layer, (linear,) = fuse([base], [modules])

@@ -90,6 +90,12 @@ class LayerContext:
         """Let a method weigh every row of every call from now on, unless a call says otherwise."""
         self.own = self.lanes = lanes
 
+    def own_gates(self) -> list[nn.Module]:
+        """The gates that weigh in this layer, in the call that runs."""
+        here = f"layers.{self.index}"
+        sites = [(site, gate) for lane in self.lanes.lanes for site, gate in lane.gates.items()]
+        return [gate for site, gate in sites if site in (here, "model") or site.startswith(f"{here}.")]
+
     def carried(self, hidden_states: Float[Tensor, "batch seq hidden"]) -> dict[str, Any]:
         """What the running call of the model has for this layer beside its input, as arguments of its forward.
 

@@ -23,6 +23,7 @@ from loraflow.core.batch import (
     refuse_prompts,
     weigh_prompts,
 )
+from loraflow.core.head import call_with_labels
 from loraflow.core.lanes import Gates, constant_weights_of
 from loraflow.core.readings import readings
 from loraflow.core.state import FusionState
@@ -78,6 +79,9 @@ class Fusion(FusionState):
     ) -> Any:
         """The base model's forward, with the fused adapters in it.
 
+        With `labels`, the head and the loss see the positions only that predict one (`core/head.py`); the logits of all
+        of them are computed when something is done with them.
+
         Args:
             args: the base's.
             methods: who weighs each row, where rows differ, as for `generate`.
@@ -91,10 +95,14 @@ class Fusion(FusionState):
         rows = None if inputs is None else len(inputs)
         with self.at_work():
             if methods is None and fusion_weights is None:
-                return self.attachment.model(*args, **kwargs)
+                return self._forward(args, kwargs)
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, refuse_prompts)
             with self.attachment.weighing(lanes):
-                return self.attachment.model(*args, **kwargs)
+                return self._forward(args, kwargs)
+
+    def _forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        model = self.attachment.model
+        return call_with_labels(model, model, args, kwargs, self.attachment.turn)
 
     def generate(
         self,

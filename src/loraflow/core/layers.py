@@ -61,7 +61,7 @@ class FusedDecoderLayer(nn.Module):
         if context.lanes is context.own and not context.own.reads_embeddings and not self.training:
             return super().__call__(*args, **kwargs)
         hidden_states, args, kwargs = _take_stream(args, kwargs)
-        if self._checkpoints_without_gradient(hidden_states):
+        if self._checkpoints_without_gradient(hidden_states) and self._learns():
             # Reentrant checkpointing gives no gradient to a segment none of whose inputs requires one.
             hidden_states = hidden_states.detach().requires_grad_()
         return super().__call__(hidden_states, *args, **kwargs, **context.carried(hidden_states))
@@ -85,6 +85,11 @@ class FusedDecoderLayer(nn.Module):
             and torch.is_grad_enabled()
             and not hidden_states.requires_grad
         )
+
+    def _learns(self) -> bool:
+        """Whether something in the layer does; below the first that does, nothing is to be kept for a backward."""
+        modules = (self, *self.fusion.context.own_gates())
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def _take_stream(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:

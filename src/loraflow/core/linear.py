@@ -137,7 +137,8 @@ class WeightedProduct(torch.autograd.Function):
     def forward(ctx, x, lora_A, input_bias, weights, expand):
         """Weighted slots, `[..., slots]`, in the precision of `lora_A`."""
         u = F.linear(x, lora_A, input_bias)
-        ctx.save_for_backward(lora_A, u, weights, expand)
+        # The slots are of use to the gate's gradient only.
+        ctx.save_for_backward(lora_A, u if ctx.needs_input_grad[3] else None, weights, expand)
         return u * _slot_weights(weights, expand, u.dtype)
 
     @staticmethod
@@ -146,7 +147,7 @@ class WeightedProduct(torch.autograd.Function):
         lora_A, u, weights, expand = ctx.saved_tensors
         grad_x = grad_weights = None
         if ctx.needs_input_grad[0]:
-            grad_u = grad_output * _slot_weights(weights, expand, u.dtype)
+            grad_u = grad_output * _slot_weights(weights, expand, grad_output.dtype)
             # Under autocast the product was in another precision than the matrix.
             grad_x = grad_u @ lora_A.to(grad_u.dtype)
         if ctx.needs_input_grad[3]:
@@ -358,7 +359,7 @@ class FusedLinear(nn.Module):
             base_output = base_output.contiguous()
         shape = base_output.shape
         flat = base_output.view(-1, shape[-1])
-        if not uses_dora and not torch.is_grad_enabled():
+        if not uses_dora and not (torch.is_grad_enabled() and (flat.requires_grad or product.requires_grad)):
             # Adding in place saves a tensor and, at one token, time.
             flat.addmm_(product, lora_B)
             return base_output

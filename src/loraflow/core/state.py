@@ -238,6 +238,19 @@ class FusionState(Asking, _OfBase):
                 )
             yield
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """transformers', but layers below the first gate that learns keep nothing and are not computed again.
+
+        For the sake of adapters in a frozen base, transformers lets all embeddings require a gradient, whose way back
+        goes through every layer; gates see to their own layers.
+
+        Args:
+            args: transformers'.
+            kwargs: transformers'.
+        """
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+        self.base_model.disable_input_require_grads()
+
     def disable_adapter(self) -> contextlib.AbstractContextManager[Self]:
         """The base model alone inside a `with` block, as in PEFT."""
         return self.using("base")

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from loraflow.training.checkpoints import remove_checkpoints
     from loraflow.training.fitting import fit, search
     from loraflow.training.learners.finetune import FinetuneResult, finetune
-    from loraflow.training.loss import mean_loss
+    from loraflow.training.loss import answer_loss, mean_loss
     from loraflow.training.rates import RateTest, find_learning_rate
 
 _HOMES = {
     "FinetuneResult": "learners.finetune",
     "RateTest": "rates",
+    "answer_loss": "loss",
     "find_learning_rate": "rates",
     "finetune": "learners.finetune",
     "fit": "fitting",
@@ -30,6 +31,7 @@ __all__ = [
     "FitResult",
     "LoraSettings",
     "RateTest",
+    "answer_loss",
     "find_learning_rate",
     "finetune",
     "fit",

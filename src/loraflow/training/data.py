@@ -15,13 +15,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from loraflow.answers import require_tokenizer
+from loraflow.core.head import IGNORED
 from loraflow.errors import DataError
 from loraflow.examples import Example, check_rows, parse_examples
 from loraflow.prompts import PromptFormat
 from loraflow.training.config import FitConfig
 from loraflow.training.turns import earlier_turns
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

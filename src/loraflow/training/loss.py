@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loraflow.answers import generate_answers, require_tokenizer
 from loraflow.core.fusion import Fusion
+from loraflow.core.head import IGNORED, call_with_labels
 from loraflow.errors import DataError
 from loraflow.examples import Example
 from loraflow.methods import QueryMethod
 from loraflow.training.config import Score
-from loraflow.training.data import IGNORED, Collator, TokenExamples, split_batches
+from loraflow.training.data import Collator, TokenExamples, split_batches
+
+
+def answer_loss(
+    model: Any,
+    *,
+    input_ids: Int[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    **kwargs: Any,
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the labels, in nats a token, without the logits of all positions.
+
+    It is the loss of the model's own forward, its gradients too, at the cost of a head that reads the answers only
+    (`core/head.py` says how, and which models have to compute all logits all the same). Methods that weigh whole
+    prompts read what has no label.
+
+    Args:
+        model: a `FusedModel`, a transformers model, or one of PEFT's.
+        input_ids: the rows, prompts and answers.
+        labels: the ids of the answers, and -100 elsewhere.
+        attention_mask: 1 at real tokens, 0 at padding; by default all are real.
+        kwargs: anything else for the model's forward, such as `num_items_in_batch`, which the sum is divided by then.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if isinstance(model, Fusion) and isinstance(model.method, QueryMethod) and kwargs.get("fusion_weights") is None:
+        kwargs["fusion_weights"] = model.weigh(input_ids, mask * (labels == IGNORED))
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "use_cache": False, **kwargs}
+    return (model(**inputs) if isinstance(model, Fusion) else labelled_forward(model, **inputs)).loss
+
+
+def labelled_forward(model: nn.Module, **kwargs: Any) -> Any:
+    """The forward of a transformers model, or of one of PEFT's, whose head reads the answers only."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return call_with_labels(model, cast(PreTrainedModel, base), (), kwargs)
 
 
 @torch.no_grad()
@@ -30,15 +69,10 @@ def mean_loss(
     with fusion.evaluating():
         for of_similar_length in split_batches(data, batch_size):
             batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
-            labels = batch.pop("labels")
-            if isinstance(fusion.method, QueryMethod):
-                prompts = batch["attention_mask"] * (labels == IGNORED)
-                batch["fusion_weights"] = fusion.weigh(batch["input_ids"], prompts)
-            logits = fusion(**batch, use_cache=False).logits[:, :-1].float()
-            labels = labels[:, 1:]
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            tokens += int((labels != IGNORED).sum())
-            on_batch(len(labels))
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += count * answer_loss(fusion, **batch).item()
+            tokens += count
+            on_batch(len(batch["labels"]))
     return total / tokens
 
 

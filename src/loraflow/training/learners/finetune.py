@@ -35,6 +35,7 @@ from loraflow.prompts import PromptFormat
 from loraflow.training.checkpoints import config_identity, run_directory
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
+from loraflow.training.loss import labelled_forward
 from loraflow.training.reporting import check_trackers
 from loraflow.training.trainer import as_it_was, train
 
@@ -172,8 +173,8 @@ class TrainedAdapter(nn.Module):
         return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     def forward(self, **inputs: Any) -> Any:
-        """The base model's forward, with the adapter in it."""
-        return self.peft_model(**inputs)
+        """The base model's forward, with the adapter in it, and a head that reads the answers only."""
+        return labelled_forward(self.peft_model, **inputs)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters, by name."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from loraflow.cli.devices import Devices, is_first, join, launch
 from loraflow.cli.groups import Given, panel, with_groups
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
@@ -85,6 +86,7 @@ def finetune(
     run: Run,
     steps: FinetuneSteps,
     room: Room,
+    devices: Devices = None,
     seed: Annotated[int, recipe_option(help="Of a new adapter, the examples' order, and dropout.")] = FitConfig.seed,
     prompt: PromptOptions,
     placement: Placement,
@@ -97,11 +99,9 @@ def finetune(
     Example: `loraflow finetune --base meta-llama/Llama-2-7b-hf --adapter user/math-lora --data train.jsonl
     --dev dev.jsonl --output math-tuned`
     """  # noqa: DOC501 (it is the --help text)
-    from rich.console import Console
-
     from loraflow.examples import read_examples
 
-    console = Console(stderr=True)
+    console = join(devices, placement.device)
     # Cheap checks come before the model is loaded.
     check_output(output, overwrite=run.overwrite or run.resume, makes="adapter")
     if base is None:
@@ -110,6 +110,8 @@ def finetune(
     examples = read_examples(data, dev.names.fields())
     dev_examples, format_ = dev.read(), prompt.format()
     config = FitConfig(**{"learning_rate": steps.learning_rate, **given.settings(FitConfig)})
+    if launch(given, devices, placement.device, config):
+        return
 
     from loraflow import training
 
@@ -128,6 +130,8 @@ def finetune(
         console=console,
         options=placement.options(),
     )
+    if not is_first():
+        return
     if not run.keep_checkpoints:
         training.remove_checkpoints(checkpoints)
     _report(console, result, base, len(examples))

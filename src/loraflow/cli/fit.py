@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loraflow.cli.devices import Devices, is_first, join, launch
 from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
@@ -149,6 +150,7 @@ def fit(
         float, recipe_option(help="Dropout on the adapters' input while fitting.")
     ] = FitConfig.adapter_dropout,
     room: Room,
+    devices: Devices = None,
     score_max_new_tokens: Annotated[
         int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
@@ -167,9 +169,7 @@ def fit(
     --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;
     `--method phatgoose --adapter-data zh=zh.jsonl math=math.jsonl`
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = join(devices, sources.placement.device)
     # Cheap checks come before the model is loaded.
     check_output(output, overwrite=run.overwrite or run.resume, makes="fusion")
     adapters = list(sources.adapters())
@@ -179,6 +179,8 @@ def fit(
     examples = data.read(method, adapters, decision.examples.names.fields())
     decides = decision.read()
     config = FitConfig.for_method(method, **_settings(given))
+    if launch(given, devices, sources.placement.device, config):
+        return
 
     from loraflow import training
 
@@ -193,6 +195,8 @@ def fit(
     result = learn(
         model, examples, **decides, config=config, checkpoints=checkpoints, resume=run.resume, console=console
     )
+    if not is_first():
+        return
     model.save_pretrained(output, copy_adapters=copy_adapters)
     if not run.keep_checkpoints:
         training.remove_checkpoints(checkpoints)

@@ -24,6 +24,9 @@ from typing import Any, get_type_hints
 
 import typer
 
+ARGUMENTS = "loraflow.arguments"
+"""Where a context keeps the words of the command line."""
+
 
 class Given:
     """Which of a command's options were given; a command has one by a parameter of this type.
@@ -33,13 +36,16 @@ class Given:
 
     Attributes:
         names: the parameters that were given, in the command's order.
+        arguments: the words of the whole command line, behind the program's name.
     """
 
     names: list[str]
+    arguments: list[str]
 
     def __init__(self, context: typer.Context, values: Mapping[str, Any]) -> None:
         self._flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
         self._values = values
+        self.arguments = context.meta.get(ARGUMENTS, [])
         sources = {name: context.get_parameter_source(name) for name in self._flags if name is not None}
         self.names = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 

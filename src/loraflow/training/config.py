@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from loraflow.errors import LoraflowError
+
+if TYPE_CHECKING:
+    from loraflow.training.processes import Processes
 
 Score = Callable[[str, Mapping[str, Any]], float]
 """Scores a generated answer against its example's record."""
@@ -36,7 +39,7 @@ class FitConfig:
         epochs: passes over the examples.
         max_steps: go on for so many steps, whatever `epochs` says; None goes by `epochs`.
         learning_rate: the peak of the schedule.
-        batch_size: examples in a step.
+        batch_size: examples in a step, of all processes together.
         gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly.
         betas: AdamW's.
         epsilon: AdamW's.
@@ -102,6 +105,12 @@ def search_grid(method: HasRecipe) -> list[dict[str, Any]]:
     return [{"learning_rate": lr, "batch_size": batch} for lr in (rate, rate / 10) for batch in (2, 4, 8)]
 
 
+def _alone() -> Processes:
+    from loraflow.training.processes import ALONE
+
+    return ALONE
+
+
 @dataclass(frozen=True)
 class Run:
     """How one fit is run.
@@ -113,6 +122,7 @@ class Run:
         console: where progress is shown.
         score: what decides on dev examples instead of their loss.
         label: what it is called where progress is shown; empty for the learner's own words.
+        processes: those that run it together.
     """
 
     config: FitConfig
@@ -121,6 +131,7 @@ class Run:
     console: Console
     score: Score | None = None
     label: str = ""
+    processes: Processes = field(default_factory=_alone)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from loraflow.training.data import note_endings, prepare
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score
+from loraflow.training.processes import here
 
 
 def fit(
@@ -61,9 +60,10 @@ def fit(
     learner.check_method(model)
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
-    config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
-    with model.learning(), _directory(checkpoints) as directory:
-        return learner.learn(model, read, dev, Run(config, directory, resume, console, score))
+    config, processes = config or FitConfig.for_method(model.method), here(model)
+    with model.learning(), processes.fitting(checkpoints) as directory:
+        run = Run(config, directory, resume, processes.console(console), score, processes=processes)
+        return learner.learn(model, read, dev, run)
 
 
 def search(
@@ -110,16 +110,19 @@ def search(
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
     check_score(score, parse_examples(dev))
-    config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
+    config, processes = config or FitConfig.for_method(model.method), here(model)
+    console = processes.console(console)
     grid = search_grid(model.method) if grid is None else grid
+    for setting in grid:
+        processes.check_batches(dataclasses.replace(config, **setting))
     table: list[dict[str, Any]] = []
     best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
-    with model.learning(), _directory(checkpoints) as root:
+    with model.learning(), processes.fitting(checkpoints) as root:
         for number, setting in enumerate(grid, start=1):
             directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
             named = ", ".join(f"{key} {value}" for key, value in setting.items())
             label = f"search {number}/{len(grid)}, {named}"
-            run = Run(dataclasses.replace(config, **setting), directory, resume, console, score, label)
+            run = Run(dataclasses.replace(config, **setting), directory, resume, console, score, label, processes)
             result, record = _fit_cell(learner, model, read, dev, run)
             table.append({**setting, "dev_loss": result.dev_loss, "dev_score": result.dev_score})
             merit = _merit(result, score)
@@ -155,7 +158,7 @@ def _fit_cell(
     else:
         result = learner.learn(model, examples, dev, run)
         record = model.training_record
-        keep_finished(model, identity, result, run.directory)
+        run.processes.ask(lambda: keep_finished(model, identity, result, run.directory))
     scored = f", score {_merit(result, run.score):.4f}" if run.score is not None else ""
     run.console.print(f"{run.label}: dev loss {-_merit(result, None):.4f}{scored}")
     return result, record
@@ -166,13 +169,3 @@ def _merit(result: FitResult, score: Score | None) -> float:
     value = result.dev_score if score is not None else result.dev_loss
     assert value is not None
     return value if score is not None else -value
-
-
-@contextlib.contextmanager
-def _directory(checkpoints: str | Path | None) -> Iterator[Path]:
-    """Where checkpoints are kept; a temporary place where none is named."""
-    if checkpoints is not None:
-        yield Path(checkpoints)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory)

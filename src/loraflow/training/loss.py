@@ -14,22 +14,28 @@ from loraflow.examples import Example
 from loraflow.methods import QueryMethod
 from loraflow.training.config import Score
 from loraflow.training.data import IGNORED, Collator, TokenExamples, split_batches
+from loraflow.training.processes import ALONE, Processes
 
 
 @torch.no_grad()
 def mean_loss(
-    fusion: Fusion, data: TokenExamples, batch_size: int, on_batch: Callable[[int], object] = lambda count: None
+    fusion: Fusion,
+    data: TokenExamples,
+    batch_size: int,
+    on_batch: Callable[[int], object] = lambda count: None,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean negative log-likelihood of the response tokens, in nats a token; modules stay in their modes.
 
     Methods that weigh whole prompts read each example's prompt, never its response. `on_batch` is called after each
-    batch with its size.
+    batch with its size. Several `processes` share the rows of each batch, and have the same mean.
     """
     collate = Collator(0)
     total, tokens = 0.0, 0
     with fusion.evaluating():
         for of_similar_length in split_batches(data, batch_size):
-            batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
+            own = collate(processes.rows(of_similar_length.rows))
+            batch = {key: value.to(fusion.device) for key, value in own.items()}
             labels = batch.pop("labels")
             if isinstance(fusion.method, QueryMethod):
                 prompts = batch["attention_mask"] * (labels == IGNORED)
@@ -38,22 +44,27 @@ def mean_loss(
             labels = labels[:, 1:]
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             tokens += int((labels != IGNORED).sum())
-            on_batch(len(labels))
-    return total / tokens
+            on_batch(len(of_similar_length))
+    total, all_tokens = processes.total(total, tokens)
+    return total / all_tokens
 
 
-def mean_score(model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score) -> float:
-    """Mean score of a model's answers to examples."""
+def mean_score(
+    model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score, processes: Processes = ALONE
+) -> float:
+    """Mean score of a model's answers to examples, which several processes share."""
+    own = examples[processes.rank :: processes.count]
     answers = generate_answers(
         model,
-        [example.messages for example in examples],
+        [example.messages for example in own],
         tokenizer=require_tokenizer(model.tokenizer),
         prompt=model.prompt,
         max_new_tokens=max_new_tokens,
         endings=model.endings,
     )
-    scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, examples, strict=True)]
-    return sum(scores) / len(scores)
+    scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, own, strict=True)]
+    total, count = processes.total(sum(scores), len(scores))
+    return total / count
 
 
 def check_score(score: Score | None, examples: Sequence[Example]) -> None:

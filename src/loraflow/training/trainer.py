@@ -8,12 +8,18 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from loraflow.answers import padding_id, require_tokenizer
+from loraflow.errors import LoraflowError
 from loraflow.files import write_atomically
 from loraflow.training.checkpoints import (
     COMPLETE,
@@ -23,8 +29,9 @@ from loraflow.training.checkpoints import (
     resumable_checkpoint,
 )
 from loraflow.training.config import FitConfig, FitResult, Run
-from loraflow.training.data import Collator, FitData
+from loraflow.training.data import IGNORED, Collator, FitData
 from loraflow.training.loss import mean_score
+from loraflow.training.processes import ALONE, Processes, Shared
 from loraflow.training.progress import RichProgress
 
 _KEEP = 2
@@ -48,12 +55,18 @@ def train(
         label: what the progress bar says.
         start: brings the model to where training starts; what it gives is kept with the run, and given back.
     """
-    checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
+    processes = run.processes
+    processes.check_batches(run.config)
+    processes.agree(identity, "run: recipe, data, base or adapters")
+    checkpoint = processes.ask(lambda: resumable_checkpoint(identity, run.directory) if run.resume else None)
     if checkpoint is None:
-        remove_checkpoints(run.directory)
-        write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
+        processes.ask(lambda: remove_checkpoints(run.directory))
+        begun = json.dumps({**identity, **start()}).encode()
+        processes.ask(lambda: write_atomically(run.directory / RUN_FILE, begun))
+    processes.check_sees(run.directory / RUN_FILE)
     recorded = json.loads((run.directory / RUN_FILE).read_text())
     trainer = make_trainer(model, data, run, label)
+    processes.spread(model.state_dict().values())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return outcome_of(trainer, has_dev=data.dev is not None), recorded
 
@@ -78,15 +91,18 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
     """transformers' trainer, set to a recipe."""
     score = None
     if run.score is not None:
-        score = functools.partial(mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+        score = functools.partial(
+            mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score, run.processes.apart
+        )
     trainer = WholeCheckpointTrainer(
         model=model,
         args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
         train_dataset=data.train,
         eval_dataset=data.dev,
-        data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
+        data_collator=Shared(Collator(padding_id(require_tokenizer(model.tokenizer))), run.processes),
         callbacks=[RichProgress(run.console, label)],
         score=score,
+        processes=run.processes,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -128,6 +144,8 @@ def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool,
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
+        # What an example is added to a batch for, to make it even, would have it in the loss twice.
+        accelerator_config={"even_batches": False},
     )
     # One process, one replica: several GPUs hold the layers of one model (device_map), not copies of it.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -141,9 +159,55 @@ class WholeCheckpointTrainer(Trainer):
     once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
     """
 
-    def __init__(self, *args: Any, score: Callable[[], float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, score: Callable[[], float] | None = None, processes: Processes = ALONE, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._score = score
+        self._processes = processes
+        if processes.count > 1 and not self.model_accepts_loss_kwargs:
+            raise LoraflowError(
+                f"{processes.count} processes cannot fit this base: the loss that its forward gives is a mean over the "
+                "answers of each, not over those of all. Fit it with one process."
+            )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's accelerator, which wraps no model: of one, the processes exchange the gradients of the gates."""
+        super().create_accelerator_and_postprocess()
+        prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        vars(self.accelerator)["prepare_model"] = prepare_model
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole batches in each process, in the same order; the collator takes its rows."""
+        return _whole_batches(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Whole batches in each process, in the same order; the collator takes its rows."""
+        return _whole_batches(super().get_eval_dataloader(*args, **kwargs))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's step; the last forward's of several ends with the gradients of all processes."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._processes.average_gradients(cast(nn.Module, self.model).parameters())
+        return loss
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The mean loss of all response tokens, however batches and processes divide them."""
+        model = cast(nn.Module, self.model).eval()
+        total, tokens = 0.0, 0
+        for inputs in dataloader:
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            loss = cast(Tensor, self.compute_loss(model, self._prepare_inputs(inputs)))
+            # A process that has no rows of a batch has no mean of them.
+            total += loss.item() * count if count else 0.0
+            tokens += count
+        total, all_tokens = self._processes.total(total, tokens)
+        metrics = {f"{metric_key_prefix}_loss": total / all_tokens}
+        return EvalLoopOutput(cast(Any, None), None, metrics, num_samples=self.num_examples(dataloader))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's loss on the dev examples, and their score where one is asked for."""
@@ -158,10 +222,12 @@ class WholeCheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         # What a crash left there may be half of a checkpoint.
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        self._processes.ask(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
         super()._save_checkpoint(model, trial)
-        (checkpoint / COMPLETE).touch()
-        self._drop_old_checkpoints(checkpoint.parent)
+        # Every process writes the state of its random numbers.
+        self._processes.gather(None)
+        self._processes.ask((checkpoint / COMPLETE).touch)
+        self._processes.ask(lambda: self._drop_old_checkpoints(checkpoint.parent))
 
     def _drop_old_checkpoints(self, directory: Path) -> None:
         best = self.state.best_model_checkpoint
@@ -170,6 +236,14 @@ class WholeCheckpointTrainer(Trainer):
                 # First the mark, so that a crash in between leaves no checkpoint that counts and is not whole.
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _whole_batches(loader: DataLoader) -> DataLoader:
+    """Undo accelerate's division of a loader's batches among the processes, as Trainer does for its own samplers."""
+    shard = loader.batch_sampler
+    if isinstance(shard, BatchSamplerShard):
+        shard.num_processes, shard.process_index = 1, 0
+    return loader
 
 
 def outcome_of(trainer: Trainer, *, has_dev: bool) -> FitResult:

@@ -34,6 +34,7 @@ from loraflow.files import make_folder, write_atomically
 from loraflow.prompts import PromptFormat
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
+from loraflow.training.processes import here
 from loraflow.training.trainer import as_it_was, train
 
 _SAVE_AGAIN = "Save it with PEFT's `save_pretrained`, with `target_modules`, and nothing of the base in it."
@@ -104,7 +105,7 @@ def finetune(
     tokenizer = require_tokenizer(tokenizer)
     if old is not None:
         match_adapter(old, model)
-    record = base_record(model)
+    record, processes = base_record(model), here(model)
     choice = choose(
         prompt or PromptFormat(), tokenizer, {"adapter": old.source} if old is not None else {}, record.vocab_size
     )
@@ -115,8 +116,8 @@ def finetune(
         "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:
-        directory = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
-        run = Run(config, directory, resume, console or Console(stderr=True))
+        directory = stack.enter_context(processes.fitting(checkpoints))
+        run = Run(config, directory, resume, processes.console(console), processes=processes)
         set_seed(config.seed)
         adapted = stack.enter_context(_adapted(model, described))
         trained = TrainedAdapter(adapted, tokenizer, prompt)
@@ -125,7 +126,7 @@ def finetune(
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
         parameters = sum(parameter.numel() for parameter in trained.learned().values())
         seconds = time.perf_counter() - started
-        _save(adapted, output)
+        processes.ask(lambda: _save(adapted, output))
     done = dataclasses.replace(outcome, seconds=seconds, truncated=data.train.truncated)
     return FinetuneResult(**vars(done), output=output, parameters=parameters)
 

@@ -17,6 +17,7 @@ from loraflow.training.config import FitConfig, FitResult, Run
 from loraflow.training.data import FitData, TokenExamples, prepare
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score, mean_loss
+from loraflow.training.processes import Processes
 from loraflow.training.trainer import as_it_was, train
 
 
@@ -40,7 +41,7 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     fusion.training_record = None
 
     def start() -> dict[str, Any]:
-        return {"start_losses": _set_start(fusion, data.train, run.config) if fresh else {}}
+        return {"start_losses": _set_start(fusion, data.train, run.config, run.processes) if fresh else {}}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(fusion))
@@ -55,13 +56,14 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     )
 
 
-def _set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dict[str, float]:
+def _set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig, processes: Processes) -> dict[str, float]:
     """Bring the gates to where training starts; gives each adapter's loss where those decide."""
     losses: dict[str, float] = {}
     if fusion.method.starts_at_best:
         for name in fusion.adapter_names:
             with fusion.using(name):
-                losses[name] = mean_loss(fusion, examples, config.batch_size // config.gradient_accumulation)
+                size = config.batch_size // config.gradient_accumulation
+                losses[name] = mean_loss(fusion, examples, size, processes=processes)
     # Gates with random parts start from the seed too.
     set_seed(config.seed)
     fusion.set_method(fusion.method)

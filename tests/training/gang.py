@@ -1,0 +1,141 @@
+"""What each of several processes runs in the tests: a case of `test_processes.py`, by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from loraflow import BaseOptions, FitConfig, FusedModel
+from loraflow.methods import LoraHub
+from loraflow.training import finetune, fit, search
+from loraflow.training.config import LoraSettings
+from loraflow.training.trainer import WholeCheckpointTrainer
+from tests.tiny import number_tokenizer
+from tests.training.test_fit import reversals
+
+RANK = int(os.environ.get("RANK", "0"))
+STEPS = FitConfig(epochs=2, learning_rate=1e-2, checkpoint_steps=2)
+DEV = reversals(5, seed=1)
+
+
+def model_of(root, method="lora-flow", quantization=None, dtype=torch.float32):
+    options = BaseOptions(dtype=dtype, quantization=quantization)
+    adapters = {name: root / name for name in "ab"}
+    return FusedModel.from_adapters(root / "base", adapters, method, tokenizer=number_tokenizer(), options=options)
+
+
+def fitted(root, model, run, count=19, config=STEPS, **settings):
+    console = Console(file=sys.stdout)
+    return fit(model, reversals(count), config=config, checkpoints=run, console=console, **settings), model
+
+
+def plain(root, run):
+    return fitted(root, model_of(root), run, dev=DEV)
+
+
+def accumulated(root, run):
+    return fitted(root, model_of(root), run, config=FitConfig(epochs=1, learning_rate=1e-2, gradient_accumulation=2))
+
+
+def resumed(root, run):
+    return fitted(root, model_of(root), run, dev=DEV, resume=True)
+
+
+def scored(root, run):
+    def score(answer, record):
+        return float(len(answer)) + len(record["prompt"])
+
+    config = FitConfig(epochs=1, learning_rate=1e-2, score_max_new_tokens=3)
+    return fitted(root, model_of(root), run, count=6, config=config, dev=DEV, score=score)
+
+
+def four_bit(root, run):
+    return fitted(root, model_of(root, quantization="bnb-4bit"), run, count=9)
+
+
+def grid(root, run):
+    settings = [{"learning_rate": 1e-2, "batch_size": 4}, {"learning_rate": 1e-3, "batch_size": 2}]
+    model = model_of(root)
+    config = FitConfig(epochs=1)
+    console = Console(file=sys.stdout)
+    return search(model, reversals(7), dev=DEV, config=config, grid=settings, checkpoints=run, console=console), model
+
+
+def without_gradients(root, run):
+    return fitted(root, model_of(root, LoraHub(budget=6)), run, count=7, dev=DEV)
+
+
+def experts(root, run):
+    model = model_of(root, "phatgoose")
+    data = {name: reversals(5, seed=seed) for seed, name in enumerate("ab")}
+    config = FitConfig(max_steps=3, learning_rate=1e-2)
+    return fit(model, data, config=config, checkpoints=run, console=Console(file=sys.stdout)), model
+
+
+def tuned(root, run):
+    lora = LoraSettings(r=4, dropout=0.0)
+    result = finetune(
+        root / "base",
+        reversals(9),
+        run / "adapter",
+        lora=lora,
+        config=FitConfig(epochs=1, learning_rate=1e-2),
+        tokenizer=number_tokenizer(),
+        console=Console(file=sys.stdout),
+        options=BaseOptions(dtype=torch.float32),
+    )
+    return result, None
+
+
+def dying(root, run):
+    """Process 1 is gone in the middle of a step, after a checkpoint was made."""
+    step = WholeCheckpointTrainer.training_step
+
+    def die(self, *args, **kwargs):
+        if RANK == 1 and self.state.global_step == 5:
+            os._exit(9)
+        return step(self, *args, **kwargs)
+
+    WholeCheckpointTrainer.training_step = die
+    return plain(root, run)
+
+
+def uneven(root, run):
+    return fitted(root, model_of(root), run, config=FitConfig(batch_size=3))
+
+
+def other_data(root, run):
+    return fitted(root, model_of(root), run, count=5 + RANK)
+
+
+def elsewhere(root, run):
+    return fitted(root, model_of(root), run.with_name(f"run-{RANK}"), count=4)
+
+
+def foreign(root, run):
+    """A folder with checkpoints that are not the library's: process 0 finds it out."""
+    (run / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+    return fitted(root, model_of(root), run, count=4)
+
+
+def main():
+    case, root, run, out = sys.argv[1], *map(Path, sys.argv[2:])
+    try:
+        result, model = globals()[case](root, run)
+    except Exception as error:
+        (out / f"error-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise SystemExit(3) from error
+    learned = {} if model is None else {name: value.tolist() for name, value in model.state_dict().items()}
+    seen = {"log": result.log, "steps": result.steps, "learned": learned}
+    for name in ("start_losses", "train_loss", "dev_loss", "dev_score", "kept_step", "search"):
+        seen[name] = getattr(result, name)
+    (out / f"result-{RANK}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

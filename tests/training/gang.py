@@ -1,4 +1,4 @@
-"""What each of several processes runs in the tests: a case of `test_processes.py`, by its name."""
+"""What each of several processes runs in the tests: cases of `test_processes.py`, by their names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from loraflow import BaseOptions, FitConfig, FusedModel
+from loraflow.errors import LoraflowError
 from loraflow.methods import LoraHub
 from loraflow.training import finetune, fit, search
+from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
 from loraflow.training.config import LoraSettings
 from loraflow.training.trainer import WholeCheckpointTrainer
 from tests.tiny import number_tokenizer
@@ -43,7 +46,22 @@ def accumulated(root, run):
 
 
 def resumed(root, run):
+    """A run whose newest checkpoint was not finished goes on from the one before it."""
+    plain(root, run)
+    everybody_waits()
+    if RANK == 0:
+        (complete_checkpoints(run)[-1] / COMPLETE).unlink()
+    everybody_waits()
+    return continued(root, run)
+
+
+def continued(root, run):
     return fitted(root, model_of(root), run, dev=DEV, resume=True)
+
+
+def everybody_waits():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def scored(root, run):
@@ -123,19 +141,23 @@ def foreign(root, run):
     return fitted(root, model_of(root), run, count=4)
 
 
-def main():
-    case, root, run, out = sys.argv[1], *map(Path, sys.argv[2:])
+def play(case, root, folder):
+    """Run a case, and note what it gave."""
     try:
-        result, model = globals()[case](root, run)
-    except Exception as error:
-        (out / f"error-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
-        raise SystemExit(3) from error
+        result, model = globals()[case](root, folder / "run")
+    except LoraflowError as error:
+        (folder / f"error-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
+        return
     learned = {} if model is None else {name: value.tolist() for name, value in model.state_dict().items()}
-    seen = {"log": result.log, "steps": result.steps, "learned": learned}
-    for name in ("start_losses", "train_loss", "dev_loss", "dev_score", "kept_step", "search"):
+    seen = {"log": result.log, "learned": learned}
+    for name in ("steps", "start_losses", "train_loss", "dev_loss", "dev_score", "kept_step", "search"):
         seen[name] = getattr(result, name)
-    (out / f"result-{RANK}.json").write_text(json.dumps(seen))
+    (folder / f"result-{RANK}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main()
+    for chosen in sys.argv[3:]:
+        place = Path(sys.argv[2]) / chosen
+        place.mkdir(parents=True, exist_ok=True)
+        print(f"case {chosen}", flush=True)
+        play(chosen, Path(sys.argv[1]), place)

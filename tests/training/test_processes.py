@@ -9,21 +9,39 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraflow import FitConfig
 from loraflow.errors import LoraflowError
 from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
-from loraflow.training.data import IGNORED, TokenExample
+from loraflow.training.data import IGNORED, Shared, TokenExample
 from loraflow.training.processes import ALONE, Processes, here
 from tests.tiny import number_tokenizer, save_adapter, tiny_model
 
 HERE = Path(__file__).parents[2]
-LONGEST_S = 240
+GANG = HERE / "tests" / "training" / "gang.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE / 'src'}{os.pathsep}{HERE}"}
+LONGEST_S = 400
+EQUAL = [
+    "plain",
+    "accumulated",
+    "resumed",
+    "scored",
+    "grid",
+    "experts",
+    *(["without_gradients"] if find_spec("nevergrad") else []),
+    *(["four_bit"] if find_spec("bitsandbytes") else []),
+]
+REFUSED = {
+    "uneven": "`batch_size` (=3) is that of all processes together and must be a multiple of their number (=2)",
+    "other_data": "Process 1 has another run: recipe, data, base or adapters than process 0.",
+    "elsewhere": "Process 1 does not see ",
+    "foreign": "checkpoint-1 is no checkpoint of this library. Give another directory.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +56,10 @@ def root(tmp_path_factory):
     return folder
 
 
-def run(command, *, check=True, **variables):
+def run(command, *, check=True):
     """A command to its end, or for so long; nothing that it started outlives the test."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE / 'src'}{os.pathsep}{HERE}", **variables}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         try:
             output, _ = process.communicate(timeout=LONGEST_S)
@@ -58,13 +75,30 @@ def launcher(count):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
 
 
-def in_processes(count, case, root, folder, *, check=True):
-    """Run a case of `gang.py`; gives what it printed, and what each process found."""
-    folder.mkdir(exist_ok=True)
-    arguments = [str(HERE / "tests" / "training" / "gang.py"), case, root, folder / "run", folder]
+def play(count, root, folder, *cases, check=True):
+    """Run cases of `gang.py`; gives what was printed."""
     start = launcher(count) if count > 1 else [sys.executable]
-    output, _ = run([*start, *map(str, arguments)], check=check)
-    return output, [json.loads(file.read_text()) for file in sorted(folder.glob("result-*.json"))]
+    return run([*start, *map(str, [GANG, root, folder, *cases])], check=check)[0]
+
+
+def results(folder, case):
+    """What each process found."""
+    return [json.loads(file.read_text()) for file in sorted((folder / case).glob("result-*.json"))]
+
+
+@pytest.fixture(scope="module")
+def one(root, tmp_path_factory):
+    """Where one process left what it found in every case."""
+    folder = tmp_path_factory.mktemp("one")
+    play(1, root, folder, *EQUAL, "tuned")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(root, tmp_path_factory):
+    """Where two processes did, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, play(2, root, folder, *EQUAL, "tuned", *REFUSED)
 
 
 def assert_same(found, expected):
@@ -79,97 +113,71 @@ def assert_same(found, expected):
         torch.testing.assert_close(torch.tensor(found["learned"][name]), torch.tensor(value), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["plain", "accumulated", "scored", "grid", "without_gradients", "experts", "four_bit"])
-def test_two_processes_give_what_one_gives(root, tmp_path, case):
-    if case == "four_bit":
-        pytest.importorskip("bitsandbytes")
-    if case == "without_gradients":
-        pytest.importorskip("nevergrad")
-    _, (expected,) = in_processes(1, case, root, tmp_path / "one")
-    output, found = in_processes(2, case, root, tmp_path / "two")
+@pytest.mark.parametrize("case", EQUAL)
+def test_two_processes_give_what_one_gives(one, two, case):
+    (expected,), found = results(one, case), results(two[0], case)
     assert len(found) == 2
-    for one in found:
-        assert_same(one, expected)
+    for seen in found:
+        assert_same(seen, expected)
     assert found[0]["learned"] == found[1]["learned"]
-    if case == "grid":
-        assert [row["dev_loss"] for row in found[0]["search"]] == pytest.approx(
-            [row["dev_loss"] for row in expected["search"]], abs=1e-5
-        )
-    lines = [line for line in output.splitlines() if line.startswith("fitting gates: epoch 1,")]
-    assert len(lines) == len(set(lines)), "each line is printed once"
+    for row, other in zip(found[0]["search"], expected["search"], strict=True):
+        assert row["dev_loss"] == pytest.approx(other["dev_loss"], abs=1e-5)
 
 
-def test_two_processes_resume_to_what_one_gives(root, tmp_path):
-    _, (expected,) = in_processes(1, "plain", root, tmp_path / "one")
-    in_processes(2, "plain", root, tmp_path / "two")
-    newest = complete_checkpoints(tmp_path / "two" / "run")[-1]
-    (newest / COMPLETE).unlink()
-    _, found = in_processes(2, "resumed", root, tmp_path / "two")
-    for one in found:
-        assert_same(one, expected)
-    # Their number is no part of a run: one process goes on with what two began.
-    shutil.copytree(tmp_path / "two" / "run", tmp_path / "then-one" / "run")
-    newest = complete_checkpoints(tmp_path / "then-one" / "run")[-1]
-    (newest / COMPLETE).unlink()
-    _, (alone,) = in_processes(1, "resumed", root, tmp_path / "then-one")
-    assert_same(alone, expected)
+def test_each_thing_is_printed_once(two):
+    of_case = two[1].split("case plain")[-1].split("case accumulated")[0]
+    assert [line for line in of_case.splitlines() if "epoch" in line] == [
+        f"fitting gates: epoch {epoch}, step {epoch * 5}/10, loss {loss:.4f}"
+        for epoch, loss in enumerate((dict(results(two[0], "plain")[0]["log"])[step] for step in (5, 10)), start=1)
+    ]
 
 
-def test_nothing_is_lost_where_one_dies(root, tmp_path):
-    _, (expected,) = in_processes(1, "plain", root, tmp_path / "one")
-    folder = tmp_path / "two"
-    folder.mkdir()
-    # Started by hand: a launcher would stop the other one before it has said anything.
+def test_an_adapter_is_trained_by_two(one, two):
+    files = [folder / "tuned" / "run" / "adapter" / "adapter_model.safetensors" for folder in (one, two[0])]
+    expected, found = map(load_file, files)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "message"), REFUSED.items())
+def test_all_stop_for_the_same_reason(two, case, message):
+    errors = [file.read_text() for file in sorted((two[0] / case).glob("error-*.txt"))]
+    assert len(errors) == 2
+    assert all(message in error for error in errors)
+
+
+def test_one_process_goes_on_with_what_two_began(root, one, two, tmp_path):
+    shutil.copytree(two[0] / "resumed" / "run", tmp_path / "continued" / "run")
+    (complete_checkpoints(tmp_path / "continued" / "run")[-1] / COMPLETE).unlink()
+    play(1, root, tmp_path, "continued")
+    assert_same(results(tmp_path, "continued")[0], results(one, "plain")[0])
+
+
+def test_nothing_is_lost_where_one_dies(root, one, tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    script = [sys.executable, str(HERE / "tests" / "training" / "gang.py"), "dying", root, folder / "run", folder]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **together, "PYTHONPATH": f"{HERE / 'src'}{os.pathsep}{HERE}"}
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    # Started by hand: a launcher would stop the other one before it has said anything.
+    command = [sys.executable, *map(str, (GANG, root, tmp_path, "dying"))]
     started = [
-        subprocess.Popen(list(map(str, script)), env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        subprocess.Popen(command, env={**ENVIRONMENT, **together, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     try:
         codes = [process.wait(LONGEST_S) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert codes == [3, 9]
-    error = (folder / "error-0.txt").read_text()
+    assert codes == [0, 9]
+    error = (tmp_path / "dying" / "error-0.txt").read_text()
     assert error.startswith("LoraflowError: Process 0 of 2 cannot go on: another one has ended (")
-    assert f"The last whole checkpoint is kept in {folder / 'run'};" in error
-    assert [place.name for place in complete_checkpoints(folder / "run")][-1] == "checkpoint-4"
-    _, resumed = in_processes(2, "resumed", root, folder)
-    for one in resumed:
-        assert_same(one, expected)
-
-
-def test_an_adapter_is_trained_by_two(root, tmp_path):
-    for count, name in ((1, "one"), (2, "two")):
-        in_processes(count, "tuned", root, tmp_path / name)
-    one, two = (load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("uneven", "`batch_size` (=3) is that of all processes together and must be a multiple of their number (=2)"),
-        ("other_data", "Process 1 has another run: recipe, data, base or adapters than process 0."),
-        ("elsewhere", "Process 1 does not see "),
-        ("foreign", "checkpoint-1 is no checkpoint of this library. Give another directory."),
-    ],
-)
-def test_all_stop_for_the_same_reason(root, tmp_path, case, message):
-    in_processes(2, case, root, tmp_path / case, check=False)
-    errors = [file.read_text() for file in sorted((tmp_path / case).glob("error-*.txt"))]
-    assert len(errors) == 2
-    assert all(message in error for error in errors)
-
-
-FIT = ["--prompt", "plain", "--epochs", "1", "--device", "cpu", "--dtype", "float32"]
+    assert f"The last whole checkpoint is kept in {tmp_path / 'dying' / 'run'};" in error
+    assert complete_checkpoints(tmp_path / "dying" / "run")[-1].name == "checkpoint-4"
+    (tmp_path / "dying").rename(tmp_path / "continued")
+    play(2, root, tmp_path, "continued")
+    for seen in results(tmp_path, "continued"):
+        assert_same(seen, results(one, "plain")[0])
 
 
 @pytest.fixture
@@ -237,13 +245,13 @@ def test_the_command_says_an_error_once(fit_command, tmp_path):
 
 def test_rows_are_shared_out_whole():
     batch = [TokenExample([n], [n]) for n in range(5)]
-    shares = [Processes(rank, 2).rows(batch) for rank in range(2)]
+    shares = [Shared(list, Processes(rank, 2))(batch) for rank in range(2)]
     assert sorted(row.input_ids[0] for share in shares for row in share) == [0, 1, 2, 3, 4]
-    assert Processes(1, 2).rows(batch[:1]) == [TokenExample([0], [IGNORED])]
-    assert ALONE.rows(batch) == batch
+    assert Shared(list, Processes(1, 2))(batch[:1]) == [TokenExample([0], [IGNORED])]
+    assert Shared(list, ALONE)(batch) == batch
 
 
 def test_one_process_is_alone():
     assert here(tiny_model()) == ALONE
     with pytest.raises(LoraflowError, match=r"`batch_size` \(=4\) .* Give a multiple of 6, or fewer processes"):
-        Processes(0, 3).check_batches(FitConfig(gradient_accumulation=2))
+        Processes(0, 3).check_batches(4, 2)

@@ -134,7 +134,7 @@ def launch(given: Given, devices: int | None, device: str | None, config: FitCon
     gpus = torch.cuda.device_count()
     if own_device(device) == "cuda" and devices > gpus:
         raise LoraflowError(f"`--devices` (={devices}) is more than the GPUs of this machine (={gpus}). Give fewer.")
-    Processes(count=devices).check_batches(config)
+    Processes(count=devices).check_batches(config.batch_size, config.gradient_accumulation)
     if own_device(device) == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     # What it says of processes that failed, they and the lines below say better.

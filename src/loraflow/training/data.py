@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from loraflow.errors import DataError
 from loraflow.examples import Example, parse_examples
 from loraflow.prompts import PromptFormat
 from loraflow.training.config import FitConfig
+from loraflow.training.processes import Processes
 
 IGNORED = -100
 
@@ -108,6 +109,19 @@ def prepare(model: Any, examples: Any, dev: Any, config: FitConfig) -> FitData:
     dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length) if dev_examples else None
     rows = [[dataclasses.astuple(row) for row in split.rows] for split in (train, dev_rows) if split is not None]
     return FitData(train, dev_rows, dev_examples, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A collator of whole batches, for the rows of one of several processes."""
+
+    collate: Callable[[Sequence[TokenExample]], dict[str, Tensor]]
+    processes: Processes
+
+    def __call__(self, rows: Sequence[TokenExample]) -> dict[str, Tensor]:
+        """This process's part of a batch; where no row is left for it, one without any answer, whose loss is zero."""
+        own = rows[self.processes.rank :: self.processes.count]
+        return self.collate(own or [dataclasses.replace(rows[0], labels=[IGNORED] * len(rows[0].labels))])
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def search(
     console = processes.console(console)
     grid = search_grid(model.method) if grid is None else grid
     for setting in grid:
-        processes.check_batches(dataclasses.replace(config, **setting))
+        tried = dataclasses.replace(config, **setting)
+        processes.check_batches(tried.batch_size, tried.gradient_accumulation)
     table: list[dict[str, Any]] = []
     best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
     with model.learning(), processes.fitting(checkpoints) as root:

@@ -28,25 +28,25 @@ def mean_loss(
     """Mean negative log-likelihood of the response tokens, in nats a token; modules stay in their modes.
 
     Methods that weigh whole prompts read each example's prompt, never its response. `on_batch` is called after each
-    batch with its size. Several `processes` share the rows of each batch, and have the same mean.
+    batch with its size. Several `processes` share the batches, and have the same mean.
     """
     collate = Collator(0)
-    total, tokens = 0.0, 0
+
+    def sums(of_similar_length: TokenExamples) -> tuple[float, int]:
+        batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
+        labels = batch.pop("labels")
+        if isinstance(fusion.method, QueryMethod):
+            prompts = batch["attention_mask"] * (labels == IGNORED)
+            batch["fusion_weights"] = fusion.weigh(batch["input_ids"], prompts)
+        logits = fusion(**batch, use_cache=False).logits[:, :-1].float()
+        labels = labels[:, 1:]
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        on_batch(len(labels))
+        return total, int((labels != IGNORED).sum())
+
     with fusion.evaluating():
-        for of_similar_length in split_batches(data, batch_size):
-            own = collate(processes.rows(of_similar_length.rows))
-            batch = {key: value.to(fusion.device) for key, value in own.items()}
-            labels = batch.pop("labels")
-            if isinstance(fusion.method, QueryMethod):
-                prompts = batch["attention_mask"] * (labels == IGNORED)
-                batch["fusion_weights"] = fusion.weigh(batch["input_ids"], prompts)
-            logits = fusion(**batch, use_cache=False).logits[:, :-1].float()
-            labels = labels[:, 1:]
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            tokens += int((labels != IGNORED).sum())
-            on_batch(len(of_similar_length))
-    total, all_tokens = processes.total(total, tokens)
-    return total / all_tokens
+        totals, tokens = zip(*processes.each(split_batches(data, batch_size), sums), strict=True)
+    return sum(totals) / sum(tokens)
 
 
 def mean_score(

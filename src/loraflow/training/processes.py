@@ -8,7 +8,6 @@ rows of them, so that a step is the step of one process: no example comes twice,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +22,6 @@ from rich.console import Console
 from torch import Tensor
 
 from loraflow.errors import LoraflowError
-from loraflow.training.config import FitConfig
-from loraflow.training.data import IGNORED, TokenExample
 
 T = TypeVar("T")
 
@@ -57,13 +54,14 @@ class Processes:
         """Where this process shows its progress: nowhere, unless it is the first."""
         return (console or Console(stderr=True)) if self.first else Console(quiet=True)
 
-    def rows(self, batch: Sequence[TokenExample]) -> list[TokenExample]:
-        """This process's rows of a batch; where none is left for it, one without any answer.
-
-        Sharded bases need every process in every forward, and the loss of such a row is zero.
-        """
-        own = list(batch[self.rank :: self.count])
-        return own or [dataclasses.replace(batch[0], labels=[IGNORED] * len(batch[0].labels))]
+    def each(self, things: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
+        """What `work` gives for each of several things, in their order; every thing is one process's."""
+        own = [work(thing) for thing in things[self.rank :: self.count]]
+        if self.sharded and len(own) * self.count < len(things):
+            # A sharded base needs every process in every forward.
+            work(things[0])
+        done = self.gather(own)
+        return [done[index % self.count][index // self.count] for index in range(len(things))]
 
     def gather(self, value: T) -> list[T]:
         """What each process has, in their order."""
@@ -133,18 +131,18 @@ class Processes:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def check_batches(self, config: FitConfig) -> None:
+    def check_batches(self, batch_size: int, gradient_accumulation: int) -> None:
         """Check that every forward's rows can be shared out evenly.
 
         Raises:
             LoraflowError: if they cannot.
         """
-        parts = self.count * config.gradient_accumulation
-        if config.batch_size % parts:
+        parts = self.count * gradient_accumulation
+        if batch_size % parts:
             raise LoraflowError(
-                f"`batch_size` (={config.batch_size}) is that of all processes together and must be a multiple of "
-                f"their number (={self.count}) times `gradient_accumulation` (={config.gradient_accumulation}). Give a "
-                f"multiple of {parts}, or fewer processes."
+                f"`batch_size` (={batch_size}) is that of all processes together and must be a multiple of their "
+                f"number (={self.count}) times `gradient_accumulation` (={gradient_accumulation}). Give a multiple of "
+                f"{parts}, or fewer processes."
             )
 
     def check_sees(self, file: Path) -> None:
@@ -241,18 +239,6 @@ def _check_placement(model: Any, state: PartialState) -> None:
             f"The model of process {state.process_index} is on {model.device}, and its device is {state.device}. Load "
             "it there."
         )
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A collator of whole batches, for the rows of one process."""
-
-    collate: Callable[[Sequence[TokenExample]], dict[str, Tensor]]
-    processes: Processes
-
-    def __call__(self, rows: Sequence[TokenExample]) -> dict[str, Tensor]:
-        """This process's part of a batch."""
-        return self.collate(self.processes.rows(rows))
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -29,9 +29,9 @@ from loraflow.training.checkpoints import (
     resumable_checkpoint,
 )
 from loraflow.training.config import FitConfig, FitResult, Run
-from loraflow.training.data import IGNORED, Collator, FitData
+from loraflow.training.data import IGNORED, Collator, FitData, Shared
 from loraflow.training.loss import mean_score
-from loraflow.training.processes import ALONE, Processes, Shared
+from loraflow.training.processes import ALONE, Processes
 from loraflow.training.progress import RichProgress
 
 _KEEP = 2
@@ -56,7 +56,7 @@ def train(
         start: brings the model to where training starts; what it gives is kept with the run, and given back.
     """
     processes = run.processes
-    processes.check_batches(run.config)
+    processes.check_batches(run.config.batch_size, run.config.gradient_accumulation)
     processes.agree(identity, "run: recipe, data, base or adapters")
     checkpoint = processes.ask(lambda: resumable_checkpoint(identity, run.directory) if run.resume else None)
     if checkpoint is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from transformers.distributed import DistributedConfig
 
 from loraflow import BaseOptions, FitConfig, FusedModel
 from loraflow.errors import LoraflowError
@@ -26,9 +28,11 @@ STEPS = FitConfig(epochs=2, learning_rate=1e-2, checkpoint_steps=2)
 DEV = reversals(5, seed=1)
 
 
-def model_of(root, method="lora-flow", quantization=None, dtype=torch.float32):
-    options = BaseOptions(dtype=dtype, quantization=quantization)
-    adapters = {name: root / name for name in "ab"}
+def model_of(root, method="lora-flow", quantization=None, names=("a", "b"), **parts):
+    """A fused model; of several processes, each may hold a part of its base."""
+    parts = {"distributed_config": DistributedConfig(**parts)} if parts and dist.is_initialized() else {}
+    options = BaseOptions(dtype=torch.float32, quantization=quantization, model_kwargs=parts)
+    adapters = {name: root / name for name in names}
     return FusedModel.from_adapters(root / "base", adapters, method, tokenizer=number_tokenizer(), options=options)
 
 
@@ -95,7 +99,8 @@ def experts(root, run):
     return fit(model, data, config=config, checkpoints=run, console=Console(file=sys.stdout)), model
 
 
-def tuned(root, run):
+def tuned(root, run, **parts):
+    parts = {"distributed_config": DistributedConfig(**parts)} if parts and dist.is_initialized() else {}
     lora = LoraSettings(r=4, dropout=0.0)
     result = finetune(
         root / "base",
@@ -105,7 +110,7 @@ def tuned(root, run):
         config=FitConfig(epochs=1, learning_rate=1e-2),
         tokenizer=number_tokenizer(),
         console=Console(file=sys.stdout),
-        options=BaseOptions(dtype=torch.float32),
+        options=BaseOptions(dtype=torch.float32, model_kwargs=parts),
     )
     return result, None
 
@@ -121,6 +126,29 @@ def dying(root, run):
 
     WholeCheckpointTrainer.training_step = die
     return plain(root, run)
+
+
+def sharded(root, run):
+    """FSDP2, with an adapter that is fused by the norms of whole weights, a score, and an interruption."""
+
+    def score(answer, record):
+        return float(len(answer))
+
+    settings = {"count": 7, "dev": DEV, "score": score, "config": replace(STEPS, score_max_new_tokens=3)}
+    fitted(root, model_of(root, names=("a", "dora"), fsdp_size=2), run, **settings)
+    everybody_waits()
+    if RANK == 0:
+        (complete_checkpoints(run)[-1] / COMPLETE).unlink()
+    everybody_waits()
+    return fitted(root, model_of(root, names=("a", "dora"), fsdp_size=2), run, **settings, resume=True)
+
+
+def sharded_tuned(root, run):
+    return tuned(root, run, fsdp_size=2)
+
+
+def split(root, run):
+    return fitted(root, model_of(root, tp_size=2), run)
 
 
 def uneven(root, run):
@@ -156,6 +184,8 @@ def play(case, root, folder):
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
     for chosen in sys.argv[3:]:
         place = Path(sys.argv[2]) / chosen
         place.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -11,21 +12,28 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
 
-from loraflow.errors import LoraflowError
+from loraflow.bases import check_sharding
+from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
 from loraflow.training.data import IGNORED, Shared, TokenExample
 from loraflow.training.processes import ALONE, Processes, here
+from loraflow.training.trainer import WholeCheckpointTrainer
 from tests.tiny import number_tokenizer, save_adapter, tiny_model
 
 HERE = Path(__file__).parents[2]
 GANG = HERE / "tests" / "training" / "gang.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE / 'src'}{os.pathsep}{HERE}"}
 LONGEST_S = 400
+SHARDS = "fsdp_size" in inspect.signature(DistributedConfig).parameters
+TUNED = ["tuned", *(["sharded_tuned"] if SHARDS else [])]
 EQUAL = [
     "plain",
     "accumulated",
@@ -34,9 +42,11 @@ EQUAL = [
     "grid",
     "experts",
     *(["without_gradients"] if find_spec("nevergrad") else []),
+    *(["sharded"] if SHARDS else []),
     *(["four_bit"] if find_spec("bitsandbytes") else []),
 ]
 REFUSED = {
+    "split": "The base is split by `tp_size` (=2): each process computes a part of a linear's output",
     "uneven": "`batch_size` (=3) is that of all processes together and must be a multiple of their number (=2)",
     "other_data": "Process 1 has another run: recipe, data, base or adapters than process 0.",
     "elsewhere": "Process 1 does not see ",
@@ -53,6 +63,7 @@ def root(tmp_path_factory):
     number_tokenizer().save_pretrained(folder / "base")
     for seed, name in enumerate("ab"):
         save_adapter(base, folder / name, seed=seed + 1)
+    save_adapter(base, folder / "dora", seed=3, use_dora=True)
     return folder
 
 
@@ -90,7 +101,7 @@ def results(folder, case):
 def one(root, tmp_path_factory):
     """Where one process left what it found in every case."""
     folder = tmp_path_factory.mktemp("one")
-    play(1, root, folder, *EQUAL, "tuned")
+    play(1, root, folder, *EQUAL, *TUNED)
     return folder
 
 
@@ -98,7 +109,7 @@ def one(root, tmp_path_factory):
 def two(root, tmp_path_factory):
     """Where two processes did, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, play(2, root, folder, *EQUAL, "tuned", *REFUSED)
+    return folder, play(2, root, folder, *EQUAL, *TUNED, *REFUSED)
 
 
 def assert_same(found, expected):
@@ -132,8 +143,9 @@ def test_each_thing_is_printed_once(two):
     ]
 
 
-def test_an_adapter_is_trained_by_two(one, two):
-    files = [folder / "tuned" / "run" / "adapter" / "adapter_model.safetensors" for folder in (one, two[0])]
+@pytest.mark.parametrize("case", TUNED)
+def test_an_adapter_is_trained_by_two(one, two, case):
+    files = [folder / case / "run" / "adapter" / "adapter_model.safetensors" for folder in (one, two[0])]
     expected, found = map(load_file, files)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -211,7 +223,7 @@ def test_the_command_runs_in_processes_and_says_things_once(fit_command, tmp_pat
     outputs = {
         "one": run([sys.executable, *fit_command(tmp_path / "one")])[0],
         "devices": run([sys.executable, *fit_command(tmp_path / "devices", "--devices", "2")])[0],
-        "launch": run([*launcher(2), *fit_command(tmp_path / "launch")])[0],
+        "launch": run([*launcher(2), *fit_command(tmp_path / "launch", *(["--shard"] if SHARDS else []))])[0],
     }
     for name, output in outputs.items():
         assert output.count("values to learn in") == 1, output
@@ -238,6 +250,7 @@ def test_the_command_says_an_error_once(fit_command, tmp_path):
     for more, message in [
         (["--devices", "0"], "`--devices` (=0) must be at least 1."),
         (["--devices", "2", "--device", "auto"], "`--device` (='auto') is one place"),
+        (["--shard"], "`--shard` divides the base among several devices, and there is one."),
     ]:
         output, code = run([sys.executable, *fit_command(tmp_path / "d", *more)], check=False)
         assert (code, output.count(message)) == (1, 1), output
@@ -249,6 +262,49 @@ def test_rows_are_shared_out_whole():
     assert sorted(row.input_ids[0] for share in shares for row in share) == [0, 1, 2, 3, 4]
     assert Shared(list, Processes(1, 2))(batch[:1]) == [TokenExample([0], [IGNORED])]
     assert Shared(list, ALONE)(batch) == batch
+
+
+@pytest.mark.parametrize(("name", "flag"), [("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")])
+def test_no_launcher_takes_the_gates_apart(monkeypatch, name, flag):
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(LoraflowError, match=rf"`accelerate launch` is set to use {name} \({flag}\), which would take"):
+        here(tiny_model())
+
+
+def test_a_quantised_base_is_not_divided():
+    model = tiny_model()
+    model.is_quantized = True
+    model.config.distributed_config = DistributedConfig(fsdp_size=2)
+    with pytest.raises(ArchitectureError, match=r"The base is quantised, and stored in parts \(`fsdp_size` = 2\)"):
+        check_sharding(model)
+
+
+def test_each_process_has_its_own_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    state = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cuda:1"))
+    monkeypatch.setattr("loraflow.training.processes.PartialState", lambda **_: state)
+    spread = SimpleNamespace(device=torch.device("cuda:0"), hf_device_map={"a": 0, "b": 1})
+    with pytest.raises(LoraflowError, match=r"The base is spread over several devices .* and 2 processes fit it"):
+        here(spread)
+    with pytest.raises(LoraflowError, match="The model of process 1 is on cuda:0, and its device is cuda:1"):
+        here(SimpleNamespace(device=torch.device("cuda:0")))
+
+
+def test_a_group_that_the_environment_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("loraflow.training.processes.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(LoraflowError, match="The process group has 2 processes, and the environment says nothing of"):
+        here(tiny_model())
+
+
+def test_a_loss_of_each_ones_own_is_refused(tmp_path):
+    class Plain(torch.nn.Linear):
+        accepts_loss_kwargs = False
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(LoraflowError, match="2 processes cannot fit this base: the loss that its forward gives is a"):
+        WholeCheckpointTrainer(model=Plain(1, 1), args=arguments, processes=Processes(0, 2))
 
 
 def test_one_process_is_alone():

@@ -6,6 +6,7 @@ that meets it first.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from loraflow.errors import LoraflowError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loraflow.bases import BaseOptions
     from loraflow.training.config import FitConfig
 
 Devices = Annotated[
@@ -29,6 +31,10 @@ Devices = Annotated[
         help="Train on so many GPUs at once, or, with --device cpu, in so many processes; they share each batch.  "
         "[default: 1]",
     ),
+]
+Shard = Annotated[
+    bool,
+    typer.Option("--shard", help="Divide a base that does not fit one device among all --devices (FSDP2)."),
 ]
 
 _joined: list[Any] = []
@@ -50,6 +56,26 @@ def own_device(device: str | None) -> str:
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and is_launched() else device
+
+
+def placed(options: BaseOptions, *, shard: bool) -> BaseOptions:
+    """How this process loads the base: as the options say, or a part of it.
+
+    Raises:
+        LoraflowError: if a base is to be divided that cannot be.
+    """
+    if not shard:
+        return options
+    if not is_launched():
+        raise LoraflowError("`--shard` divides the base among several devices, and there is one. Give --devices.")
+    if options.quantization not in (None, "none"):
+        raise LoraflowError(
+            f"`--shard` divides no quantised base (`--quantization` = {options.quantization!r}). Leave one of them out."
+        )
+    from transformers.distributed import DistributedConfig
+
+    parts = DistributedConfig(fsdp_size=int(os.environ["WORLD_SIZE"]))
+    return dataclasses.replace(options, device_map=None, model_kwargs={"distributed_config": parts})
 
 
 def join(devices: int | None, device: str | None) -> Console:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from loraflow.cli.devices import Devices, is_first, join, launch
+from loraflow.cli.devices import Devices, Shard, is_first, join, launch, placed
 from loraflow.cli.groups import Given, panel, with_groups
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
@@ -87,6 +87,7 @@ def finetune(
     steps: FinetuneSteps,
     room: Room,
     devices: Devices = None,
+    shard: Shard = False,
     seed: Annotated[int, recipe_option(help="Of a new adapter, the examples' order, and dropout.")] = FitConfig.seed,
     prompt: PromptOptions,
     placement: Placement,
@@ -128,7 +129,7 @@ def finetune(
         checkpoints=checkpoints,
         resume=run.resume,
         console=console,
-        options=placement.options(),
+        options=placed(placement.options(), shard=shard),
     )
     if not is_first():
         return

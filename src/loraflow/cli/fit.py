@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli.devices import Devices, is_first, join, launch
+from loraflow.cli.devices import Devices, Shard, is_first, join, launch, placed
 from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
@@ -151,6 +151,7 @@ def fit(
     ] = FitConfig.adapter_dropout,
     room: Room,
     devices: Devices = None,
+    shard: Shard = False,
     score_max_new_tokens: Annotated[
         int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
@@ -184,7 +185,8 @@ def fit(
 
     from loraflow import training
 
-    model = sources.build(method, prompt.format(), stop_strings(stop))
+    options = placed(sources.placement.options(), shard=shard)
+    model = sources.build(method, prompt.format(), stop_strings(stop), options)
     count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
     gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
     console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")

@@ -106,13 +106,24 @@ class Sources:
             raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules {form}")
         return self.base, adapters
 
-    def build(self, method: FusionMethod, prompt: PromptFormat, stop_strings: Sequence[str] = ()) -> FusedModel:
-        """A fused model of them."""
+    def build(
+        self,
+        method: FusionMethod,
+        prompt: PromptFormat,
+        stop_strings: Sequence[str] = (),
+        options: BaseOptions | None = None,
+    ) -> FusedModel:
+        """A fused model of them, placed as they say or as other options do."""
         base, adapters = self.both()
         from loraflow.model import FusedModel
 
         return FusedModel.from_adapters(
-            base, adapters, method, prompt=prompt, stop_strings=stop_strings, options=self.placement.options()
+            base,
+            adapters,
+            method,
+            prompt=prompt,
+            stop_strings=stop_strings,
+            options=options or self.placement.options(),
         )
 
 

@@ -208,6 +208,7 @@ def here(model: Any) -> Processes:
     Raises:
         LoraflowError: if there is a group, of which the environment says nothing.
     """
+    _check_launcher()
     grouped = dist.is_available() and dist.is_initialized()
     if not grouped and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
@@ -219,8 +220,23 @@ def here(model: Any) -> Processes:
             "and WORLD_SIZE in each process."
         )
     _check_placement(model, state)
-    sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     return Processes(state.process_index, state.num_processes, sharded)
+
+
+def _check_launcher() -> None:
+    """Check that no launcher asks accelerate to take the base apart, with all that is learned.
+
+    Raises:
+        LoraflowError: if one does.
+    """
+    for name, flag in {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}.items():
+        if os.environ.get(flag, "false").lower() == "true":
+            raise LoraflowError(
+                f"`accelerate launch` is set to use {name} ({flag}), which would take the gates apart with the base. "
+                "Launch plain processes (--multi_gpu), and load a base that does not fit one device in parts, with "
+                "`BaseOptions(model_kwargs=...)` and transformers' `DistributedConfig(fsdp_size=...)`."
+            )
 
 
 def _check_placement(model: Any, state: PartialState) -> None:

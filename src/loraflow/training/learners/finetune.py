@@ -126,7 +126,9 @@ def finetune(
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
         parameters = sum(parameter.numel() for parameter in trained.learned().values())
         seconds = time.perf_counter() - started
-        processes.ask(lambda: _save(adapted, output))
+        # PEFT may have to put parts of the model together, for which it needs all processes.
+        files = _files(adapted)
+        processes.ask(lambda: _save(*files, output))
     done = dataclasses.replace(outcome, seconds=seconds, truncated=data.train.truncated)
     return FinetuneResult(**vars(done), output=output, parameters=parameters)
 
@@ -136,6 +138,8 @@ class TrainedAdapter(nn.Module):
 
     # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
     _hf_peft_config_loaded = True
+    # What is trained is whole in every process, however the base is stored: Trainer need not refuse to go on with it.
+    is_distributed_loading_by_transformers = False
     main_input_name = "input_ids"
 
     def __init__(self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat) -> None:
@@ -276,8 +280,8 @@ def _equal(theirs: Tensor | None, ours: Tensor | None) -> bool:
     return torch.equal(theirs.to("cpu", torch.float32), ours.to("cpu", torch.float32))
 
 
-def _save(adapted: PeftModel, output: Path) -> None:
-    """Write PEFT's two files so that a crash leaves a whole adapter, or a directory that is none."""
+def _files(adapted: PeftModel) -> tuple[dict[str, Any], bytes]:
+    """What PEFT writes: the adapter's configuration and its weights."""
     with tempfile.TemporaryDirectory() as directory:
         # Without a look at the Hub for the base's vocabulary: embeddings are never trained here.
         adapted.save_pretrained(directory, save_embedding_layers=False)
@@ -286,6 +290,11 @@ def _save(adapted: PeftModel, output: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         # PEFT keeps a set, whose order changes from run to run.
         config["target_modules"].sort()
+    return config, weights
+
+
+def _save(config: Mapping[str, Any], weights: bytes, output: Path) -> None:
+    """Write PEFT's two files so that a crash leaves a whole adapter, or a directory that is none."""
     make_folder(output)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     write_atomically(output / WEIGHTS_FILE, weights)

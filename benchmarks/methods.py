@@ -21,7 +21,7 @@ import torch
 import transformers
 from speed import build_base, print_setting, run_rounds, save_adapter, timed
 
-from loraflow import FusedModel, LearnedStatic, LoraFlow, LoraHub, Method, QaFlora
+from loraflow import AdapterCore, FusedModel, LearnedStatic, LoraFlow, LoraHub, Method, QaFlora
 from loraflow.methods import METHODS, get_method
 
 NEEDS = {
@@ -90,6 +90,7 @@ def every_method(adapters: list[str]) -> dict[str, Method]:
     for extra in (*extras, {"activation": "sigmoid"}, {"top_k": 1}):
         label = " ".join(f"{key}={value}" for key, value in extra.items())
         named[f"lora-flow, layer, {label}"] = LoraFlow(start="average", **extra)
+    named["adapter-core"] = AdapterCore("average")
     return named
 
 

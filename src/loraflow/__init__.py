@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraflow.adapters import AdapterSource
     from loraflow.bases import BaseOptions
     from loraflow.methods import (
+        AdapterCore,
         Arrow,
         Average,
         Base,
@@ -46,6 +47,7 @@ _HOMES = {
 """Where public names are; the others of `__all__` are of `loraflow.methods`."""
 
 __all__ = [
+    "AdapterCore",
     "AdapterSource",
     "Arrow",
     "Average",

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.errors import LoraflowError, MethodError
-from loraflow.methods import Arrow, Centroid, LearnedStatic, Logo, LoraHub, Phatgoose, QaFlora
+from loraflow.methods import AdapterCore, Arrow, Centroid, LearnedStatic, Logo, LoraHub, Phatgoose, QaFlora
 from loraflow.methods.base import Mixing
 from tests.tiny import (
     ARCHITECTURES,
@@ -69,6 +69,7 @@ OWN = [
     LearnedStatic("module"),
     LoraHub(),
     Phatgoose(),
+    AdapterCore(),
 ]
 # None is the fusion's own.
 OTHERS = [

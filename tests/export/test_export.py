@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 
-from loraflow import Arrow, Average, FusedModel, LearnedStatic, LoraFlow, LoraHub, QaFlora, Static
+from loraflow import AdapterCore, Arrow, Average, FusedModel, LearnedStatic, LoraFlow, LoraHub, QaFlora, Static
 from loraflow.adapters import load_adapter
 from loraflow.core.linear import dense_weight
 from loraflow.core.reference import merged_weight
@@ -89,6 +89,7 @@ def config_of(directory) -> dict:
         (LearnedStatic("module"), ["zh", "math", "code"]),
         (LoraHub(), ["zh", "math", "code"]),
         (LoraHub("outputs"), ["zh", "math", "code"]),
+        (AdapterCore("zh"), ["zh", "math", "code"]),
     ],
     ids=str,
 )

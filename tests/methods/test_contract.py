@@ -24,6 +24,7 @@ from loraflow.core.lanes import learned_of
 from loraflow.errors import FusionError, MethodError
 from loraflow.methods import (
     METHODS,
+    AdapterCore,
     Arrow,
     Average,
     Base,
@@ -66,6 +67,7 @@ CHANGED = [
     Arrow(2, 0.5),
     Phatgoose(1),
     LoraFlow("module", 1.1, "zh", "normalized", "low-rank", 4, "sigmoid", 2),
+    AdapterCore({"zh": 0.5}),
 ]
 changed = pytest.mark.parametrize("method", CHANGED, ids=lambda method: method.name)
 

@@ -11,7 +11,7 @@ import torch
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.methods import Arrow, LearnedStatic, LoraHub, QaFlora
+from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, QaFlora
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
 from tests.serving.worlds import alone, job, running, send
@@ -26,6 +26,7 @@ FUSIONS = {
     "steps": (["code", "zh", "math"], LoraFlow("step")),
     # Most linears of the model are none of this one's.
     "some-linears": (["math"], LearnedStatic("module")),
+    "core": (["math", "code"], AdapterCore("math")),
     "searched": (["math", "code"], LoraHub()),
     "arrows": (["code", "zh"], Arrow(1)),
     "queries": (["math", "zh"], QaFlora()),

@@ -27,6 +27,7 @@ from loraflow.core.linear import stack_adapters
 from loraflow.core.reference import reference_linear
 from loraflow.errors import AdapterError, ArchitectureError, FusionError, LoraflowError, MethodError
 from loraflow.methods import (
+    AdapterCore,
     Arrow,
     Average,
     Base,
@@ -271,6 +272,38 @@ class TestPlan:
         assert len(plan.layers) == 3
         assert [update is not None for update in plan.layers[1]["self_attn.k_proj"]] == [True, False, False]
         assert plan.layers[2]["self_attn.q_proj"][1].scaling == 8 / 8**0.5
+
+    def test_a_core_is_one_adapter_of_all_ranks_together(self, world, tmp_path):
+        model = FusedModel.from_pretrained(save(world, tmp_path, AdapterCore("zh")))
+        plan = read_plan(tmp_path, world.base)
+        assert plan.adapters == ("zh+math+code",)
+        assert plan.gates.keys() == model.gates.keys()
+        for name, site in model.attachment.sites["module"].items():
+            (update,) = plan.layers[site.layer][site.module]
+            ranks = sum(one.rank for one in site.updates[site.module] if one is not None)
+            assert update.rank <= min(ranks, *update.lora_A.shape[1:], len(update.lora_B))
+            x = torch.randn(3, site.features)
+            linear = model.base_model.get_submodule(f"model.{name}")
+            expected = reference_linear(x, linear.weight, None, [update], plan.gates[name](x).expand(3, 1))
+            with model.using("base"):
+                base_output = linear(x)
+            gate = model.gates[name]
+            own = x @ gate.down.T @ gate.core.T @ gate.up.T
+            weighted = reference_linear(
+                x, linear.weight, None, list(site.updates[site.module]), gate.start.expand(3, 3)
+            )
+            assert torch.allclose(weighted + own, expected, atol=1e-4)
+            assert not torch.allclose(base_output, expected, atol=1e-2)
+        check_plan(plan, requests=False)
+        with pytest.raises(MethodError, match=r"'adapter-core' adds updates of its own.*requests cannot bring weights"):
+            check_plan(plan, requests=True)
+
+    @pytest.mark.parametrize("method", [LoraFlow(), AdapterCore()], ids=lambda method: method.name)
+    def test_a_dora_is_refused_by_name(self, world, tmp_path, method):
+        dora = save_adapter(tiny_model("llama"), tmp_path / "dora", ["q_proj"], use_dora=True)
+        save(world, tmp_path / "fusion", method, zh=world.adapters["zh"], dora=dora)
+        with pytest.raises(AdapterError, match="'dora' is a DoRA, which is not computed in vLLM"):
+            read_plan(tmp_path / "fusion", world.base)
 
     def test_whole_prompts_have_no_gates(self, world, tmp_path):
         plan = read_plan(save(world, tmp_path, Logo()), world.base)

@@ -48,11 +48,11 @@ def export(
     ] = "float32",
     overwrite: Overwrite = False,
     mean_weights_on: Annotated[
-        Path | None,
+        str | None,
         _mean(
             "--mean-weights-on",
-            help="Export the mean of a dynamic fusion's weights on these examples (JSON lines, as for fit), and print "
-            "the loss with it and with the fusion.",
+            help="Export the mean of a dynamic fusion's weights on these examples (given as for fit), and print the "
+            "loss with it and with the fusion.",
         ),
     ] = None,
     names: MeanFields,
@@ -61,8 +61,8 @@ def export(
 ) -> None:
     """Write a fusion as one ordinary PEFT adapter, for PEFT, transformers, vLLM and whatever else loads adapters.
 
-    Weights that never change (one adapter, average, static, learned-static, lorahub) give an adapter that answers as
-    the fusion does. LoRA-Flow and others weigh every token or prompt anew, which no adapter can: for those,
+    Weights that never change (one adapter, average, static, learned-static, lorahub, adapter-core) give an adapter that
+    answers as the fusion does. LoRA-Flow and others weigh every token or prompt anew, which no adapter can: for those,
     --mean-weights-on exports the mean of their weights on your examples, and says what that costs.
 
     Examples: `loraflow export zh-math --output zh-math-adapter --mean-weights-on dev.jsonl --rank 64`;

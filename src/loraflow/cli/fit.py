@@ -11,9 +11,10 @@ import typer
 
 from loraflow.cli.devices import Devices, Shard, is_first, join, launch, placed
 from loraflow.cli.groups import Given, with_groups
+from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
-from loraflow.cli.texts import DevExamples, PromptOptions, Stop, data_option, manner_line, stop_strings
+from loraflow.cli.texts import DevExamples, PromptOptions, Stop, TrainOn, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
 from loraflow.training.config import FitConfig
@@ -35,12 +36,15 @@ class TrainingData:
     """What a method learns from."""
 
     data: Annotated[
-        Path | None,
+        list[str],
         data_option(
             "--data",
-            help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`. 200 are enough.",
+            help="Training examples, `prompt` and `completion`, or `messages`: a file of JSON lines, JSON, CSV, TSV or "
+            "Parquet, or a data set as `org/name:configuration[train[:200]]`. 200 are enough. Several after one flag "
+            "are mixed, `a.jsonl=0.7 b.csv=0.3` in these proportions.",
+            show_default=False,
         ),
-    ] = None
+    ] = field(default_factory=list)
     adapter_data: Annotated[
         list[str],
         data_option(
@@ -52,7 +56,7 @@ class TrainingData:
     ] = field(default_factory=list)
 
     def read(
-        self, method: FusionMethod, adapters: Sequence[str], fields: Fields | None
+        self, method: FusionMethod, adapters: Sequence[str], fields: Fields | None, seed: int
     ) -> list[Example] | dict[str, list[Example]]:
         """The examples that a method learns from.
 
@@ -63,18 +67,18 @@ class TrainingData:
         from loraflow.training.learners import learner_of
 
         if learner_of(method).reads == "task":
-            if self.data is None or self.adapter_data:
+            if not self.data or self.adapter_data:
                 raise LoraflowError(
                     f"The method {method.name!r} learns from examples of the task. Give them with --data."
                 )
-            return read_examples(self.data, fields)
+            return read_mixture(self.data, fields, seed)
         own = parse_adapters(self.adapter_data, "--adapter-data")
         for name in own:
             if name not in adapters:
                 raise LoraflowError(
                     f"`--adapter-data` names the unknown adapter {name!r}. {did_you_mean(name, adapters)}"
                 )
-        if self.data is not None or len(own) < len(adapters):
+        if self.data or len(own) < len(adapters):
             wanted = " ".join(f"{name}=FILE" for name in adapters)
             raise LoraflowError(
                 f"The method {method.name!r} learns from each adapter's own data. Give it with --adapter-data "
@@ -155,16 +159,20 @@ def fit(
     score_max_new_tokens: Annotated[
         int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
-    seed: Annotated[int, recipe_option(help="Of the examples' order, and of dropout.")] = FitConfig.seed,
+    seed: Annotated[
+        int, recipe_option(help="Of the examples' order, of dropout, and of what a mixture takes.")
+    ] = FitConfig.seed,
+    train_on: TrainOn = FitConfig.train_on,
     prompt: PromptOptions,
     stop: Stop = [],  # noqa: B006 (typer reads the default)
 ) -> None:
     """Learn a fusion of adapters from a few examples.
 
     Base and adapters stay frozen; only what the method learns is trained, and saved in --output with everything that is
-    needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient), lorahub
-    (one weight for each adapter, by gradient-free search); and from each adapter's own data instead of examples of the
-    task: phatgoose, centroid.
+    needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient),
+    adapter-core (a small matrix between the adapters in each linear, by gradient), lorahub (one weight for each
+    adapter, by gradient-free search); and from each adapter's own data instead of examples of the task: phatgoose,
+    centroid.
 
     Examples: `loraflow fit --base meta-llama/Llama-2-7b-hf --lora-modules zh=user/zh-lora math=user/math-lora
     --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;
@@ -177,7 +185,7 @@ def fit(
     method = choice.resolve("lora-flow", adapters)
     _refuse_unused(given, method)
     _refuse_idle(given, decision)
-    examples = data.read(method, adapters, decision.examples.names.fields())
+    examples = data.read(method, adapters, decision.examples.names.fields(), seed)
     decides = decision.read()
     config = FitConfig.for_method(method, **_settings(given))
     if launch(given, devices, sources.placement.device, config):

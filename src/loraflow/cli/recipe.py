@@ -45,7 +45,9 @@ class Steps:
     ] = None
     learning_rate: Annotated[
         float | None,
-        recipe_option(help="Peak of the cosine schedule.  [default: 1e-3; learned-static 1e-2, phatgoose 5e-3]"),
+        recipe_option(
+            help="Peak of the cosine schedule.  [default: 1e-3; learned-static, adapter-core 1e-2; phatgoose 5e-3]"
+        ),
     ] = None
     batch_size: Annotated[int, recipe_option(help="Examples in a step.")] = FitConfig.batch_size
     gradient_accumulation: Annotated[int, recipe_option(help="Forwards in a step; must divide the batch size.")] = (

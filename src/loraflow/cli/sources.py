@@ -30,7 +30,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, arrow, phatgoose, lora-flow, "
-        "one of another package, or an adapter's name (that one alone).",
+        "adapter-core, one of another package, or an adapter's name (that one alone).",
     ),
 ]
 MethodOptions = Annotated[

@@ -218,4 +218,5 @@ def _weights(traced: Any) -> dict[str, Any]:
     return {
         "weights": traced.weights[0].tolist(),
         "module_weights": {name: weights[0].tolist() for name, weights in traced.module_weights.items()},
+        "readings": {name: sizes.tolist() for name, sizes in traced.readings.items()},
     }

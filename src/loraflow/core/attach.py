@@ -19,7 +19,7 @@ from loraflow.adapters import Adapter, match_adapter
 from loraflow.bases import BaseOptions, check_sharding, find_tokenizer, load_base
 from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers
 from loraflow.core.context import LayerContext
-from loraflow.core.fuse import Fused, Group, device_of, find_sites, fuse_layers, gate_dtype, unfuse_layers
+from loraflow.core.fuse import Fused, Group, device_of, dtype_of, find_sites, fuse_layers, gate_dtype, unfuse_layers
 from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.quantized import allow_packing, keep_differentiable
@@ -160,6 +160,8 @@ class Attachment:
             if gate is not None:
                 layer = self.layers.layers[site.layer]
                 gates[name] = gate.to(device_of(layer), gate_dtype(layer, self.model))
+                if method.adds:
+                    _match_precision(gate, dtype_of(layer, self.model))
         return gates
 
     def install(self, method: Method, gates: Gates) -> None:
@@ -214,7 +216,9 @@ class Attachment:
         if among is not None and list(among) == list(range(len(self.adapters))):
             among = None
         rows = None if requests is None else tuple(requests)
-        return Lane(rows, _gate_place(method), gates, method.mixing, None if among is None else tuple(among))
+        return Lane(
+            rows, _gate_place(method), gates, method.mixing, None if among is None else tuple(among), method.adds
+        )
 
     def _check_tokens(self, method: Method) -> None:
         """Check that weights that differ from token to token find those tokens everywhere.
@@ -295,6 +299,13 @@ def _site_of(site: Site, among: Sequence[int]) -> Site:
 def _gate_place(method: Method) -> Place:
     # A method that weighs whole queries keeps what it has in one place, wherever its weights differ.
     return "model" if method.level == "query" else method.place
+
+
+def _match_precision(gate: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the matrices of a gate's own update into the precision of the base's activations."""
+    for name, buffer in list(gate.named_buffers()):
+        if buffer.dim() > 1:
+            setattr(gate, name, buffer.to(dtype))
 
 
 def _owns(prefix: str, site_name: str) -> bool:

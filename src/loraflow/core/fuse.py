@@ -72,7 +72,7 @@ class _Layer:
     def _fuse_linears(self, names: Sequence[str], rows: Rows) -> None:
         base_layers = [self.layer.get_submodule(name) for name in names]
         stacks = [
-            stack_adapters(self.updates[name], base_layer, _dtype_of(base_layer, self.model))
+            stack_adapters(self.updates[name], base_layer, dtype_of(base_layer, self.model))
             for name, base_layer in zip(names, base_layers, strict=True)
         ]
         group = InputGroup(names, stacks, device_of(base_layers[0]), rows)
@@ -87,7 +87,7 @@ class _Layer:
         Raises:
             ArchitectureError: if they are something else.
         """
-        rows, dtype, device = self.rows.of(name), _dtype_of(module, self.model), device_of(module)
+        rows, dtype, device = self.rows.of(name), dtype_of(module, self.model), device_of(module)
         if all(getattr(module, parameter).dim() == 3 for parameter in parameters):
             stacks = {
                 parameter: ExpertStack(f"{name}.{parameter}", rows, self.updates[f"{name}.{parameter}"], dtype, device)
@@ -172,10 +172,11 @@ def device_of(module: nn.Module) -> torch.device:
 
 def gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:
     """The precision of a layer's gates: float32 at least."""
-    return torch.promote_types(torch.float32, _dtype_of(layer, model))
+    return torch.promote_types(torch.float32, dtype_of(layer, model))
 
 
-def _dtype_of(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
+def dtype_of(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
+    """The precision of a module's activations."""
     dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
     # A quantised weight is no float; its activations have the model's precision.
     return dtypes[0] if dtypes else model.dtype

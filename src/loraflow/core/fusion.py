@@ -23,10 +23,12 @@ from loraflow.core.batch import (
     refuse_prompts,
     weigh_prompts,
 )
-from loraflow.core.lanes import Gates
+from loraflow.core.lanes import Gates, constant_weights_of
+from loraflow.core.readings import readings
 from loraflow.core.state import FusionState
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod
+from loraflow.methods.base import AddsUpdate
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
 
@@ -321,4 +323,14 @@ class Fusion(FusionState):
             method=method.name,
             level=method.level,
             place=method.place,
+            readings=self._readings(gates) if method.adds and method.level == "task" else {},
         )
+
+    def _readings(self, gates: Gates) -> dict[str, Float[Tensor, "writers readers"]]:
+        """Who reads whom in each linear whose gate adds an update of its own."""
+        sites, found = self.attachment.sites["module"], {}
+        for name, gate in gates.items():
+            (updates,) = sites[name].updates.values()
+            weights = constant_weights_of(gate, sites[name].features)
+            found[name] = readings(updates, weights, cast(AddsUpdate, gate).factors())
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,17 @@ def load_gates(gates: Gates, learned: Mapping[str, Tensor], of: str, *, assign: 
         gate.load_state_dict({name: learned[f"{site}.{name}"] for name in gate.state_dict()}, assign=assign)
 
 
+def constant_weights_of(gate: nn.Module, features: int) -> Float[Tensor, " adapters"]:
+    """The weights that a gate that ignores its input gives for any."""
+    like = next((t for t in chain(gate.parameters(), gate.buffers()) if t.is_floating_point()), torch.zeros(()))
+    was_training = gate.training
+    try:
+        weights = gate.eval()(like.new_zeros(1, 1, features))
+    finally:
+        gate.train(was_training)
+    return weights.detach().double().cpu().reshape(-1, weights.shape[-1])[0]
+
+
 class RowGate(nn.Module):
     """Fusion weights that are given, for each request its own."""
 
@@ -61,6 +73,7 @@ class Lane:
         gates: by site; none for the base alone.
         mixing: what is mixed.
         among: positions of the adapters that the gates weigh; None for all of them.
+        adds: whether the gates add updates of their own.
     """
 
     requests: tuple[int, ...] | None
@@ -68,6 +81,7 @@ class Lane:
     gates: Gates
     mixing: Mixing = "outputs"
     among: tuple[int, ...] | None = None
+    adds: bool = False
 
     def gate(self, layer: int, module: str | None = None) -> nn.Module | None:
         """The gate of a layer, or of one of its linears; None for the base alone."""
@@ -107,6 +121,7 @@ class Lanes:
         only: the one lane, where there are no others: its requests are all rows, in order.
         reads_embeddings: whether a gate of the whole model is among them.
         reads_modules: whether linears have gates of their own.
+        adds: whether gates among them add updates of their own.
         all_mix: whether all lanes mix parameters; None where some do and others mix outputs.
     """
 
@@ -116,6 +131,7 @@ class Lanes:
     only: Lane | None = field(init=False, repr=False)
     reads_embeddings: bool = field(init=False, repr=False)
     reads_modules: bool = field(init=False, repr=False)
+    adds: bool = field(init=False, repr=False)
     all_mix: bool | None = field(init=False, repr=False)
     _rows: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -124,6 +140,7 @@ class Lanes:
         object.__setattr__(self, "only", self.lanes[0] if len(self.lanes) == 1 else None)
         object.__setattr__(self, "reads_embeddings", any(one.place == "model" and one.gates for one in self.lanes))
         object.__setattr__(self, "reads_modules", any(one.place == "module" and one.gates for one in self.lanes))
+        object.__setattr__(self, "adds", any(one.adds and one.gates for one in self.lanes))
         mixing = {one.mixing == "parameters" for one in self.lanes}
         object.__setattr__(self, "all_mix", mixing.pop() if len(mixing) == 1 else None)
 

@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraflow.adapters import LoraModule
 from loraflow.bases import whole
+from loraflow.core.added import add_own_updates
 from loraflow.core.context import LayerContext
 from loraflow.core.rows import Rows
 from loraflow.core.swap import restore_class, swap_class
@@ -331,7 +332,17 @@ class FusedLinear(nn.Module):
     def add_updates(
         self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
     ) -> Float[Tensor, "*batch out_features"]:
-        """What the base gave, which is nobody else's yet, plus the weighted sum of the adapters' updates."""
+        """What the base gave, which is nobody else's yet, plus the weighted sum of the adapters' updates.
+
+        And what gates add of their own, where a method's do.
+        """
+        result = self._add_weighted(x, base_output)
+        group, member, context, _ = self.fused
+        return add_own_updates(context, group.names[member], group.rows, x, result) if context.running.adds else result
+
+    def _add_weighted(
+        self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
         group, member, context, uses_dora = self.fused
         if context.alone is not None:
             return self._each_alone(x, base_output)

@@ -270,8 +270,10 @@ class FusionState(Asking, _OfBase):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def num_learned_parameters(self) -> int:
-        """Number of values that the method learns, those of `state_dict`."""
-        return sum(tensor.numel() for tensor in self.state_dict().values())
+        """Number of values that the method learns: parameters of its gates, or what those keep of samples."""
+        gates = self._choice.own.gates.values()
+        parameters = sum(parameter.numel() for gate in gates for parameter in gate.parameters())
+        return parameters or sum(tensor.numel() for tensor in self.state_dict().values())
 
     # Its adapters.
 

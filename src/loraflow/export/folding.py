@@ -12,6 +12,9 @@ DoRA: with $c_i = m_i / \lVert W + s_i B_i A_i \rVert$ by rows (1 for plain adap
 $C \odot W x + \sum_i w_i c_i \odot s_i B_i A_i x$ with $C = 1 + \sum_i w_i (c_i - 1)$. That is one DoRA adapter, whose
 update is the sum divided by $C$, and whose magnitude is $C \odot \lVert W + B' A' \rVert$. With biases PEFT knows none.
 
+What a gate adds of its own is one more update, of weight 1. It reads what the adapters read, and the sum is written
+with no more rank than it has.
+
 A lower rank is the best approximation of the low-rank sum in the Frobenius norm; the biases, and DoRA's $C$, which the
 magnitude is computed to keep, stay exact.
 """
@@ -20,15 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
 from loraflow.errors import LoraflowError
-from loraflow.methods.base import Mixing
+from loraflow.methods.base import AddsUpdate, Mixing
 
 # DoRA's update is divided by C: below this, float16 and the squares in its norm would soon overflow.
 _SMALLEST_SCALE = 1e-6
@@ -100,6 +104,12 @@ def compressed(update: UpdateSum, rank: int) -> tuple[UpdateSum, float, float]:
     root = S[:rank].sqrt()
     A, B = root[:, None] * (Vh[:rank] @ Q_A.T), (Q_B @ U[:, :rank]) * root
     return UpdateSum(A, B, update.bias, update.output_scale), S[rank:].square().sum().item(), norm
+
+
+def own_update(gate: nn.Module) -> LoraModule | None:
+    """What a gate adds to its linear itself, as an adapter's update; None where that is nothing."""
+    down, core, up = (factor.detach().cpu().double() for factor in cast(AddsUpdate, gate).factors())
+    return LoraModule(down, up @ core, 1.0) if core.any() else None
 
 
 def compression_of(rank: int, errors: Mapping[str, Sequence[float]]) -> Compression:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,11 +16,13 @@ from loraflow.adapters import Adapter, AdapterSource, LoraModule
 from loraflow.analysis.mean_weights import Weights, mean_weights
 from loraflow.answers import require_tokenizer
 from loraflow.core.fusion import Fusion
+from loraflow.core.lanes import constant_weights_of
 from loraflow.core.linear import dense_weight
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
 from loraflow.export.files import ExportReport, MeanCost, checked_target, peft_config, write_adapter
-from loraflow.export.folding import Compression, add_up, as_module, compressed, compression_of
+from loraflow.export.folding import Compression, UpdateSum, add_up, as_module, compressed, compression_of, own_update
+from loraflow.methods.base import Mixing, Site
 from loraflow.training.data import longest_example, split_batches, tokenize
 from loraflow.training.loss import mean_loss
 from loraflow.training.progress import counting_progress
@@ -113,23 +114,12 @@ def constant_weights(model: Fusion) -> Weights:
     if not model.gates:
         raise MethodError("The method in use is 'base', which has no fusion weights: there is nothing to export.")
     sites = model.attachment.sites
-    known = {key: _weights_of(gate, sites[method.place][key].features) for key, gate in model.gates.items()}
+    known = {key: constant_weights_of(gate, sites[method.place][key].features) for key, gate in model.gates.items()}
     none = torch.zeros(len(model.adapters), dtype=torch.float64)
     return {
         name: known.get({"model": "model", "layer": f"layers.{site.layer}", "module": name}[method.place], none)
         for name, site in sites["module"].items()
     }
-
-
-def _weights_of(gate: nn.Module, features: int) -> Float[Tensor, " adapters"]:
-    """What a gate that ignores its input gives for any."""
-    like = next((t for t in chain(gate.parameters(), gate.buffers()) if t.is_floating_point()), torch.zeros(()))
-    was_training = gate.training
-    try:
-        weights = gate.eval()(like.new_zeros(1, 1, features))
-    finally:
-        gate.train(was_training)
-    return weights.detach().double().cpu().reshape(-1, weights.shape[-1])[0]
 
 
 def _export_mean(
@@ -166,6 +156,48 @@ def _export_mean(
     return export, MeanCost(len(data), dynamic, exported, data.truncated)
 
 
+class _Active(NamedTuple):
+    """What is added up for one linear.
+
+    Attributes:
+        updates: the updates that are not weighed by zero, with their weights.
+        names: of the adapters that are in them.
+        rank: that of their sum, where it is known to be lower than their ranks together.
+    """
+
+    updates: list[tuple[LoraModule, float]]
+    names: set[str]
+    rank: int | None
+
+    def add_up(self, weight: Tensor | None, mixing: Mixing) -> UpdateSum:
+        """The sum; `weight` is the base's, which DoRA needs."""
+        total = add_up(self.updates, weight, mixing)
+        return total if self.rank is None else compressed(total, self.rank)[0]
+
+
+def _active_at(site: Site, weights: Float[Tensor, " adapters"], gate: nn.Module | None) -> _Active:
+    """What is added up at a site by these weights, and by a gate that adds an update of its own."""
+    (updates,) = site.updates.values()
+    found = zip(updates, weights.tolist(), site.adapters, strict=True)
+    present = [(update, weight, name) for update, weight, name in found if update is not None]
+    active = [(update, weight) for update, weight, _ in present if weight != 0]
+    own = None if gate is None else own_update(gate)
+    if own is None:
+        return _Active(active, {name for _, weight, name in present if weight != 0}, None)
+    return _Active([*active, (own, 1.0)], {name for *_, name in present}, own.rank)
+
+
+def folded_update(site: Site, gate: nn.Module) -> LoraModule | None:
+    """All that a gate that ignores its input adds to its linear, as one update; None where that is nothing.
+
+    Its weights, and what it adds of its own; no adapter there is a DoRA or has biases.
+    """
+    active = _active_at(site, constant_weights_of(gate, site.features), gate)
+    if not active.updates:
+        return None
+    return as_module(str(site.module), active.add_up(None, "outputs"), None, torch.float32, lora_bias=False)
+
+
 def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtype) -> _Export:
     """The one adapter that constant weights make of a fusion.
 
@@ -173,16 +205,12 @@ def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtyp
         LoraflowError: if PEFT has no such adapter.
         MethodError: if no adapter is left.
     """
-    sites, prefix = model.attachment.sites["module"], model.attachment.layers.prefix
-    kept: dict[str, list[tuple[LoraModule, float]]] = {}
-    names: set[str] = set()
-    for site_name, site in sites.items():
-        (updates,) = site.updates.values()
-        found = [(u, w, n) for u, w, n in zip(updates, weights[site_name].tolist(), site.adapters, strict=True)]
-        active = [(update, weight) for update, weight, _ in found if update is not None and weight != 0]
-        names |= {name for update, weight, name in found if update is not None and weight != 0}
-        if active:
-            kept[f"{prefix}.{site_name.removeprefix('layers.')}"] = active
+    attachment, gates = model.attachment, model.gates if model.method.adds else {}
+    kept: dict[str, _Active] = {}
+    for name, site in attachment.sites["module"].items():
+        active = _active_at(site, weights[name], gates.get(name))
+        if active.updates:
+            kept[f"{attachment.layers.prefix}.{name.removeprefix('layers.')}"] = active
     if not kept:
         raise MethodError("Every fusion weight is 0: the fusion is its base alone, and there is nothing to export.")
     modules_of_base = dict(model.base_model.named_modules())
@@ -192,8 +220,8 @@ def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtyp
             f"The fusion updates {len(bare)} bare parameters, such as '{bare[0]}' (experts of a mixture, a router), of "
             "which no adapter is written. Use it as it is: `loraflow generate` and `loraflow serve` take it."
         )
-    uses_dora = any(update.magnitude is not None for active in kept.values() for update, _ in active)
-    lora_bias = any(update.bias is not None for active in kept.values() for update, _ in active)
+    uses_dora = any(update.magnitude is not None for active in kept.values() for update, _ in active.updates)
+    lora_bias = any(update.bias is not None for active in kept.values() for update, _ in active.updates)
     if uses_dora and lora_bias:
         raise LoraflowError(
             "One of the adapters is a DoRA and another has biases (`lora_bias`), and PEFT knows no adapter with both. "
@@ -202,11 +230,12 @@ def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtyp
     modules, errors = {}, {}
     for name, active in kept.items():
         weight = dense_weight(model.base_model.get_submodule(name)).double() if uses_dora else None
-        found_sum = add_up(active, weight, model.method.mixing)
+        found_sum = active.add_up(weight, model.method.mixing)
         if rank is not None:
             found_sum, *errors[name] = compressed(found_sum, rank)
         modules[name] = as_module(name, found_sum, weight, dtype, lora_bias=lora_bias)
     # It is nowhere yet, and nobody asks for its digest.
     adapter = Adapter("exported", AdapterSource("exported"), peft_config(model, modules), modules, "")
+    names = set().union(*(active.names for active in kept.values()))
     sources = tuple(name for name in model.adapter_names if name in names)
     return _Export(adapter, sources, None if rank is None else compression_of(rank, errors))

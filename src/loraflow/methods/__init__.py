@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from loraflow.errors import MethodError, did_you_mean
+from loraflow.methods.adapter_core import AdapterCore
 from loraflow.methods.arrow import Arrow
 from loraflow.methods.base import Method, QueryMethod, Site
 from loraflow.methods.centroid import Centroid
@@ -24,11 +25,25 @@ ENTRY_POINTS = "loraflow.methods"
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Base, Average, Static, LearnedStatic, LoraHub, QaFlora, Logo, Centroid, Arrow, Phatgoose, LoraFlow)
+    for method in (
+        Base,
+        Average,
+        Static,
+        LearnedStatic,
+        LoraHub,
+        QaFlora,
+        Logo,
+        Centroid,
+        Arrow,
+        Phatgoose,
+        LoraFlow,
+        AdapterCore,
+    )
 }
 
 __all__ = [
     "METHODS",
+    "AdapterCore",
     "Arrow",
     "Average",
     "Base",

@@ -17,6 +17,8 @@ gate(x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch seq adapter
 Weights that do not depend on the input may be given as `[adapters]`, those of whole rows as `[batch, adapters]`; they
 are broadcast. `place` says where gates stand: one for the whole model, for each layer, or for each linear module.
 
+A gate of a linear module may also add an update of its own, which no weight multiplies (`Method.adds`, `AddsUpdate`).
+
 Another package adds a method by subclassing `Method` or `QueryMethod` and naming it as an entry point:
 
 ```toml
@@ -30,7 +32,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -81,6 +83,7 @@ class Method(ABC):
         paper: arXiv number of its paper; empty where there is none.
         level: what it looks at.
         learns: how it learns, or None where it learns nothing.
+        adds: whether its gates, of linear modules, add an update of their own (`AddsUpdate`).
         recipe: fields of `FitConfig` whose defaults this method's own source changes.
     """
 
@@ -88,6 +91,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     level: ClassVar[Level]
     learns: ClassVar[Learning | None] = None
+    adds: ClassVar[bool] = False
     recipe: ClassVar[Mapping[str, Any]] = {}
 
     @property
@@ -108,13 +112,12 @@ class Method(ABC):
         """What is mixed: the adapters' outputs, or their A and B each, which multiplies out to cross terms."""
         return "outputs"
 
-    @property
-    def starts_at_best(self) -> bool:
-        """Whether training starts at the adapter that alone has the lowest loss on the examples."""
-        return False
+    def starts(self, adapters: Sequence[str]) -> Mapping[str, Sequence[float]]:
+        """Fusion weights that training may start at, by name: at those of the lowest loss on the examples; or none."""
+        return {}
 
     def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float] | None:
-        """The fusion weights at which training starts, given the best adapter; None where gates start as made.
+        """The fusion weights at which training starts, given the best of `starts`; None where gates start as made.
 
         A method that gives some has gates with `start_at(weights)`.
         """
@@ -138,6 +141,31 @@ class StartsAt(Protocol):
 
     def start_at(self, weights: Sequence[float]) -> None:
         """Forget what was learned and give exactly these fusion weights for every input."""
+
+
+class LowRank(NamedTuple):
+    r"""An update of a linear that is the same for every input: $x \mapsto U\, C\, D\, x$.
+
+    Attributes:
+        down: D, in the base's precision.
+        core: C, in the precision of gates.
+        up: U, in the base's precision.
+    """
+
+    down: Float[Tensor, "rank_in in_features"]
+    core: Float[Tensor, "rank_out rank_in"]
+    up: Float[Tensor, "out_features rank_out"]
+
+
+@runtime_checkable
+class AddsUpdate(Protocol):
+    """A gate of one linear that, beside its weights, adds an update of its own; only `core` may learn.
+
+    Its matrices are two-dimensional buffers, which are brought into the base's precision.
+    """
+
+    def factors(self) -> LowRank:
+        """The update."""
 
 
 @runtime_checkable

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -159,8 +159,8 @@ class Processes:
                 )
 
     @contextlib.contextmanager
-    def fitting(self, checkpoints: str | Path | None) -> Iterator[Path]:
-        """Where checkpoints are kept while the processes fit: a temporary place of the first, where none is named.
+    def fitting(self, folder: AbstractContextManager[Path]) -> Iterator[Path]:
+        """Where checkpoints are kept while the processes fit: what the first process opens.
 
         Yields:
             The place.
@@ -169,11 +169,9 @@ class Processes:
             LoraflowError: if another process ends before this one.
         """
         with contextlib.ExitStack() as stack:
-            if checkpoints is None:
-                made = stack.enter_context(tempfile.TemporaryDirectory()) if self.first else None
-                checkpoints = self.ask(lambda: made)
-            with self._noticing(Path(cast(str, checkpoints))):
-                yield Path(cast(str, checkpoints))
+            place = self.ask(lambda: stack.enter_context(folder))
+            with self._noticing(place):
+                yield place
                 # What is temporary goes with the first process, and the others may still read it.
                 self.gather(None)
 

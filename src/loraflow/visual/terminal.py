@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
+from torch import Tensor
 
 from loraflow.visual.colours import adapter_colour
 from loraflow.visual.dominance import dominating
@@ -29,6 +31,9 @@ def render_trace(trace: TracedWeights, row: int = 0, *, numbers: bool = False) -
     if trace.level == "query":
         weights = enumerate(trace.layer_weights(row).tolist())
         parts.append(_weight_table(trace, ["layer"], (([str(layer)], of_layer) for layer, of_layer in weights)))
+    mean = trace.mean_readings()
+    if mean is not None:
+        parts.append(_readings(trace, mean))
     if numbers:
         parts.append(_table(trace, row))
     return Group(*parts)
@@ -107,6 +112,14 @@ def _summary(trace: TracedWeights, row: int) -> Table:
         table.add_row(Text(printable(adapter)), *cells)
     if any(None in found for found in tops.values()):
         table.add_row(_EVEN, *(cell for found in tops.values() for cell in (_share(found, None), "")))
+    return table
+
+
+def _readings(trace: TracedWeights, mean: Float[Tensor, "writers readers"]) -> Table:
+    """Who reads whom, in the mean over the linears."""
+    table = Table("written by", *(Column(f"read by {printable(name)}") for name in trace.adapters), box=None)
+    for name, row in zip(trace.adapters, mean.tolist(), strict=True):
+        table.add_row(Text(printable(name)), *(f"{size:.3f}" for size in row))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class TracedWeights:
         method: name of the method that gave the weights.
         level: what it looks at: the same weights for every text ("task"), for a whole prompt ("query"), or not.
         place: where its gates stand.
+        readings: where gates add updates of their own: how much of what each adapter (a column) reads is written where
+            each (a row) writes, in units of fusion weights, by site name.
     """
 
     weights: Float[Tensor, "batch seq layers adapters"]
@@ -40,6 +43,7 @@ class TracedWeights:
     method: str = ""
     level: Level = "token"
     place: Place = "layer"
+    readings: Mapping[str, Float[Tensor, "writers readers"]] = field(default_factory=dict)
 
     def shown_weights(self, row: int = 0) -> Float[Tensor, "seq layers adapters"]:
         """The weights that a picture gives each token of a row.
@@ -69,6 +73,10 @@ class TracedWeights:
         prompt, generated = self.shown_positions(row)
         return self.shown_weights(row)[generated or prompt].mean(dim=0)
 
+    def mean_readings(self) -> Float[Tensor, "writers readers"] | None:
+        """The mean of `readings` over all linears that have some; None where there are none."""
+        return torch.stack(list(self.readings.values())).mean(dim=0) if self.readings else None
+
     def notes(self) -> list[str]:
         """What a reader must know about these weights, as sentences."""
         notes = []
@@ -80,6 +88,8 @@ class TracedWeights:
             notes.append("A layer's weights are the mean over its modules.")
         elif self.place == "model":
             notes.append("The weights are the whole model's, the same in every layer.")
+        if self.readings:
+            notes.append("Beside them, what one adapter reads is written where others write: see who reads whom.")
         return notes
 
     def __repr__(self) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from loraflow.adapters import LoraModule
-from loraflow.errors import AdapterError, ArchitectureError, LoraflowError, MethodError
+from loraflow.errors import ArchitectureError, LoraflowError, MethodError
 from loraflow.methods import METHODS
-from loraflow.serving.vllm.plan import FusionPlan
+from loraflow.serving.vllm.plan import FusionPlan, check_update
 
 # Their decoder layers are handed `hidden_states` and `residual`, whose sum is what transformers' layer is handed; of
 # others the sum may be something else. Each of these has been compared with `FusedModel.generate`.
@@ -20,7 +19,6 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
     """Check that a fusion is of a kind that is served exactly.
 
     Raises:
-        AdapterError: if an adapter is more than A and B.
         MethodError: if its method cannot be served, or not so.
     """
     method = plan.method
@@ -28,6 +26,12 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
         raise MethodError(
             f"The method {method.name!r} weighs whole prompts, which vLLM does not show to a plug-in. Let each request "
             "bring its weights (see docs/vllm.md), or serve it with `loraflow serve`."
+        )
+    if method.adds and requests:
+        raise MethodError(
+            f"The method {method.name!r} adds updates of its own beside the weighted adapters, and vLLM computes all "
+            "of it as one adapter, so requests cannot bring weights for its parts. Serve it without weights of "
+            "requests, or with `loraflow serve`."
         )
     if method.mixing == "parameters":
         raise MethodError(
@@ -41,26 +45,11 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
             f"The method {method.name!r} is another package's, and vLLM lays the tokens of all requests in one row: "
             f"its gate must look at one token at a time. {_UNVERIFIED}"
         )
-    for name, update in _updates(plan):
-        what = {
-            "a DoRA": update.magnitude is not None,
-            "trained with `lora_bias`": update.bias is not None,
-            "one of a mixture's experts": update.experts > 1,
-        }
-        if any(what.values()):
-            found = next(kind for kind, is_it in what.items() if is_it)
-            raise AdapterError(
-                f"Adapter {name!r} is {found}, which is not computed in vLLM. Serve it with `loraflow serve`, or leave "
-                "it out."
-            )
-
-
-def _updates(plan: FusionPlan) -> Iterator[tuple[str, LoraModule]]:
     for layer in plan.layers:
         for updates in layer.values():
             for name, update in zip(plan.adapters, updates, strict=True):
                 if update is not None:
-                    yield name, update
+                    check_update(name, update)
 
 
 def check_engine(config: Any, *, requests: bool, unverified: bool = False) -> None:

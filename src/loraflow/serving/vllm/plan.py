@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from loraflow.adapters import LoraModule
 from loraflow.bases import BaseOptions, base_record, check_base, check_base_files, load_empty_base
 from loraflow.core.lanes import Gates
-from loraflow.errors import FusionError
+from loraflow.errors import AdapterError, FusionError
+from loraflow.export.fusion import folded_update
 from loraflow.methods import Method
 from loraflow.methods.base import Site
+from loraflow.methods.static import ConstantGate
 from loraflow.model import FusedModel
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import FusionConfig
@@ -49,6 +52,9 @@ def read_plan(
 ) -> FusionPlan:
     """Read a fusion, each file compared with its recorded digest, for a base whose configuration alone is read."""
     saved, loaded = SavedFusion.open(fusion).load(adapters)
+    for adapter in loaded:
+        for update in adapter.modules.values():
+            check_update(adapter.name, update)
     with warnings.catch_warnings():
         # torch warns of each learned tensor that it is not copied into a model without weights: it is not needed there.
         warnings.filterwarnings("ignore", message=".*is a no-op.*")
@@ -58,13 +64,29 @@ def read_plan(
         model.load_state_dict(saved.tensors)
     check_base_files(saved.config.base, base, empty)
     sites = model.attachment.sites
-    return FusionPlan(
+    plan = FusionPlan(
         config=saved.config,
         method=model.method,
         adapters=tuple(model.adapter_names),
         layers=tuple(site.updates for site in sites["layer"].values()),
         gates={} if model.method.level == "query" else _gates(model.method, sites[model.method.place], saved.tensors),
         digest=saved.digest,
+    )
+    return _folded(plan, sites["module"]) if model.method.adds else plan
+
+
+def _folded(plan: FusionPlan, sites: Mapping[str, Site]) -> FusionPlan:
+    """The one adapter, of weight 1, that a fusion is whose gates ignore their input and add updates of their own."""
+    found = {name: folded_update(site, plan.gates[name]) for name, site in sites.items()}
+    layers: list[dict[str, tuple[LoraModule | None, ...]]] = [{} for _ in plan.layers]
+    for name, site in sites.items():
+        if found[name] is not None:
+            layers[site.layer][str(site.module)] = (found[name],)
+    return dataclasses.replace(
+        plan,
+        adapters=("+".join(plan.adapters),),
+        layers=tuple(layers),
+        gates={name: ConstantGate([1.0]) for name, update in found.items() if update is not None},
     )
 
 
@@ -77,6 +99,25 @@ def _gates(method: Method, sites: Mapping[str, Site], tensors: Mapping[str, Tens
             gate.load_state_dict({key: tensors[f"{name}.{key}"] for key in gate.state_dict()})
             gates[name] = gate.float().eval().requires_grad_(False)
     return gates
+
+
+def check_update(name: str, update: LoraModule) -> None:
+    """Check that an adapter's update of one linear is computed in vLLM.
+
+    Raises:
+        AdapterError: if it is more than A and B.
+    """
+    what = {
+        "a DoRA": update.magnitude is not None,
+        "trained with `lora_bias`": update.bias is not None,
+        "one of a mixture's experts": update.experts > 1,
+    }
+    if any(what.values()):
+        found = next(kind for kind, is_it in what.items() if is_it)
+        raise AdapterError(
+            f"Adapter {name!r} is {found}, which is not computed in vLLM. Serve it with `loraflow serve`, or leave "
+            "it out."
+        )
 
 
 def check_digest(plan: FusionPlan, pinned: str | None) -> None:

@@ -16,7 +16,7 @@ from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
 from loraflow.files import write_atomically
 from loraflow.methods.base import Searched, StartsAt
-from loraflow.training.checkpoints import SEARCH_FILE, check_same, identity_of
+from loraflow.training.checkpoints import SEARCH_FILE, check_same, identity_of, remove_checkpoints
 from loraflow.training.config import FitResult, Run
 from loraflow.training.data import TokenExamples, prepare
 from loraflow.training.learners.base import TRAINING, Examples, Learner
@@ -77,6 +77,8 @@ def _search(fusion: Fusion, data: TokenExamples, identity: Mapping[str, Any], ru
     method, gate = cast(Searched, fusion.method), cast(StartsAt, fusion.gates["model"])
     path = run.directory / SEARCH_FILE
     run.processes.agree(identity, "run: recipe, data, base or adapters")
+    if not run.resume:
+        run.processes.ask(lambda: remove_checkpoints(run.directory))
     known = run.processes.ask(lambda: _known_losses(path, identity) if run.resume else [])
     space = nevergrad.p.Array(init=[0.0] * len(fusion.adapters)).set_bounds(-method.bound, method.bound)
     space.random_state.seed(run.config.seed)

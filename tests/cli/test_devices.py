@@ -11,8 +11,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from loraflow import BaseOptions, FitConfig
-from loraflow.cli.devices import is_first, join, launch, own_device, placed, tells_errors
+from loraflow.cli.devices import join, launch, own_device, placed, tells_errors
 from loraflow.errors import LoraflowError
+from loraflow.files import is_first_process
 
 GIVEN = SimpleNamespace(arguments=["fit", "--devices", "2"])
 
@@ -82,7 +83,7 @@ def test_each_process_has_its_own_gpu(monkeypatch, launched):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert own_device(None) == own_device("cuda") == "cuda:1"
     assert own_device("cpu") == "cpu"
-    assert not is_first()
+    assert not is_first_process()
     assert tells_errors()
 
 

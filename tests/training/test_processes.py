@@ -159,11 +159,13 @@ def test_all_stop_for_the_same_reason(two, case, message):
     assert all(message in error for error in errors)
 
 
-def test_one_process_goes_on_with_what_two_began(root, one, two, tmp_path):
-    shutil.copytree(two[0] / "resumed" / "run", tmp_path / "continued" / "run")
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_run_goes_on_in_another_number_of_processes(root, one, two, tmp_path, then):
+    shutil.copytree((two[0] if then == 1 else one) / "resumed" / "run", tmp_path / "continued" / "run")
     (complete_checkpoints(tmp_path / "continued" / "run")[-1] / COMPLETE).unlink()
-    play(1, root, tmp_path, "continued")
-    assert_same(results(tmp_path, "continued")[0], results(one, "plain")[0])
+    play(then, root, tmp_path, "continued")
+    for seen in results(tmp_path, "continued"):
+        assert_same(seen, results(one, "plain")[0])
 
 
 def test_nothing_is_lost_where_one_dies(root, one, tmp_path):

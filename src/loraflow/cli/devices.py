@@ -17,6 +17,7 @@ import typer
 
 from loraflow.cli.groups import Given
 from loraflow.errors import LoraflowError
+from loraflow.files import is_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +44,6 @@ _joined: list[Any] = []
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_first() -> bool:
-    """Whether this process prints and writes."""
-    return not is_launched() or os.environ.get("RANK", "0") == "0"
 
 
 def own_device(device: str | None) -> str:
@@ -106,9 +102,9 @@ def join(devices: int | None, device: str | None) -> Console:
 
     PartialState(cpu=own_device(device) == "cpu")
     _joined.append(next(iter(dist.rendezvous("env://")))[0])
-    if not is_first():
+    if not is_first_process():
         _hush()
-    return Console(stderr=True, quiet=not is_first())
+    return Console(stderr=True, quiet=not is_first_process())
 
 
 def _hush() -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from loraflow.cli.devices import Devices, Shard, is_first, join, launch, placed
+from loraflow.cli.devices import Devices, Shard, join, launch, placed
 from loraflow.cli.groups import Given, panel, with_groups
 from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
 from loraflow.cli.texts import DevExamples, PromptOptions, TrainOn, data_option
 from loraflow.errors import LoraflowError
+from loraflow.files import is_first_process
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def finetune(
         console=console,
         options=placed(placement.options(), shard=shard),
     )
-    if not is_first():
+    if not is_first_process():
         return
     if not run.keep_checkpoints:
         training.remove_checkpoints(checkpoints)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraflow.cli.devices import Devices, Shard, is_first, join, launch, placed
+from loraflow.cli.devices import Devices, Shard, join, launch, placed
 from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
@@ -17,6 +17,7 @@ from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
 from loraflow.cli.texts import DevExamples, PromptOptions, Stop, TrainOn, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
+from loraflow.files import is_first_process
 from loraflow.training.config import FitConfig
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def fit(
     result = learn(
         model, examples, **decides, config=config, checkpoints=checkpoints, resume=run.resume, console=console
     )
-    if not is_first():
+    if not is_first_process():
         return
     model.save_pretrained(output, copy_adapters=copy_adapters)
     if not run.keep_checkpoints:

@@ -48,6 +48,8 @@ from loraflow.training.state_files import (
     save_scheduler,
 )
 
+_RANDOM_FILE = "rng_state_{}.safetensors"
+
 
 def train(
     model: Any,
@@ -317,10 +319,12 @@ class WholeCheckpointTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random_state(Path(checkpoint) / self._random_file(), every_device=self.args.world_size <= 1)
+            own, first = Path(checkpoint) / self._random_file(), Path(checkpoint) / _RANDOM_FILE.format(0)
+            # Of fewer processes than there are now, some have left no state.
+            load_random_state(own if own.is_file() else first, every_device=self.args.world_size <= 1)
 
     def _random_file(self) -> str:
-        return f"rng_state_{self.args.process_index}.safetensors"
+        return _RANDOM_FILE.format(self.args.process_index)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

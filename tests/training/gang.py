@@ -159,10 +159,6 @@ def other_data(root, run):
     return fitted(root, model_of(root), run, count=5 + RANK)
 
 
-def elsewhere(root, run):
-    return fitted(root, model_of(root), run.with_name(f"run-{RANK}"), count=4)
-
-
 def foreign(root, run):
     """A folder with checkpoints that are not the library's: process 0 finds it out."""
     (run / "checkpoint-1").mkdir(parents=True, exist_ok=True)

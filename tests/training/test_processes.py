@@ -49,7 +49,6 @@ REFUSED = {
     "split": "The base is split by `tp_size` (=2): each process computes a part of a linear's output",
     "uneven": "`batch_size` (=3) is that of all processes together and must be a multiple of their number (=2)",
     "other_data": "Process 1 has another run: recipe, data, base or adapters than process 0.",
-    "elsewhere": "Process 1 does not see ",
     "foreign": "checkpoint-1 is no checkpoint of this library. Give another directory.",
 }
 
@@ -307,6 +306,12 @@ def test_a_loss_of_each_ones_own_is_refused(tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(LoraflowError, match="2 processes cannot fit this base: the loss that its forward gives is a"):
         WholeCheckpointTrainer(model=Plain(1, 1), args=arguments, processes=Processes(0, 2))
+
+
+def test_a_folder_that_one_does_not_see_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [True, value])
+    with pytest.raises(LoraflowError, match=r"Process 1 does not see .*run\.json, which process 0 has written"):
+        Processes(0, 2).check_sees(tmp_path / "run.json")
 
 
 def test_one_process_is_alone():

@@ -11,6 +11,7 @@ from loraflow.bases.loading import (
     read_base_config,
 )
 from loraflow.bases.record import BaseRecord, base_record, check_base, check_base_files, files_digest
+from loraflow.bases.sharded import check_sharding, whole
 
 __all__ = [
     "QUANTIZATIONS",
@@ -23,6 +24,7 @@ __all__ = [
     "base_record",
     "check_base",
     "check_base_files",
+    "check_sharding",
     "choose",
     "files_digest",
     "find_tokenizer",
@@ -31,5 +33,6 @@ __all__ = [
     "load_tokenizer",
     "read_base_config",
     "read_beside",
+    "whole",
     "with_tokens",
 ]

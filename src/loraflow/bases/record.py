@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loraflow.bases.sharded import whole
 from loraflow.errors import FusionError
 
 # Long tensors are sampled with a stride: gates do not need every one of seven billion values checked.
@@ -113,7 +114,7 @@ def _model_digest(model: nn.Module) -> str | None:
     parameters = dict(model.named_parameters())
     if getattr(model, "is_quantized", False) or any(p.is_meta for p in parameters.values()):
         return None
-    return _digest(parameters, lambda name: parameters[name].detach())
+    return _digest(parameters, lambda name: whole(parameters[name].detach()))
 
 
 def files_digest(directory: Path, empty: nn.Module, dtype: torch.dtype) -> str | None:

@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 
 from loraflow import __version__
 from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
+from loraflow.cli.devices import leave, tells_errors
 from loraflow.cli.flags import with_flags
+from loraflow.cli.groups import ARGUMENTS
 from loraflow.cli.values import spread_values
 from loraflow.errors import LoraflowError
 
@@ -22,16 +24,20 @@ class _Group(TyperGroup):
     """Takes several values after one option, as vLLM does; shows the library's errors in flags, without traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, spread_values(args))
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            leave()
+            return result
         except LoraflowError as error:
             from rich.console import Console
 
-            Console(stderr=True).print("[bold red]Error:[/] ", end="")
-            print(with_flags(str(error)), file=sys.stderr)
+            if tells_errors():
+                Console(stderr=True).print("[bold red]Error:[/] ", end="")
+                print(with_flags(str(error)), file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             print("Interrupted.", file=sys.stderr)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from loraflow.cli.devices import Devices, Shard, join, launch, placed
 from loraflow.cli.groups import Given, panel, with_groups
 from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, held_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
 from loraflow.cli.texts import DevExamples, PromptOptions, TrainOn, data_option
 from loraflow.errors import LoraflowError
+from loraflow.files import is_first_process
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ def finetune(
     run: Run,
     steps: FinetuneSteps,
     room: Room,
+    devices: Devices = None,
+    shard: Shard = False,
     seed: Annotated[
         int, recipe_option(help="Of a new adapter, the examples' order, dropout, and what a mixture takes.")
     ] = FitConfig.seed,
@@ -103,9 +107,7 @@ def finetune(
     Example: `loraflow finetune --base meta-llama/Llama-2-7b-hf --adapter user/math-lora --data train.jsonl
     --dev dev.jsonl --output math-tuned`
     """  # noqa: DOC501 (it is the --help text)
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = join(devices, placement.device)
     # Cheap checks come before the model is loaded.
     if base is None:
         raise LoraflowError("`--base` is missing. Give the base model's Hub id or directory.")
@@ -113,6 +115,8 @@ def finetune(
     examples = read_mixture(data, dev.names.fields(), seed)
     dev_examples, format_ = dev.read(), prompt.format()
     config = FitConfig(**{"learning_rate": steps.learning_rate, **given.settings(FitConfig)})
+    if launch(given, devices, placement.device, config):
+        return
 
     from loraflow import training
 
@@ -131,8 +135,10 @@ def finetune(
             overwrite=run.overwrite,
             reports=output / "reports",
             console=console,
-            options=placement.options(),
+            options=placed(placement.options(), shard=shard),
         )
+        if not is_first_process():
+            return
         if not run.keep_checkpoints:
             training.remove_checkpoints(checkpoints)
     _report(console, result, base, len(examples))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from loraflow.cli.devices import Devices, Shard, join, launch, placed
 from loraflow.cli.groups import Given, with_groups
 from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, held_output, print_cut, recipe_option
@@ -19,7 +20,7 @@ from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
 from loraflow.cli.texts import DevExamples, PromptOptions, Stop, TrainOn, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
-from loraflow.files import make_folder, write_atomically
+from loraflow.files import is_first_process, make_folder, write_atomically
 from loraflow.training.config import FitConfig
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ def fit(
         float, recipe_option(help="Dropout on the adapters' input while fitting.")
     ] = FitConfig.adapter_dropout,
     room: Room,
+    devices: Devices = None,
+    shard: Shard = False,
     score_max_new_tokens: Annotated[
         int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
@@ -191,24 +194,26 @@ def fit(
     --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;
     `--method phatgoose --adapter-data zh=zh.jsonl math=math.jsonl`
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = join(devices, sources.placement.device)
+    # Cheap checks come before the model is loaded.
+    adapters = list(sources.adapters())
+    method = choice.resolve("lora-flow", adapters)
+    _refuse_unused(given, method)
+    _refuse_idle(given, decision, steps, find_learning_rate=find_learning_rate)
+    recipe = FitConfig.for_method(method, **_settings(given))
+    if launch(given, devices, sources.placement.device, recipe):
+        return
     with held_output(output, run, makes="fusion") as checkpoints:
-        # Cheap checks come before the model is loaded.
-        adapters = list(sources.adapters())
-        method = choice.resolve("lora-flow", adapters)
-        _refuse_unused(given, method)
-        _refuse_idle(given, decision, steps, find_learning_rate=find_learning_rate)
         examples = data.read(method, adapters, decision.examples.names.fields(), seed)
         decides = decision.read()
-        recipe = FitConfig.for_method(method, **_settings(given))
 
         from loraflow import training
         from loraflow.training.reporting import check_trackers
 
         check_trackers(recipe.report_to, weights=True)
-        model = sources.build(method, prompt.format(), stop_strings(stop))
+        model = sources.build(
+            method, prompt.format(), stop_strings(stop), placed(sources.placement.options(), shard=shard)
+        )
         count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
         gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
         console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")
@@ -222,6 +227,8 @@ def fit(
         on_disk = {"checkpoints": checkpoints, "reports": output / "reports"}
         said = {"resume": run.resume, "overwrite": run.overwrite, "console": console}
         result = learn(model, examples, **decides, config=recipe, **on_disk, **said)
+        if not is_first_process():
+            return
         model.save_pretrained(output, copy_adapters=copy_adapters)
         write_atomically(output / CONFIG_FILE, config_file(given, recipe, _idle_fields(method, decision)))
         if not run.keep_checkpoints:

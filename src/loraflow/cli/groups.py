@@ -26,6 +26,8 @@ import typer
 
 RECIPE = "loraflow.recipe"
 """Where a command's context has fields of a recipe that a file says, and that no option can say."""
+ARGUMENTS = "loraflow.arguments"
+"""Where a context keeps the words of the command line."""
 
 
 class Given:
@@ -36,13 +38,16 @@ class Given:
 
     Attributes:
         names: the parameters that were given, in the command's order.
+        arguments: the words of the whole command line, behind the program's name.
     """
 
     names: list[str]
+    arguments: list[str]
 
     def __init__(self, context: typer.Context, values: Mapping[str, Any]) -> None:
         self._flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
         self._values, self._recipe = values, dict(context.meta.get(RECIPE, {}))
+        self.arguments = context.meta.get(ARGUMENTS, [])
         sources = {name: context.get_parameter_source(name) for name in self._flags if name is not None}
         said = ("COMMANDLINE", "DEFAULT_MAP")
         self.names = [name for name, source in sources.items() if source is not None and source.name in said]

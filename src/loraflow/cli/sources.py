@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraflow.cli.devices import own_device
 from loraflow.cli.groups import panel
 from loraflow.cli.texts import PromptOptions
 from loraflow.cli.values import parse_adapters, parse_method_options
@@ -66,14 +67,11 @@ class Placement:
         Raises:
             LoraflowError: if the dtype is unknown.
         """
-        import torch
-
         from loraflow.bases import BaseOptions
 
         if self.dtype not in DTYPES:
             raise LoraflowError(f"`--dtype` is unknown: {self.dtype!r}. {did_you_mean(self.dtype, DTYPES)}")
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return BaseOptions(self.revision, self.dtype, device, self.quantization)
+        return BaseOptions(self.revision, self.dtype, own_device(self.device), self.quantization)
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,24 @@ class Sources:
             raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules {form}")
         return self.base, adapters
 
-    def build(self, method: FusionMethod, prompt: PromptFormat, stop_strings: Sequence[str] = ()) -> FusedModel:
-        """A fused model of them."""
+    def build(
+        self,
+        method: FusionMethod,
+        prompt: PromptFormat,
+        stop_strings: Sequence[str] = (),
+        options: BaseOptions | None = None,
+    ) -> FusedModel:
+        """A fused model of them, placed as they say or as other options do."""
         base, adapters = self.both()
         from loraflow.model import FusedModel
 
         return FusedModel.from_adapters(
-            base, adapters, method, prompt=prompt, stop_strings=stop_strings, options=self.placement.options()
+            base,
+            adapters,
+            method,
+            prompt=prompt,
+            stop_strings=stop_strings,
+            options=options or self.placement.options(),
         )
 
 

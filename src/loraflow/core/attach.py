@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraflow.adapters import Adapter, match_adapter
-from loraflow.bases import BaseOptions, find_tokenizer, load_base
+from loraflow.bases import BaseOptions, check_sharding, find_tokenizer, load_base
 from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers
 from loraflow.core.context import LayerContext
 from loraflow.core.fuse import Fused, Group, device_of, dtype_of, find_sites, fuse_layers, gate_dtype, unfuse_layers
@@ -362,6 +362,7 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
         ArchitectureError: if the base cannot be tried, or an adapter updates what cannot be fused.
     """
     check_plain(model)
+    check_sharding(model)
     adapters = [match_adapter(adapter, model) for adapter in adapters]
     for adapter in adapters:
         check_inside_layers(adapter, layers)

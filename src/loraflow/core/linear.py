@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraflow.adapters import LoraModule
+from loraflow.bases import whole
 from loraflow.core.added import add_own_updates
 from loraflow.core.context import LayerContext
 from loraflow.core.rows import Rows
@@ -118,7 +119,7 @@ def dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_featur
     # accelerate keeps offloaded weights away until a forward; a quantised weight is read through its own kernel.
     with align_module_device(base_layer):
         own = getattr(base_layer, "weight", None)
-        weight = dequantize_module_weight(base_layer).detach().cpu()
+        weight = whole(dequantize_module_weight(base_layer).detach()).cpu()
         if own is not None and base_layer.weight is not own:
             # PEFT moves 8-bit weights to where they are, which makes them forget the scales that a forward has moved.
             base_layer.weight = own

@@ -52,6 +52,8 @@ class FusionState(Asking, _OfBase):
 
     # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
     _hf_peft_config_loaded = True
+    # What is trained is whole in every process, however the base is stored: Trainer need not refuse to go on with it.
+    is_distributed_loading_by_transformers = False
     main_input_name = "input_ids"
 
     base_model: PreTrainedModel

@@ -17,6 +17,8 @@ from loraflow.training.recipes import SCHEDULES, TRACKERS, read_recipe
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from loraflow.training.processes import Processes
+
 Score = Callable[[str, Mapping[str, Any]], float]
 """Scores a generated answer against its example's record."""
 
@@ -46,7 +48,8 @@ class FitConfig:
         epochs: passes over the examples.
         max_steps: go on for so many steps, whatever `epochs` says; None goes by `epochs`.
         learning_rate: the peak of the schedule.
-        batch_size: examples in a step; "auto" is the recipe's own number, and "auto" for `gradient_accumulation`.
+        batch_size: examples in a step, of all processes together; "auto" is the recipe's own number, and "auto" for
+            `gradient_accumulation`.
         gradient_accumulation: forwards and backwards in a step; they share its `batch_size` examples evenly. "auto" is
             the fewest whose memory suffices.
         group_by_length: let examples of similar length share a step, which spares padding, and is another order than
@@ -248,6 +251,12 @@ def search_grid(method: HasRecipe) -> list[dict[str, Any]]:
     return [{"learning_rate": lr, "batch_size": batch} for lr in (rate, rate / 10) for batch in (2, 4, 8)]
 
 
+def _alone() -> Processes:
+    from loraflow.training.processes import ALONE
+
+    return ALONE
+
+
 @dataclass(frozen=True)
 class Run:
     """How one fit is run.
@@ -261,6 +270,7 @@ class Run:
         label: what it is called where progress is shown; empty for the learner's own words.
         reports: where files of trackers and the picture of the weights go; None takes a new folder in `runs`.
         lasting: whether the directory is there after the run.
+        processes: those that run it together.
     """
 
     config: FitConfig
@@ -271,6 +281,7 @@ class Run:
     label: str = ""
     reports: Path | None = None
     lasting: bool = True
+    processes: Processes = field(default_factory=_alone)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from loraflow.errors import DataError
 from loraflow.examples import Example, check_rows, parse_examples
 from loraflow.prompts import PromptFormat
 from loraflow.training.config import FitConfig
+from loraflow.training.processes import Processes
 from loraflow.training.turns import earlier_turns
 
 
@@ -133,6 +134,19 @@ def prepare(model: Any, examples: Any, dev: Any, config: FitConfig) -> FitData:
     rows = [[dataclasses.astuple(row) for row in split.rows] for split in (train, dev_rows) if split is not None]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return FitData(train, dev_rows, dev_examples, digest, [example.origin for example in parsed])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A collator of whole batches, for the rows of one of several processes."""
+
+    collate: Callable[[Sequence[TokenExample]], dict[str, Tensor]]
+    processes: Processes
+
+    def __call__(self, rows: Sequence[TokenExample]) -> dict[str, Tensor]:
+        """This process's part of a batch; where no row is left for it, one without any answer, whose loss is zero."""
+        own = rows[self.processes.rank :: self.processes.count]
+        return self.collate(own or [dataclasses.replace(rows[0], labels=[IGNORED] * len(rows[0].labels))])
 
 
 @dataclass(frozen=True)

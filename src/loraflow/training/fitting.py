@@ -20,6 +20,7 @@ from loraflow.training.data import note_endings, prepare
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score
+from loraflow.training.processes import here
 from loraflow.training.reporting import check_trackers
 
 
@@ -68,10 +69,12 @@ def fit(
     check_trackers(config.report_to if config is not None else (), weights=True)
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
-    config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
+    config, processes = config or FitConfig.for_method(model.method), here(model)
     files, lasting = Path(reports) if reports is not None else None, checkpoints is not None
-    with run_directory(checkpoints, resume=resume, overwrite=overwrite) as directory, model.learning():
-        run = Run(config, directory, resume, console, score, reports=files, lasting=lasting)
+    folder = run_directory(checkpoints, resume=resume, overwrite=overwrite)
+    with processes.fitting(folder) as directory, model.learning():
+        console = processes.console(console)
+        run = Run(config, directory, resume, console, score, reports=files, lasting=lasting, processes=processes)
         return learner.learn(model, read, dev, run)
 
 
@@ -124,13 +127,18 @@ def search(
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
     check_score(score, parse_examples(dev))
-    config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
+    config, processes = config or FitConfig.for_method(model.method), here(model)
+    console = processes.console(console)
     grid = search_grid(model.method) if grid is None else grid
+    for setting in grid:
+        tried = dataclasses.replace(config, **setting)
+        processes.check_batches(tried.batch_size, tried.gradient_accumulation)
     table: list[dict[str, Any]] = []
     best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
-    with run_directory(checkpoints, resume=resume, overwrite=overwrite) as root, model.learning():
+    folder = run_directory(checkpoints, resume=resume, overwrite=overwrite)
+    with processes.fitting(folder) as root, model.learning():
         if not resume:
-            remove_checkpoints(root)
+            processes.ask(lambda: remove_checkpoints(root))
         for number, setting in enumerate(grid, start=1):
             cell = "-".join(f"{key}={value}" for key, value in setting.items())
             named = ", ".join(f"{key} {value}" for key, value in setting.items())
@@ -145,6 +153,7 @@ def search(
                 label,
                 files,
                 checkpoints is not None,
+                processes,
             )
             result, record = _fit_cell(learner, model, read, dev, run)
             table.append({**setting, "dev_loss": result.dev_loss, "dev_score": result.dev_score})
@@ -186,7 +195,7 @@ def _fit_cell(
             run.console.print(f"{run.label}: {error}", markup=False, soft_wrap=True)
             result = FitResult(dev_loss=math.inf, dev_score=None if run.score is None else -math.inf)
         record = model.training_record
-        keep_finished(model, identity, result, run.directory)
+        run.processes.ask(lambda: keep_finished(model, identity, result, run.directory))
     scored = f", score {_merit(result, run.score):.4f}" if run.score is not None else ""
     run.console.print(f"{run.label}: dev loss {-_merit(result, None):.4f}{scored}")
     return result, record

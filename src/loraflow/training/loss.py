@@ -19,6 +19,7 @@ from loraflow.examples import Example
 from loraflow.methods import QueryMethod
 from loraflow.training.config import Score
 from loraflow.training.data import Collator, TokenExamples, split_batches
+from loraflow.training.processes import ALONE, Processes
 
 
 def answer_loss(
@@ -57,37 +58,47 @@ def labelled_forward(model: nn.Module, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def mean_loss(
-    fusion: Fusion, data: TokenExamples, batch_size: int, on_batch: Callable[[int], object] = lambda count: None
+    fusion: Fusion,
+    data: TokenExamples,
+    batch_size: int,
+    on_batch: Callable[[int], object] = lambda count: None,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean negative log-likelihood of the response tokens, in nats a token; modules stay in their modes.
 
     Methods that weigh whole prompts read each example's prompt, never its response. `on_batch` is called after each
-    batch with its size.
+    batch with its size. Several `processes` share the batches, and have the same mean.
     """
     collate = Collator(0)
-    total, tokens = 0.0, 0
+
+    def sums(of_similar_length: TokenExamples) -> tuple[float, int]:
+        batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total = count * answer_loss(fusion, **batch).item()
+        on_batch(len(of_similar_length))
+        return total, count
+
     with fusion.evaluating():
-        for of_similar_length in split_batches(data, batch_size):
-            batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += count * answer_loss(fusion, **batch).item()
-            tokens += count
-            on_batch(len(batch["labels"]))
-    return total / tokens
+        totals, tokens = zip(*processes.each(split_batches(data, batch_size), sums), strict=True)
+    return sum(totals) / sum(tokens)
 
 
-def mean_score(model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score) -> float:
-    """Mean score of a model's answers to examples."""
+def mean_score(
+    model: Any, examples: Sequence[Example], max_new_tokens: int, score: Score, processes: Processes = ALONE
+) -> float:
+    """Mean score of a model's answers to examples, which several processes share."""
+    own = examples[processes.rank :: processes.count]
     answers = generate_answers(
         model,
-        [example.messages for example in examples],
+        [example.messages for example in own],
         tokenizer=require_tokenizer(model.tokenizer),
         prompt=model.prompt,
         max_new_tokens=max_new_tokens,
         endings=model.endings,
     )
-    scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, examples, strict=True)]
-    return sum(scores) / len(scores)
+    scores = [score(answer.text, _scored(example)) for answer, example in zip(answers, own, strict=True)]
+    total, count = processes.total(sum(scores), len(scores))
+    return total / count
 
 
 def check_score(score: Score | None, examples: Sequence[Example]) -> None:

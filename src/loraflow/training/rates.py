@@ -20,6 +20,7 @@ from transformers import set_seed
 from loraflow.answers import padding_id, require_tokenizer
 from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError, MethodError
+from loraflow.training.capacity import settle
 from loraflow.training.config import FitConfig
 from loraflow.training.data import Collator, prepare
 from loraflow.training.guard import FACTOR
@@ -80,6 +81,7 @@ def find_learning_rate(
     learner.check_method(model)
     config = config or FitConfig.for_method(model.method)
     data = prepare(model, learner.check_examples(model, examples, None), None, config)
+    config = settle(model, data.train, config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with model.learning(), as_it_was(model):
         try:

@@ -170,7 +170,7 @@ def reporting(model: Any, data: FitData, run: Run) -> Iterator[tuple[list[Traine
     watch = None
     if isinstance(model, Fusion):
         rows = TokenExamples((data.dev or data.train).rows[:WATCHED], [])
-        size = run.config.batch_size // run.config.gradient_accumulation
+        size = run.config.forward_size
 
         def watch() -> WatchedWeights:
             return watch_weights(model, rows, size)

@@ -10,13 +10,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow.answers import padding_id, require_tokenizer
@@ -33,9 +37,10 @@ from loraflow.training.checkpoints import (
     resumable_checkpoint,
 )
 from loraflow.training.config import FitConfig, FitResult, Run
-from loraflow.training.data import Collator, FitData
+from loraflow.training.data import IGNORED, Collator, FitData, Shared
 from loraflow.training.guard import Guard
 from loraflow.training.loss import mean_score
+from loraflow.training.processes import ALONE, Processes
 from loraflow.training.progress import RichProgress
 from loraflow.training.reporting import WatchedWeights, reporting
 from loraflow.training.state_files import (
@@ -48,6 +53,7 @@ from loraflow.training.state_files import (
 )
 
 _FORWARDS = "forwards of a step"
+_RANDOM_FILE = "rng_state_{}.safetensors"
 
 
 def train(
@@ -77,21 +83,28 @@ def train(
         raise LoraflowError(
             f"`early_stopping` (={run.config.early_stopping}) needs dev examples to decide on. Give `dev`."
         )
+    processes = run.processes
+    processes.check_batches(run.config.batch_size, run.config.gradient_accumulation)
     if run.config.packing:
         check_packing(model)
-    checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
+    processes.agree(identity, "run: recipe, data, base or adapters")
+    checkpoint = processes.ask(lambda: resumable_checkpoint(identity, run.directory) if run.resume else None)
     if checkpoint is None:
-        remove_checkpoints(run.directory)
+        processes.ask(lambda: remove_checkpoints(run.directory))
         settled = settle(model, data.train, run.config)
-        begun = {**identity, **start(settled), _FORWARDS: settled.gradient_accumulation}
-        write_atomically(run.directory / RUN_FILE, json.dumps(begun).encode())
+        begun = json.dumps({**identity, **start(settled), _FORWARDS: settled.gradient_accumulation})
+        processes.ask(lambda: write_atomically(run.directory / RUN_FILE, begun.encode()))
+    processes.check_sees(run.directory / RUN_FILE)
     recorded = json.loads((run.directory / RUN_FILE).read_text())
-    # A resumed run goes on with the forwards that it began with, whatever fits now.
-    config = dataclasses.replace(run.config, gradient_accumulation=recorded[_FORWARDS])
-    announce(model, data.train, config, run.console)
-    run = dataclasses.replace(run, config=config)
+    if run.config.gradient_accumulation == "auto":
+        # A resumed run goes on with the forwards that it began with, whatever fits now.
+        run = dataclasses.replace(
+            run, config=dataclasses.replace(run.config, gradient_accumulation=recorded[_FORWARDS])
+        )
+    announce(model, data.train, run.config, run.console)
     with reporting(model, data, run) as (callbacks, watch):
         trainer = make_trainer(model, data, run, label, callbacks, watch)
+        processes.spread(model.state_dict().values())
         _carry_out(trainer, model, run, checkpoint)
     return outcome_of(trainer, has_dev=data.dev is not None), recorded
 
@@ -142,15 +155,17 @@ def make_trainer(
     """transformers' trainer, set to a recipe."""
     score = None
     if run.score is not None:
-        score = functools.partial(mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score)
+        score = functools.partial(
+            mean_score, model, data.dev_examples, run.config.score_max_new_tokens, run.score, run.processes.apart
+        )
     padded = Collator(padding_id(require_tokenizer(model.tokenizer)))
     trainer = WholeCheckpointTrainer(
         model=model,
         args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
         train_dataset=data.train,
         eval_dataset=data.dev,
-        data_collator=Packed() if run.config.packing else padded,
-        dev_collator=padded,
+        data_collator=Shared(Packed() if run.config.packing else padded, run.processes),
+        dev_collator=Shared(padded, run.processes),
         sampler=ByLength(data.train, run.config.batch_size, run.config.seed) if run.config.group_by_length else None,
         callbacks=[RichProgress(run.console, label), *callbacks],
         score=score,
@@ -158,6 +173,7 @@ def make_trainer(
         patience=run.config.early_stopping,
         keep=run.config.keep_last,
         watch=watch,
+        processes=run.processes,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -187,6 +203,8 @@ def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool,
         # Trackers come as callbacks: the picture of the weights is to be drawn before they close.
         report_to="none",
         disable_tqdm=True,
+        # What an example is added to a batch for, to make it even, would have it in the loss twice.
+        accelerator_config={"even_batches": False},
     )
     # One process, one replica: several GPUs hold the layers of one model (device_map), not copies of it.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -209,18 +227,43 @@ class WholeCheckpointTrainer(Trainer):
         self,
         *args: Any,
         guard: Guard,
-        dev_collator: Collator,
+        dev_collator: Shared,
         sampler: Sampler | None = None,
         score: Callable[[], float] | None = None,
         patience: int | None = None,
         keep: int = FitConfig.keep_last,
         watch: Callable[[], WatchedWeights] | None = None,
+        processes: Processes = ALONE,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.guard = guard
         self._dev_collator, self._sampler = dev_collator, sampler
         self._score, self._patience, self._keep, self._watch = score, patience, keep, watch
+        self._processes = processes
+        if processes.count > 1 and not self.model_accepts_loss_kwargs:
+            raise LoraflowError(
+                f"{processes.count} processes cannot fit this base: the loss that its forward gives is a mean over the "
+                "answers of each, not over those of all. Fit it with one process."
+            )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's accelerator, which wraps no model: of one, the processes exchange the gradients of the gates."""
+        super().create_accelerator_and_postprocess()
+        prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        vars(self.accelerator)["prepare_model"] = prepare_model
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole batches in each process, in the same order; the collator takes its rows."""
+        return _whole_batches(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Whole batches in each process, as for training, but with dev examples in padded ones."""
+        collator, self.data_collator = self.data_collator, self._dev_collator
+        try:
+            return _whole_batches(super().get_eval_dataloader(*args, **kwargs))
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next step, which the guard has seen."""
@@ -228,10 +271,14 @@ class WholeCheckpointTrainer(Trainer):
         self.guard.begin(batches)
         return batches, count
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward and backward; a loss that is not finite ends the training."""
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward, the last of a step with the gradients of all processes; stops if not finite."""
         loss = super().training_step(*args, **kwargs)
-        self.guard.check(self.state.global_step + 1, "loss", loss)
+        if self._processes.count == 1:
+            # Of several, one may be alone with it: the norm of all gradients says it to each of them.
+            self.guard.check(self.state.global_step + 1, "loss", loss)
+        if self.accelerator.sync_gradients:
+            self._processes.average_gradients(cast(nn.Module, self.model).parameters())
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,13 +297,22 @@ class WholeCheckpointTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         return self._sampler or super()._get_train_sampler(*args, **kwargs)
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Trainer's, with dev examples in padded batches."""
-        collator, self.data_collator = self.data_collator, self._dev_collator
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = collator
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The mean loss of all response tokens, however batches and processes divide them."""
+        model = cast(nn.Module, self.model).eval()
+        total, tokens = 0.0, 0
+        for inputs in dataloader:
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            loss = cast(Tensor, self.compute_loss(model, self._prepare_inputs(inputs)))
+            # A process that has no rows of a batch has no mean of them.
+            total += loss.item() * count if count else 0.0
+            tokens += count
+        total, all_tokens = self._processes.total(total, tokens)
+        metrics = {f"{metric_key_prefix}_loss": total / all_tokens}
+        return EvalLoopOutput(cast(Any, None), None, metrics, num_samples=self.num_examples(dataloader))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's loss on the dev examples, and their score where one is asked for."""
@@ -316,20 +372,24 @@ class WholeCheckpointTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random_state(Path(checkpoint) / self._random_file(), every_device=self.args.world_size <= 1)
+            own, first = Path(checkpoint) / self._random_file(), Path(checkpoint) / _RANDOM_FILE.format(0)
+            # Of fewer processes than there are now, some have left no state.
+            load_random_state(own if own.is_file() else first, every_device=self.args.world_size <= 1)
 
     def _random_file(self) -> str:
-        return f"rng_state_{self.args.process_index}.safetensors"
+        return _RANDOM_FILE.format(self.args.process_index)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         # What a crash left there may be half of a checkpoint.
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        self._processes.ask(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
         if self._watch is not None:
             self.log(self._watch().curves())
         super()._save_checkpoint(model, trial)
-        (checkpoint / COMPLETE).touch()
-        self._drop_old_checkpoints(checkpoint.parent)
+        # Every process writes the state of its random numbers.
+        self._processes.gather(None)
+        self._processes.ask((checkpoint / COMPLETE).touch)
+        self._processes.ask(lambda: self._drop_old_checkpoints(checkpoint.parent))
 
     def _drop_old_checkpoints(self, directory: Path) -> None:
         best = self.state.best_model_checkpoint
@@ -338,6 +398,14 @@ class WholeCheckpointTrainer(Trainer):
                 # First the mark, so that a crash in between leaves no checkpoint that counts and is not whole.
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _whole_batches(loader: DataLoader) -> DataLoader:
+    """Undo accelerate's division of a loader's batches among the processes, as Trainer does for its own samplers."""
+    shard = loader.batch_sampler
+    if isinstance(shard, BatchSamplerShard):
+        shard.num_processes, shard.process_index = 1, 0
+    return loader
 
 
 def outcome_of(trainer: Trainer, *, has_dev: bool) -> FitResult:

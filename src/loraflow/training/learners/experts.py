@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -32,7 +33,7 @@ class Experts(Learner):
         prepared = {name: prepare(fusion, own, None, run.config) for name, own in examples.items()}
         digests = {name: data.digest for name, data in prepared.items()}
         if not run.resume:
-            remove_checkpoints(run.directory)
+            run.processes.ask(lambda: remove_checkpoints(run.directory))
         for position, (name, data) in enumerate(prepared.items()):
             reports = None if run.reports is None else run.reports / name
             cell = dataclasses.replace(run, directory=run.directory / f"expert-{position}", reports=reports)
@@ -43,7 +44,7 @@ class Experts(Learner):
                 label = f"fitting {name} on its own data ({position + 1}/{len(examples)})"
                 with _expert(fusion, position):
                     result = fit_gates(fusion, data, cell, label, fresh=False)
-                keep_finished(fusion, identity, result, cell.directory)
+                run.processes.ask(functools.partial(keep_finished, fusion, identity, result, cell.directory))
             results.append(result)
             records[name] = self.record(run.config, data, result)
         fusion.training_record = {"experts": records}

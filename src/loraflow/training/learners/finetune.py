@@ -36,6 +36,7 @@ from loraflow.training.checkpoints import config_identity, run_directory
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
 from loraflow.training.loss import labelled_forward
+from loraflow.training.processes import here
 from loraflow.training.reporting import check_trackers
 from loraflow.training.trainer import as_it_was, train
 
@@ -112,7 +113,7 @@ def finetune(
     tokenizer = require_tokenizer(tokenizer)
     if old is not None:
         match_adapter(old, model)
-    record = base_record(model)
+    record, processes = base_record(model), here(model)
     choice = choose(
         prompt or PromptFormat(), tokenizer, {"adapter": old.source} if old is not None else {}, record.vocab_size
     )
@@ -123,11 +124,11 @@ def finetune(
         "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(run_directory(checkpoints, resume=resume, overwrite=overwrite))
-        files = Path(reports) if reports is not None else None
-        run = Run(
-            config, directory, resume, console or Console(stderr=True), reports=files, lasting=checkpoints is not None
-        )
+        folder = run_directory(checkpoints, resume=resume, overwrite=overwrite)
+        directory = stack.enter_context(processes.fitting(folder))
+        files, console = Path(reports) if reports is not None else None, processes.console(console)
+        lasting = checkpoints is not None
+        run = Run(config, directory, resume, console, reports=files, lasting=lasting, processes=processes)
         set_seed(config.seed)
         adapted = stack.enter_context(_adapted(model, described))
         trained = TrainedAdapter(adapted, tokenizer, prompt)
@@ -136,7 +137,9 @@ def finetune(
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
         parameters = sum(parameter.numel() for parameter in trained.learned().values())
         seconds = time.perf_counter() - started
-        _save(adapted, output)
+        # PEFT may have to put parts of the model together, for which it needs all processes.
+        written = _files(adapted)
+        processes.ask(lambda: _save(*written, output))
     done = dataclasses.replace(outcome, seconds=seconds, truncated=data.train.truncated)
     return FinetuneResult(**vars(done), output=output, parameters=parameters)
 
@@ -146,6 +149,8 @@ class TrainedAdapter(nn.Module):
 
     # transformers' Trainer refuses a quantised model unless adapters are said to be loaded on it.
     _hf_peft_config_loaded = True
+    # What is trained is whole in every process, however the base is stored: Trainer need not refuse to go on with it.
+    is_distributed_loading_by_transformers = False
     main_input_name = "input_ids"
 
     def __init__(self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat) -> None:
@@ -286,8 +291,8 @@ def _equal(theirs: Tensor | None, ours: Tensor | None) -> bool:
     return torch.equal(theirs.to("cpu", torch.float32), ours.to("cpu", torch.float32))
 
 
-def _save(adapted: PeftModel, output: Path) -> None:
-    """Write PEFT's two files so that a crash leaves a whole adapter, or a directory that is none."""
+def _files(adapted: PeftModel) -> tuple[dict[str, Any], bytes]:
+    """What PEFT writes: the adapter's configuration and its weights."""
     with tempfile.TemporaryDirectory() as directory:
         # Without a look at the Hub for the base's vocabulary: embeddings are never trained here.
         adapted.save_pretrained(directory, save_embedding_layers=False)
@@ -296,6 +301,11 @@ def _save(adapted: PeftModel, output: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         # PEFT keeps a set, whose order changes from run to run.
         config["target_modules"].sort()
+    return config, weights
+
+
+def _save(config: Mapping[str, Any], weights: bytes, output: Path) -> None:
+    """Write PEFT's two files so that a crash leaves a whole adapter, or a directory that is none."""
     make_folder(output)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     write_atomically(output / WEIGHTS_FILE, weights)

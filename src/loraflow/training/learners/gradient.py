@@ -17,6 +17,7 @@ from loraflow.training.config import FitConfig, FitResult, Run
 from loraflow.training.data import FitData, TokenExamples, prepare
 from loraflow.training.learners.base import Examples, Learner
 from loraflow.training.loss import check_score, mean_loss
+from loraflow.training.processes import ALONE, Processes
 from loraflow.training.trainer import as_it_was, train
 
 
@@ -40,7 +41,7 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     fusion.training_record = None
 
     def start(config: FitConfig) -> dict[str, Any]:
-        return {"start_losses": set_start(fusion, data.train, config) if fresh else {}}
+        return {"start_losses": set_start(fusion, data.train, config, run.processes) if fresh else {}}
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(fusion))
@@ -55,12 +56,14 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
     )
 
 
-def set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dict[str, float]:
+def set_start(
+    fusion: Fusion, examples: TokenExamples, config: FitConfig, processes: Processes = ALONE
+) -> dict[str, float]:
     """Bring the gates to where training starts; gives the loss of each start where those decide."""
     losses: dict[str, float] = {}
     for name, weights in fusion.method.starts(fusion.adapter_names).items():
         with fusion.using(dict(zip(fusion.adapter_names, weights, strict=True))):
-            losses[name] = mean_loss(fusion, examples, config.forward_size)
+            losses[name] = mean_loss(fusion, examples, config.forward_size, processes=processes)
     # Gates with random parts start from the seed too.
     set_seed(config.seed)
     fusion.set_method(fusion.method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import time
 import warnings
@@ -52,7 +53,7 @@ class Search(Learner):
         result = FitResult(
             start=dict.fromkeys(fusion.adapter_names, 0.0),
             steps=len(losses),
-            train_loss=mean_loss(fusion, data.train, config.batch_size),
+            train_loss=mean_loss(fusion, data.train, config.batch_size, _unheard, run.processes),
             kept_step=len(losses),
             seconds=time.perf_counter() - started,
             truncated=data.train.truncated,
@@ -61,8 +62,9 @@ class Search(Learner):
         if data.dev is not None:
             score = None
             if run.score is not None:
-                score = mean_score(fusion, data.dev_examples, config.score_max_new_tokens, run.score)
-            dev_loss = mean_loss(fusion, data.dev, config.batch_size)
+                tokens, apart = config.score_max_new_tokens, run.processes.apart
+                score = mean_score(fusion, data.dev_examples, tokens, run.score, apart)
+            dev_loss = mean_loss(fusion, data.dev, config.batch_size, _unheard, run.processes)
             result = dataclasses.replace(result, dev_loss=dev_loss, dev_score=score)
         fusion.training_record = self.record(run.config, data, result)
         return result
@@ -80,14 +82,16 @@ def _search(fusion: Fusion, data: TokenExamples, identity: Mapping[str, Any], ru
         raise LoraflowError("LoRA-Hub's search needs Nevergrad. Run: pip install 'loraflow[search]'") from error
     method, gate = cast(Searched, fusion.method), cast(StartsAt, fusion.gates["model"])
     path = run.directory / SEARCH_FILE
+    run.processes.agree(identity, "run: recipe, data, base or adapters")
     if not run.resume:
-        remove_checkpoints(run.directory)
-    known = _known_losses(path, identity) if run.resume else []
+        run.processes.ask(lambda: remove_checkpoints(run.directory))
+    known = run.processes.ask(lambda: _known_losses(path, identity) if run.resume else [])
     space = nevergrad.p.Array(init=[0.0] * len(fusion.adapters)).set_bounds(-method.bound, method.bound)
     space.random_state.seed(run.config.seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=method.budget)
     losses: list[float] = []
-    with _log(path, identity, known) as file, counting_progress(run.console) as progress:
+    log = _log(path, identity, known) if run.processes.first else contextlib.nullcontext(io.StringIO())
+    with log as file, counting_progress(run.console) as progress:
         bar = progress.add_task("searching weights", total=method.budget)
         for evaluation in range(method.budget):
             candidate = optimizer.ask()
@@ -96,7 +100,7 @@ def _search(fusion: Fusion, data: TokenExamples, identity: Mapping[str, Any], ru
                 loss = known[evaluation]
             else:
                 gate.start_at(weights)
-                loss = mean_loss(fusion, data, run.config.batch_size)
+                loss = mean_loss(fusion, data, run.config.batch_size, _unheard, run.processes)
                 file.write(json.dumps({"loss": loss, "weights": weights}) + "\n")
                 file.flush()
             optimizer.tell(candidate, loss + method.regularization * sum(map(abs, weights)) / len(weights))
@@ -104,6 +108,10 @@ def _search(fusion: Fusion, data: TokenExamples, identity: Mapping[str, Any], ru
             progress.update(bar, advance=1, description=f"searching weights, lowest loss {min(losses):.4f}")
     gate.start_at([float(weight) for weight in optimizer.provide_recommendation().value])
     return losses
+
+
+def _unheard(count: int) -> None:
+    """No bar moves within one evaluation."""
 
 
 @contextlib.contextmanager

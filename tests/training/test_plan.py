@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -188,9 +189,15 @@ def test_the_largest_forward_and_the_time_of_all():
     data = TokenExamples(rows, [])
     assert largest_forward(data, 2, packed=False) == Shape(2, 9, 4)
     assert largest_forward(data, 3, packed=True) == Shape(1, 21, 6)
-    head = Head(words=100, width=8, capped=False)
-    assert head.cost(Shape(2, 9, 4)) == (12 * 18 * 100, 4 * 18 * 100 * 8)
-    assert Head(words=100, width=8, capped=True).cost(Shape(2, 9, 4))[0] == 16 * 18 * 100
+    whole = Head(words=100, width=8, capped=False, wide=True, cut=False)
+    assert whole.cost(Shape(2, 9, 4)) == (12 * 18 * 100, 4 * 18 * 100 * 8)
+    assert dataclasses.replace(whole, capped=True).cost(Shape(2, 9, 4))[0] == 16 * 18 * 100
+    # A head that reads the answers only has their states and gradients too, and logits of a chunk at a time.
+    cut = dataclasses.replace(whole, cut=True)
+    assert cut.cost(Shape(2, 9, 4)) == (8 * 4 * 100 + 8 * 4 * 8, 4 * 4 * 100 * 8)
+    assert dataclasses.replace(cut, wide=False, capped=True).cost(Shape(2, 9, 4))[0] == 16 * 4 * 100 + 8 * 4 * 8
+    many = dataclasses.replace(cut, words=2**22)
+    assert many.cost(Shape(2, 900, 1000))[0] == 8 * 4 * 2**22 + 8 * 1000 * 8
 
 
 def test_steps_and_their_time_are_those_of_the_recipe(make_model):

@@ -39,8 +39,8 @@ from transformers.utils import ModelOutput
 from loraflow.core.lazy import lazy_tensor
 
 IGNORED = -100
-# Logits in one chunk: 128 positions of 131,072 words, 64 MiB in float32.
-_LOGITS_A_CHUNK = 2**24
+LOGITS_A_CHUNK = 2**24
+"""Logits in one chunk: 128 positions of 131,072 words, 64 MiB in float32."""
 # Other ways to say what of the logits is wanted: then the model has all that it needs to know.
 _ASKS_OTHERWISE = ("logits_to_keep", "shift_labels", "return_dict", "ignore_index")
 
@@ -92,6 +92,11 @@ def call_with_labels(
     return output
 
 
+def reads_answers_only(base: PreTrainedModel) -> bool:
+    """Whether a model's head is asked for the positions only that predict a label, as far as is known by now."""
+    return _can_be_cut.get(base, _has_known_form(base))
+
+
 def _has_known_form(base: PreTrainedModel) -> bool:
     """Whether a model's forward is a trunk, a head that can be asked for few positions, and the usual loss."""
     forward = inspect.unwrap(type(base).forward)
@@ -139,7 +144,7 @@ class _Answers:
         self._shape = predicts.shape
         self._index = predicts.flatten().nonzero()[:, 0]
         self._targets = kwargs["labels"].flatten()[self._index + 1]
-        self._size = max(1, _LOGITS_A_CHUNK // base.config.get_text_config(decoder=True).vocab_size)
+        self._size = max(1, LOGITS_A_CHUNK // base.config.get_text_config(decoder=True).vocab_size)
         self._learns = torch.is_grad_enabled() and _head_learns(base)
         self._seen: Any = None
         self._first: Tensor | None = None

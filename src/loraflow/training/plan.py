@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from loraflow.core.architecture import DecoderLayers
+from loraflow.core.fusion import Fusion
+from loraflow.core.head import LOGITS_A_CHUNK, reads_answers_only
 from loraflow.errors import LoraflowError
 from loraflow.training.batches import in_forwards
 from loraflow.training.config import FitConfig
@@ -65,20 +67,31 @@ class Head:
         words: size of the vocabulary.
         width: of the hidden states that it reads.
         capped: whether logits go through a tanh, as Gemma's.
+        wide: whether they are in float32 as they are.
+        cut: whether it reads only the positions that predict an answer's token, in chunks (`core.head`).
     """
 
     words: int
     width: int
     capped: bool
+    wide: bool
+    cut: bool
 
     def cost(self, shape: Shape) -> tuple[int, int]:
         """What head and loss take of a forward and its backward: bytes at their peak, and operations.
 
-        transformers' loss sees all positions: in the backward of its softmax there are, in float32, the logarithms of
-        the probabilities, and the gradients of those and of the logits; a tanh keeps its output.
+        Of a chunk there are the logits, in float32 too, and their gradient; a tanh keeps its output. Of all answers
+        there are the states that the head reads, and their gradient. Where all positions are read, there are in the
+        backward of transformers' softmax, in float32, the logarithms of the probabilities, and the gradients of those
+        and of the logits.
         """
-        seen = shape.tokens
-        return (16 if self.capped else 12) * seen * self.words, 4 * seen * self.words * self.width
+        seen = shape.answers if self.cut else shape.tokens
+        operations = 4 * seen * self.words * self.width
+        if not self.cut:
+            return (16 if self.capped else 12) * seen * self.words, operations
+        chunk = min(seen, max(1, LOGITS_A_CHUNK // self.words))
+        a_logit = (8 if self.wide else 12) + (4 if self.capped else 0)
+        return a_logit * chunk * self.words + 8 * seen * self.width, operations
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,15 @@ def footprint(model: Any, *, checkpointing: bool = False, packed: bool = False, 
         reason = str(error).strip().partition("\n")[0]
         raise LoraflowError(f"What a step takes cannot be planned: {type(error).__name__}: {reason}") from error
     text = model.config.get_text_config()
-    head = Head(text.vocab_size, text.hidden_size, getattr(text, "final_logit_softcapping", None) is not None)
+    # A fusion's, a PEFT model's, or the base itself.
+    base = model.base_model if isinstance(model, Fusion) else getattr(model, "get_base_model", lambda: model)()
+    head = Head(
+        text.vocab_size,
+        text.hidden_size,
+        capped=getattr(text, "final_logit_softcapping", None) is not None,
+        wide=model.dtype.itemsize >= torch.float32.itemsize,
+        cut=reads_answers_only(base),
+    )
     size = sum(parameter.nbytes for parameter in learned)
     return Footprint(weights, 4 * size, head, kept, highest, operations, pace)
 

@@ -120,9 +120,22 @@ def test_unknown_overrides_are_named(tmp_path):
 
 def test_every_field_of_a_recipe_is_there_and_back():
     """A field that is added is to be in `training_arguments`, or here."""
-    alone = {"adapter_dropout", "train_on", "max_length", "score_max_new_tokens", "early_stopping"}
+    alone = {"min_steps", "adapter_dropout", "train_on", "max_length", "score_max_new_tokens", "early_stopping"}
     from loraflow.training.arguments import settings_of
 
     arguments = FitConfig().training_arguments("out", use_cpu=True)
     assert {field.name for field in dataclasses.fields(FitConfig)} == settings_of(arguments).keys() | alone
     assert math.isfinite(arguments.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "epochs"),
+    [({}, 200, 5), ({"min_steps": 125}, 200, 5), ({"min_steps": 125}, 20, 25), ({"min_steps": 7, "epochs": 1}, 9, 3)],
+)
+def test_few_examples_are_passed_over_more_often(settings, examples, epochs):
+    assert FitConfig(**settings).epochs_over(examples) == epochs
+
+
+def test_steps_are_at_least_none():
+    with pytest.raises(LoraflowError, match=r"`min_steps` \(=-1\) must be at least 0, and finite"):
+        FitConfig(min_steps=-1)

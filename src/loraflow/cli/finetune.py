@@ -64,6 +64,9 @@ class AdapterOptions:
 class FinetuneSteps(Steps):
     """The steps of an optimiser, with the defaults of a fine-tuning."""
 
+    min_steps: Annotated[int, recipe_option(help="Go on for so many at least, over more epochs of few examples.")] = (
+        FitConfig.min_steps
+    )
     max_steps: Annotated[
         int | None, recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none]")
     ] = FitConfig.max_steps

@@ -242,6 +242,7 @@ def _settings(given: Given) -> dict[str, Any]:
     if "epochs" in settings:
         # Epochs that are asked for are not to lose against steps of the method's own.
         settings.setdefault("max_steps", None)
+        settings.setdefault("min_steps", 0)
     return settings
 
 

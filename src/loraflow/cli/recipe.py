@@ -57,13 +57,21 @@ class Steps:
     """The steps of an optimiser, as `loraflow fit` takes them."""
 
     epochs: Annotated[int, recipe_option(help="Passes over the examples.")] = FitConfig.epochs
+    min_steps: Annotated[
+        int | None,
+        recipe_option(
+            help="Go on for so many at least, over more epochs of few examples.  [default: 0; adapter-core 125]"
+        ),
+    ] = None
     max_steps: Annotated[
         int | None,
         recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none; phatgoose 100]"),
     ] = None
     learning_rate: Annotated[
         float | None,
-        recipe_option(help="Peak of the schedule.  [default: 1e-3; learned-static, adapter-core 1e-2; phatgoose 5e-3]"),
+        recipe_option(
+            help="Peak of the schedule.  [default: 1e-3; learned-static 1e-2, adapter-core 2e-2, phatgoose 5e-3]"
+        ),
     ] = None
     batch_size: Annotated[
         Any,

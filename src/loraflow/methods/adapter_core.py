@@ -98,7 +98,7 @@ class AdapterCore(FittedOnExamples, Method):
     place: ClassVar[Place] = "module"
     learns: ClassVar[Learning] = "gradient"
     adds: ClassVar[bool] = True
-    recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2}
+    recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-2, "min_steps": 125}
 
     def starts(self, adapters: Sequence[str]) -> dict[str, list[float]]:
         """Each adapter alone, and all of them with equal weights, where training starts at the best of these."""

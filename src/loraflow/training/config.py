@@ -46,6 +46,7 @@ class FitConfig:
 
     Attributes:
         epochs: passes over the examples.
+        min_steps: go on for so many steps at least, over more epochs where the examples are few.
         max_steps: go on for so many steps, whatever `epochs` says; None goes by `epochs`.
         learning_rate: the peak of the schedule.
         batch_size: examples in a step, of all processes together; "auto" is the recipe's own number, and "auto" for
@@ -75,6 +76,7 @@ class FitConfig:
     """
 
     epochs: int = 5
+    min_steps: int = 0
     max_steps: int | None = None
     learning_rate: float = 1e-3
     batch_size: int = 4
@@ -105,7 +107,7 @@ class FitConfig:
         for name in positive:
             if getattr(self, name) != "auto" and not 0 < getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0, and finite.")
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("min_steps", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0, and finite.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -182,6 +184,10 @@ class FitConfig:
                 )
             object.__setattr__(self, "batch_size", type(self).batch_size)
             object.__setattr__(self, "gradient_accumulation", "auto")
+
+    def epochs_over(self, examples: int) -> int:
+        """Passes over so many examples: `epochs`, or as many as `min_steps` take."""
+        return max(self.epochs, math.ceil(self.min_steps / math.ceil(examples / self.batch_size)))
 
     @property
     def forward_size(self) -> int:

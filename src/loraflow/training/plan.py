@@ -380,7 +380,7 @@ class Plan:
         answers = sum(label != IGNORED for row in data.rows for label in row.labels) // len(forwards)
         shapes = [_shape(lengths, answers, packed=config.packing) for lengths in forwards]
         in_epoch = math.ceil(len(data) / config.batch_size)
-        steps = config.max_steps or math.ceil(config.epochs * in_epoch)
+        steps = config.max_steps or config.epochs_over(len(data)) * in_epoch
         epoch = footprint.seconds(shapes)
         return cls(
             footprint=footprint,

@@ -161,7 +161,7 @@ def make_trainer(
     padded = Collator(padding_id(require_tokenizer(model.tokenizer)))
     trainer = WholeCheckpointTrainer(
         model=model,
-        args=_arguments(model, run.config, run.directory, has_dev=data.dev is not None, scored=score is not None),
+        args=_arguments(model, data, run, scored=score is not None),
         train_dataset=data.train,
         eval_dataset=data.dev,
         data_collator=Shared(Packed() if run.config.packing else padded, run.processes),
@@ -180,10 +180,11 @@ def make_trainer(
     return trainer
 
 
-def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool, scored: bool) -> TrainingArguments:
-    on_cpu = model.device.type == "cpu"
+def _arguments(model: Any, data: FitData, run: Run, *, scored: bool) -> TrainingArguments:
+    on_cpu, has_dev, config = model.device.type == "cpu", data.dev is not None, run.config
     arguments = config.training_arguments(
-        directory,
+        run.directory,
+        num_train_epochs=config.epochs_over(len(data.train)),
         # Whole checkpoints are counted here: transformers would count halves.
         save_total_limit=None,
         # Ours knows the epoch, and transformers' would sort dev examples too.

@@ -22,7 +22,7 @@ Examples = Sequence[Mapping[str, Any] | Example]
 
 # Settings of an optimiser's steps, and all that only a training uses.
 STEPS = frozenset(
-    {"epochs", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "schedule", "weight_decay"}
+    {"epochs", "min_steps", "max_steps", "learning_rate", "gradient_accumulation", "warmup", "schedule", "weight_decay"}
 )
 TRAINING = STEPS | {
     "adapter_dropout",

@@ -115,6 +115,9 @@ def _add_errors(app: FastAPI) -> None:
         param = ".".join(place) or None
         if first["type"] == "extra_forbidden":
             return _error_response(ApiError(400, f"`{param}` is unknown or not supported. Leave it out.", param=param))
+        if first["type"] == "not_supported":
+            message = f"`{param}` (={reprlib.repr(first['input'])}) {first['msg']}."
+            return _error_response(ApiError(400, message, param=param))
         found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
         return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}{found}.", param=param))
 
@@ -178,10 +181,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         started = time.monotonic()
         served = await service.read(service.served_for, body)
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        messages = [{"role": message.turn, "content": message.text} for message in body.messages]
         if messages[-1]["role"] != "user":
             raise ApiError(400, "The conversation must end with the user's turn.", param="messages")
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs`. Set it to true.", param="top_logprobs")
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None

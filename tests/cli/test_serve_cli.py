@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -227,6 +229,18 @@ def test_a_missing_vllm_is_told(run, fusion, monkeypatch):
     result = run("serve", str(fusion), "--engine", "vllm")
     assert result.exit_code == 1
     assert "vLLM is not installed in this environment: pip install 'loraflow[vllm]'" in result.output
+
+
+def test_a_full_disk_is_told(run, monkeypatch):
+    def find_none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", find_none)
+    result = run(*SERVE)
+    assert result.exit_code == 1
+    message = "no temporary folder that can be written, which PyTorch needs (No usable temporary directory found in "
+    assert message in result.output
+    assert "name another folder in the variable TMPDIR." in result.output
 
 
 def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(run):

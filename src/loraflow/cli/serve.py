@@ -6,6 +6,7 @@ import enum
 import os
 import shlex
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +218,7 @@ def serve(
     if engine is Engine.VLLM:
         _become_vllm(vllm.command(named, sources, network), network.api_keys(), only_print=vllm.print_command)
         return
+    _check_temporary_folder()
     try:
         import uvicorn  # noqa: F401
 
@@ -257,35 +259,36 @@ def serve(
 def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> None:
     """Answer requests until the process is told to end."""
     import logging
-    import signal
 
-    import uvicorn
-
-    from loraflow.serving.app import make_app
+    from loraflow.serving.server import Server
     from loraflow.serving.service import Service
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("loraflow.serving").setLevel(logging.INFO)
     for line in offered(catalog):
         typer.echo(line)
-    # uvicorn raises the signal that ended it once more when all is done; an end that was asked for is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: None)
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            address, number, *_ = listener.getsockname()
-            shown = f"[{address}]" if ":" in address else address
-            typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
+    def ready() -> None:
+        address, number, *_ = listener.getsockname()
+        shown = f"[{address}]" if ":" in address else address
+        typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
 
-    Server(
-        uvicorn.Config(
-            make_app(Service(catalog, config)),
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=int(config.drain_s),
-        )
-    ).run(sockets=[listener])
+    Server(Service(catalog, config), ready).run(sockets=[listener])
+
+
+def _check_temporary_folder() -> None:
+    """Check that there is one: PyTorch does not start without it, though nothing is written there.
+
+    Raises:
+        LoraflowError: if there is none, as on a full disk.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise LoraflowError(
+            f"There is no temporary folder that can be written, which PyTorch needs ({error.strerror}). Make room on "
+            "the disk, or name another folder in the variable TMPDIR."
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -95,9 +95,7 @@ def test_a_page_of_another_name_does_not_reach_a_server_without_keys(keyless, pa
     for host in ("evil.example", "evil.example:8000", "x/health?", "localhost@evil.example"):
         answer = call(method, keyless + path, body, Host=host)
         assert answer.status == 403
-        message = (
-            f"The request is for the host {host!r}, which is not known to be this server. Start it with that name as"
-        )
+        message = f"The request is for the host {host!r}, which is not known to be this server. Start it with that"
         assert answer.json()["error"]["message"].startswith(message)
     for host in ("localhost", "127.0.0.1:1", "[::1]"):
         assert call(method, keyless + path, body, Host=host).status == 200

@@ -207,7 +207,7 @@ def test_an_address_that_another_server_took_meanwhile():
         first.bind(("127.0.0.1", 0))
         second.bind(first.getsockname())
         first.listen()
-        with pytest.raises(LoraflowError, match=r"The address cannot be listened on \(.*in use.*\)\. Give another"):
+        with pytest.raises(LoraflowError, match=r"The address cannot be listened on \(.*in use.*\)\. Give"):
             Server(service).run(sockets=[second])
     assert not service.engine._manager.is_running()
 

@@ -43,7 +43,7 @@ def _check_host(request: Request, allowed: Sequence[str]) -> None:
         raise ApiError(
             403,
             f"The request is for the host {', '.join(hosts)!r}, which is not known to be this server. Start it with "
-            "that name as --allowed-host, or with an --api-key.",
+            "that name among its `allowed_hosts`, or with `api_keys`.",
             kind="permission_error",
         )
     for origin in request.headers.getlist("origin"):
@@ -51,7 +51,7 @@ def _check_host(request: Request, allowed: Sequence[str]) -> None:
             raise ApiError(
                 403,
                 f"The request comes from a page of {origin!r}, which is not this server's. Start it with that page's "
-                "host as --allowed-host, or with an --api-key.",
+                "host among its `allowed_hosts`, or with `api_keys`.",
                 kind="permission_error",
             )
 

@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
         except OSError as error:
             await self.lifespan.shutdown()
             raise LoraflowError(
-                f"The address cannot be listened on ({error.strerror or error}). Give another --host or --port."
+                f"The address cannot be listened on ({error.strerror or error}). Give another address."
             ) from error
         self._ready()
 

@@ -140,7 +140,10 @@ def test_streams_that_take_longer_end_with_an_error():
             next(chunks)
             # There is no room for this one, which waits.
             waiting = Stream(address, max_tokens=400)
-            wait_for(lambda: "loraflow_running_answers 5.0" in call("GET", f"{address}/metrics").text)
+            answers, body = [], {**ENDLESS, "max_tokens": 400}
+            whole = threading.Thread(target=lambda: answers.append(call("POST", f"{address}/v1/completions", body)))
+            whole.start()
+            wait_for(lambda: "loraflow_running_answers 6.0" in call("GET", f"{address}/metrics").text)
             running.process.send_signal(signal.SIGTERM)
             with pytest.raises(openai.APIError, match=r"The server is shutting down") as error:
                 list(chunks)
@@ -153,7 +156,9 @@ def test_streams_that_take_longer_end_with_an_error():
             assert (events[-1]["error"]["type"], events[-1]["error"]["code"]) == ("server_error", "shutting_down")
             assert all("choices" in event for event in events[:-1])
         assert len(waiting.events) == 2
-        assert running.output.count('"outcome": "failed"') == 4
+        whole.join(DEADLINE_S)
+        assert (answers[0].status, answers[0].json()["error"]["code"]) == (503, "shutting_down")
+        assert running.output.count('"outcome": "failed"') == 5
         assert "Traceback" not in running.output
 
 

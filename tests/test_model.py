@@ -307,6 +307,9 @@ def test_bad_arguments(adapters):
         FusedModel.from_adapters(tiny_model(), adapters, "lora-flaw")
     with pytest.raises(LoraflowError, match="'average' cannot be used"):
         FusedModel.from_adapters(tiny_model(), {"average": adapters["a"]})
+    for name in ("x" * 129, "a\nb", "a\x1b[31mb", "a\u202eb", "\ud800"):
+        with pytest.raises(LoraflowError, match=r"characters\) cannot be used: it must have at most 128 characters"):
+            FusedModel.from_adapters(tiny_model(), {name: adapters["a"]})
     with pytest.raises(LoraflowError, match="No adapters were given"):
         FusedModel.from_adapters(tiny_model(), {})
     with pytest.raises(LoraflowError, match="`base` is a loaded model"):

@@ -63,5 +63,5 @@ def test_the_library_names_no_flags(flags):
                 found += [
                     (file.name, flag) for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value) if flag in flags
                 ]
-    # What vLLM is to be started with.
-    assert found == [("files.py", "--lora-modules")]
+    # What vLLM is to be started with, and that it is the way to what our own server refuses.
+    assert found == [("files.py", "--lora-modules"), ("no_ops.py", "--engine")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -20,10 +22,11 @@ import pytest
 from typer.testing import CliRunner
 
 from loraflow import FusedModel, PromptFormat
-from loraflow.cli import app
+from loraflow.cli import app, serve
 from loraflow.cli.serve import offered
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.methods import get_method
+from loraflow.serving.catalog import Catalog
 
 DEADLINE_S = 200
 MODULES = [f"{name}={path}" for name, path in adapter_paths().items() if name in ("zh-chat", "math")]
@@ -69,6 +72,20 @@ def test_a_missing_package_is_told(run, monkeypatch):
         ((*SERVE, "--admin-key", "x"), "needs both: an admin key, and folders to load from"),
         ((*SERVE, "--load-from", "."), "needs both: an admin key, and folders to load from"),
         ((*SERVE, "--request-weights"), "`--request-weights` is for vLLM. Say --engine vllm too, or leave it out."),
+        ((*SERVE, "--api-key", ""), "Key 1 of 1 (--api-key) is empty, as an unset variable is"),
+        ((*SERVE, "--api-key", "a", "--api-key", " "), "Key 2 of 2 (--api-key) is empty, as an unset variable is"),
+        ((*SERVE, "--api-key", "ü"), "Key 1 of 1 (--api-key) has characters that not every client can send"),
+        ((*SERVE, "--api-key-file", "nowhere"), "The file of --api-key-file ('nowhere') cannot be read: No such file"),
+        ((*SERVE, "--admin-key", "", "--load-from", "."), "Key 1 of 1 (--admin-key) is empty, as an unset variable"),
+        (
+            (*SERVE, "--admin-key-file", "nowhere", "--load-from", "."),
+            "The file of --admin-key-file ('nowhere') cannot",
+        ),
+        (
+            (*SERVE, "--api-key", "a", "--admin-key", "a", "--load-from", "."),
+            "A key is among both --api-key and --admin-key: whoever may ask could load and unload too.",
+        ),
+        ((*SERVE, "--allowed-host", "http://x"), "`http://x` is no host of --allowed-host. Give a name or an address"),
         ((*SERVE, "--max-waiting", "0"), "`max_waiting` (=0) must be greater than 0."),
         ((*SERVE, "--served-model-name", "math"), "Two models are called 'math'. Give each a name of its own."),
     ],
@@ -78,6 +95,58 @@ def test_errors_are_one_clear_line(run, arguments, message):
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("kind", ["API", "ADMIN"])
+@pytest.mark.parametrize("value", ["", " ", "\t"])
+@pytest.mark.parametrize("more", [(), ("--api-key", "good")])
+def test_an_empty_variable_is_no_key(run, monkeypatch, kind, value, more):
+    monkeypatch.setenv(f"LORAFLOW_{kind}_KEY", value)
+    result = run(*SERVE, "--load-from", ".", *more)
+    assert result.exit_code == 1, result.output
+    assert f"`LORAFLOW_{kind}_KEY` is set, and empty: that is no key, and would let everybody in." in result.output
+
+
+@pytest.fixture
+def config(run, monkeypatch):
+    """What a command would serve with."""
+    found = []
+    monkeypatch.setattr(Catalog, "open", lambda *arguments, **options: None)
+    monkeypatch.setattr(serve, "_answer", lambda catalog, config, listener: (found.append(config), listener.close()))
+
+    def config(*arguments):
+        result = run(*SERVE, "--port", "0", *arguments)
+        assert result.exit_code == 0, result.output
+        return found.pop()
+
+    return config
+
+
+def test_a_variable_is_one_key(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAFLOW_API_KEY", "three plain words")
+    monkeypatch.setenv("LORAFLOW_ADMIN_KEY", "two words")
+    found = config("--load-from", str(tmp_path))
+    assert (found.api_keys, found.admin_keys) == (("three plain words",), ("two words",))
+    (tmp_path / "keys").write_text("one\n# no key\nan other\n")
+    files = ("--api-key-file", str(tmp_path / "keys"))
+    assert config("--load-from", str(tmp_path), *files).api_keys == ("three plain words", "one", "an other")
+    # As everywhere, an option takes the place of its variable.
+    assert config("--load-from", str(tmp_path), "--api-key", "x").api_keys == ("x",)
+    monkeypatch.delenv("LORAFLOW_ADMIN_KEY")
+    assert config("--load-from", str(tmp_path), "--admin-key-file", str(tmp_path / "keys")).admin_keys == (
+        "one",
+        "an other",
+    )
+
+
+def test_hosts_are_checked_where_there_are_no_keys(config):
+    assert config().allowed_hosts == ("127.0.0.1",)
+    assert config("--host", "localhost", "--allowed-host", "a.example").allowed_hosts == ("a.example", "localhost")
+    assert config("--api-key", "x").allowed_hosts == ()
+    assert config("--api-key", "x", "--allowed-host", "a.example").allowed_hosts == ("a.example", "127.0.0.1")
+    assert not config().public_metrics
+    assert config("--public-metrics").public_metrics
+    assert config("--grace", "2.5").drain_s == 2.5
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +207,13 @@ def test_vllm_takes_this_process(run, fusion, monkeypatch):
         (("--max-requests", "3"), "`--max-requests` is for loraflow's own engine."),
         (("--admin-key", "x"), "`--admin-key` is for loraflow's own engine."),
         (("--timeout", "3"), "`--timeout` is for loraflow's own engine."),
+        (("--public-metrics",), "`--public-metrics` is for loraflow's own engine."),
+        (("--allowed-host", "x"), "`--allowed-host` is for loraflow's own engine."),
+        (("--grace", "3"), "`--grace` is for loraflow's own engine."),
+        (("--api-key", ""), "Key 1 of 1 (--api-key) is empty"),
+        (("--vllm-args", "--api-key secret"), "The key for vLLM is among --vllm-args, which the process list and"),
+        (("--vllm-args", "--api_key=secret"), "The key for vLLM is among --vllm-args"),
+        (("--vllm-args", "--api-k secret"), "The key for vLLM is among --vllm-args"),
         (("other",), "vLLM serves one fusion at a time; 2 were given. Give one."),
         (("--vllm-args", "--load-format auto"), "`--load-format` is composed from the fusion. Leave it out."),
     ],
@@ -153,6 +229,18 @@ def test_a_missing_vllm_is_told(run, fusion, monkeypatch):
     result = run("serve", str(fusion), "--engine", "vllm")
     assert result.exit_code == 1
     assert "vLLM is not installed in this environment: pip install 'loraflow[vllm]'" in result.output
+
+
+def test_a_full_disk_is_told(run, monkeypatch):
+    def find_none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", find_none)
+    result = run(*SERVE)
+    assert result.exit_code == 1
+    message = "no temporary folder that can be written, which PyTorch needs (No usable temporary directory found in "
+    assert message in result.output
+    assert "name another folder in the variable TMPDIR." in result.output
 
 
 def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(run):

@@ -313,6 +313,10 @@ def test_what_cannot_be_loaded_changes_nothing(server, folder):
     config = json.loads((reads / "fusion_config.json").read_text())
     config["method"] = {"name": "centroid", "parameters": {"encoder": "/etc"}}
     (reads / "fusion_config.json").write_text(json.dumps(config))
+    odd = shutil.copytree(folder / "steps", folder / "odd-name")
+    config = json.loads((odd / "fusion_config.json").read_text())
+    config["adapters"][1]["name"] = "ru\x1bchat"
+    (odd / "fusion_config.json").write_text(json.dumps(config))
     cases = {
         ("ru-chat", "steps"): "The fusion 'ru-chat' has an adapter of the same name. Give it another.",
         ("x", "reads"): "The method 'centroid' reads another model (`encoder`='/etc')",
@@ -324,6 +328,9 @@ def test_what_cannot_be_loaded_changes_nothing(server, folder):
         ("small", "adapters/code"): "There is a model 'small' already.",
         ("a/b", "adapters/code"): "The adapter name 'a/b' cannot be used",
         ("average", "adapters/code"): "The adapter name 'average' cannot be used",
+        ("x" * 129, "adapters/code"): "(129 characters) cannot be used: it must have at most 128 characters, all of",
+        ("a\nb", "adapters/code"): "The adapter name 'a\\nb' (3 characters) cannot be used",
+        ("named", "odd-name"): "The adapter name 'ru\\x1bchat' (7 characters) cannot be used",
     }
     for (name, path), message in cases.items():
         answer = load(address, name, path)

@@ -444,23 +444,6 @@ def test_requests_that_cannot_be_answered(server, service, path, body, status, m
     wait_for(lambda: service.engine.running == 0)
 
 
-def test_keys(catalog):
-    with serving(catalog, ServerConfig(limits=CONFIG.limits, api_keys=("one", "zwei ü"))) as (_, address):
-        for key in ("one", "zwei ü".encode().decode("latin-1")):
-            headers = {"Authorization": f"Bearer {key}"}
-            assert call("GET", f"{address}/v1/models", **headers).status == 200
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="two", max_retries=0) as wrong:
-            with pytest.raises(openai.AuthenticationError, match=r"The API key is missing or wrong\. Send it") as error:
-                wrong.chat.completions.create(**CHAT)
-            assert error.value.code == "invalid_api_key"
-        assert call("GET", f"{address}/v1/models").status == 401
-        # A Host that is no host must not hide the path.
-        host = {"Host": "x/health?"}
-        assert call("GET", f"{address}/v1/models", **host).status == 401
-        for path in ("health", "metrics"):
-            assert call("GET", f"{address}/{path}").status == 200
-
-
 def test_bodies_are_bounded(catalog):
     with serving(catalog, ServerConfig(limits=CONFIG.limits, max_body_bytes=1000)) as (_, address):
         assert post(address, "completions", PLAIN).status == 200
@@ -556,7 +539,7 @@ def vanishing(address, body, read):
     host, port = address.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         while read > 0:
             received = connection.recv(1000)

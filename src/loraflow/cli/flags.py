@@ -7,8 +7,12 @@ import re
 # A message of the library gives a parameter as `name=value`; `{value}` is that value, and `{pairs}` a mapping as a=b.
 _FLAGS = {
     "adapters": "--lora-modules {pairs}",
+    "admin_key_file": "--admin-key-file",
     "admin_keys": "--admin-key",
     "allow_code": "--allow-code",
+    "allowed_hosts": "--allowed-host",
+    "api_key_file": "--api-key-file",
+    "api_keys": "--api-key",
     "base": "--base",
     "cell_gpus": "--cell-gpus {value}",
     "chat_template": "--chat-template",

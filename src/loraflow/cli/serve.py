@@ -6,7 +6,8 @@ import enum
 import os
 import shlex
 import socket
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraflow.cli.groups import Given, options_of, panel, with_groups
+from loraflow.cli.keys import keys_of
 from loraflow.cli.sources import Sources
 from loraflow.cli.texts import PromptOptions, Stop, stop_strings
 from loraflow.errors import LoraflowError
@@ -45,11 +47,37 @@ class Network:
         list[str],
         _network(
             "--api-key",
-            help="Requests must bring one of these; better in LORAFLOW_API_KEY, where no process list shows them.",
-            envvar="LORAFLOW_API_KEY",
+            help="Requests must bring one of these; better in LORAFLOW_API_KEY (one key), where no process list shows "
+            "it.",
+            show_default=False,
+        ),
+    ] = field(default_factory=list, repr=False)
+    api_key_file: Annotated[
+        Path | None, _network("--api-key-file", help="A file of such keys, one a line.", show_default=False)
+    ] = None
+    public_metrics: Annotated[
+        bool, _network("--public-metrics", help="Answer /metrics without a key, where others need one.")
+    ] = False
+    allowed_host: Annotated[
+        list[str],
+        _network(
+            "--allowed-host",
+            help="A name under which the server is reached, beside loopback and its address (* for any); checked "
+            "where no key is asked for.",
             show_default=False,
         ),
     ] = field(default_factory=list)
+    drain_s: Annotated[float, _network("--grace", min=0, help="Seconds that running answers have on SIGTERM.")] = (
+        ServerConfig.drain_s
+    )
+
+    def api_keys(self) -> tuple[str, ...]:
+        """All of them, from wherever they are given."""
+        return keys_of("api", self.api_key, self.api_key_file)
+
+    def allowed_hosts(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Further names of the server; the one that it was told to listen on is its own."""
+        return (*self.allowed_host, self.host) if self.allowed_host or not keys else ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +103,12 @@ class Limits:
         _loading(
             "--admin-key",
             help="Allows /v1/load_lora_adapter and /v1/unload_lora_adapter; better in LORAFLOW_ADMIN_KEY.",
-            envvar="LORAFLOW_ADMIN_KEY",
             show_default=False,
         ),
-    ] = field(default_factory=list)
+    ] = field(default_factory=list, repr=False)
+    admin_key_file: Annotated[
+        Path | None, _loading("--admin-key-file", help="A file of such keys, one a line.", show_default=False)
+    ] = None
     load_from: Annotated[
         list[Path],
         _loading(
@@ -110,7 +140,7 @@ class VllmOptions:
         """The command that starts vLLM's server; options that `--vllm-args` names are its.
 
         Raises:
-            LoraflowError: if there is not exactly one fusion.
+            LoraflowError: if there is not exactly one fusion, or a key among vLLM's options.
         """
         from loraflow.serving.vllm.command import vllm_command
 
@@ -119,6 +149,11 @@ class VllmOptions:
         ((name, path),) = fusions.items()
         arguments = shlex.split(self.vllm_args)
         own = {argument.partition("=")[0] for argument in arguments}
+        if any(_means_api_key(option) for option in own):
+            raise LoraflowError(
+                "The key for vLLM is among --vllm-args, which the process list and the printed command show. Give it "
+                "in LORAFLOW_API_KEY or --api-key-file."
+            )
         composed = {
             "--served-model-name": name,
             "--host": network.host,
@@ -137,6 +172,11 @@ class VllmOptions:
             request_weights=self.request_weights,
             unverified=self.unverified,
         )
+
+
+def _means_api_key(option: str) -> bool:
+    """Whether vLLM's parser takes an option for its --api-key: dashes may be underscores, and the end may be cut."""
+    return len(option) > len("--api-") and "--api-key".startswith(option.replace("_", "-"))
 
 
 @with_groups
@@ -176,8 +216,9 @@ def serve(
     named = _named(fusions or [])
     _check_engine(engine, given)
     if engine is Engine.VLLM:
-        _become_vllm(vllm.command(named, sources, network), network.api_key, only_print=vllm.print_command)
+        _become_vllm(vllm.command(named, sources, network), network.api_keys(), only_print=vllm.print_command)
         return
+    _check_temporary_folder()
     try:
         import uvicorn  # noqa: F401
 
@@ -186,17 +227,21 @@ def serve(
         raise LoraflowError(f"Serving needs some packages ({error}): pip install 'loraflow[serve]'") from error
     from loraflow.serving.catalog import Catalog
 
+    api_keys = network.api_keys()
     config = ServerConfig(
         limits=EngineLimits(
             requests=limits.max_requests, batch_tokens=limits.batch_tokens, cache_tokens=limits.cache_tokens
         ),
-        api_keys=tuple(network.api_key),
+        api_keys=api_keys,
         max_waiting=limits.max_waiting,
         max_new_tokens=limits.max_new_tokens,
         timeout_s=limits.timeout_s,
         log_prompts=log_prompts,
-        admin_keys=tuple(limits.admin_key),
+        admin_keys=keys_of("admin", limits.admin_key, limits.admin_key_file),
         load_from=tuple(limits.load_from),
+        public_metrics=network.public_metrics,
+        allowed_hosts=network.allowed_hosts(api_keys),
+        drain_s=network.drain_s,
     )
     listener = _listen(network.host, network.port)
     catalog = Catalog.open(
@@ -214,35 +259,36 @@ def serve(
 def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> None:
     """Answer requests until the process is told to end."""
     import logging
-    import signal
 
-    import uvicorn
-
-    from loraflow.serving.app import make_app
+    from loraflow.serving.server import Server
     from loraflow.serving.service import Service
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("loraflow.serving").setLevel(logging.INFO)
     for line in offered(catalog):
         typer.echo(line)
-    # uvicorn raises the signal that ended it once more when all is done; an end that was asked for is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: None)
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            address, number, *_ = listener.getsockname()
-            shown = f"[{address}]" if ":" in address else address
-            typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
+    def ready() -> None:
+        address, number, *_ = listener.getsockname()
+        shown = f"[{address}]" if ":" in address else address
+        typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
 
-    Server(
-        uvicorn.Config(
-            make_app(Service(catalog, config)),
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=int(config.drain_s),
-        )
-    ).run(sockets=[listener])
+    Server(Service(catalog, config), ready).run(sockets=[listener])
+
+
+def _check_temporary_folder() -> None:
+    """Check that there is one: PyTorch does not start without it, though nothing is written there.
+
+    Raises:
+        LoraflowError: if there is none, as on a full disk.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise LoraflowError(
+            f"There is no temporary folder that can be written, which PyTorch needs ({error.strerror}). Make room on "
+            "the disk, or name another folder in the variable TMPDIR."
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -288,6 +334,7 @@ def _check_engine(engine: Engine, given: Given) -> None:
             raise LoraflowError(f"`{flag}` is for vLLM. Say --engine vllm too, or leave it out.")
         return
     both = {"fusions", "engine", *options_of(Network), *options_of(Sources)} - {"device", "quantization"}
+    both -= {"allowed_host", "public_metrics", "drain_s"}
     for flag in given.flags(set(given.names) - both - set(of_vllm)):
         raise LoraflowError(f"`{flag}` is for loraflow's own engine. Leave it out; vLLM's options go into --vllm-args.")
 
@@ -301,7 +348,7 @@ def offered(catalog: Catalog) -> Iterator[str]:
         yield f"{served.kind:8} {served.id}{what}{asked}"
 
 
-def _become_vllm(command: list[str], api_keys: list[str], *, only_print: bool) -> None:
+def _become_vllm(command: list[str], api_keys: Sequence[str], *, only_print: bool) -> None:
     """Put vLLM's server in the place of this process: signals and exit codes are its own."""
     import shutil
 

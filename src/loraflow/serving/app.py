@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraflow import __version__
 from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
-from loraflow.serving.keys import check_admin_key, check_api_key
+from loraflow.serving.keys import LOAD, UNLOAD, check_caller
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
@@ -28,7 +28,6 @@ from loraflow.serving.service import Asked, Outcome, Piece, Service, find_model
 
 log = logging.getLogger("loraflow.serving")
 
-_LOAD, _UNLOAD = _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": text,
@@ -80,21 +79,11 @@ class _Guard:
         if scope["type"] == "http":
             request = Request(scope)
             try:
-                _check_key(request, self._service)
+                check_caller(request, self._service.config)
                 _check_size(request, self._service.config.max_body_bytes)
             except ApiError as error:
                 answer = _error_response(error)
         await answer(scope, receive, send)
-
-
-def _check_key(request: Request, service: Service) -> None:
-    # Not `request.url`, which older versions of Starlette build from the client's Host.
-    path = request.scope["path"]
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-    if path in _ADMIN:
-        check_admin_key(given, service)
-    elif path.startswith("/v1"):
-        check_api_key(given, service)
 
 
 def _check_size(request: Request, limit: int) -> None:
@@ -126,6 +115,9 @@ def _add_errors(app: FastAPI) -> None:
         param = ".".join(place) or None
         if first["type"] == "extra_forbidden":
             return _error_response(ApiError(400, f"`{param}` is unknown or not supported. Leave it out.", param=param))
+        if first["type"] == "not_supported":
+            message = f"`{param}` (={reprlib.repr(first['input'])}) {first['msg']}."
+            return _error_response(ApiError(400, message, param=param))
         found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
         return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}{found}.", param=param))
 
@@ -189,10 +181,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         started = time.monotonic()
         served = await service.read(service.served_for, body)
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        messages = [{"role": message.turn, "content": message.text} for message in body.messages]
         if messages[-1]["role"] != "user":
             raise ApiError(400, "The conversation must end with the user's turn.", param="messages")
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs`. Set it to true.", param="top_logprobs")
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
@@ -233,12 +225,12 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     admin = Admin(service)
     errors: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (400, 401, 403, 404, 413)}
 
-    @app.post(_LOAD, responses=errors)
+    @app.post(LOAD, responses=errors)
     async def load(body: LoadRequest) -> dict[str, Any]:
         """Offer another adapter, or another saved fusion."""
         return _card(service, await admin.load(body.lora_name, body.lora_path))
 
-    @app.post(_UNLOAD, responses=errors)
+    @app.post(UNLOAD, responses=errors)
     async def unload(body: UnloadRequest) -> dict[str, Any]:
         """Offer one no longer."""
         await admin.unload(body.lora_name)

@@ -159,6 +159,7 @@ class Catalog:
         present = {adapter.name for adapter in before}
         new = [adapter for adapter in known.values() if adapter.name not in present]
         for adapter in new:
+            check_adapter_names([adapter.name])
             if adapter.name in self.served:
                 raise LoraflowError(
                     f"The fusion {name!r} has an adapter {adapter.name!r}, and there is another model of that name. "

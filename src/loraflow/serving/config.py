@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraflow.errors import LoraflowError
+from loraflow.serving.credentials import check_keys
+from loraflow.serving.hosts import check_hosts
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,40 @@ class ServerConfig:
         drain_s: how long running requests may go on when the server stops.
         admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
         load_from: folders that they may be loaded from.
+        public_metrics: whether the metrics are for everybody, where requests need a key.
+        allowed_hosts: names under which the server is reached, beside loopback and its address; `*` for any. They are
+            checked where there are no `api_keys`, and where some are given.
     """
 
     limits: EngineLimits = field(default_factory=EngineLimits)
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_waiting: int = 256
     max_new_tokens: int = 1024
     max_body_bytes: int = 2 * 2**20
     timeout_s: float = 600.0
     drain_s: float = 60.0
     log_prompts: bool = False
-    admin_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
     load_from: tuple[Path, ...] = ()
+    public_metrics: bool = False
+    allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_keys("api_keys", self.api_keys)
+        check_keys("admin_keys", self.admin_keys)
+        if set(self.api_keys) & set(self.admin_keys):
+            raise LoraflowError(
+                "A key is among both `api_keys=...` and `admin_keys=...`: whoever may ask could load and unload too. "
+                "Give the admins another."
+            )
+        check_hosts(self.allowed_hosts)
         if bool(self.admin_keys) != bool(self.load_from):
             raise LoraflowError(
                 "Loading while the server runs needs both: an admin key, and folders to load from (`admin_keys=...`, "
                 "`load_from=...`). Give both, or neither."
             )
+        if not self.drain_s >= 0:
+            raise LoraflowError(f"`drain_s` (={self.drain_s}) must be at least 0.")
         for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")

@@ -6,14 +6,24 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt, field_validator, model_validator
+
+from loraflow.serving.no_ops import ChatNoOps, CompletionNoOps, MessageNoOps, NoOps, StreamNoOps, Whole
 
 Stop = Annotated[list[str], Field(max_length=4)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Strict: true is no number, nor is a text.
+Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Count = Annotated[int, Strict(), Field(ge=1), Whole]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        # As with OpenAI, a field that is null is one that is left out.
+        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 class FusionChoice(_Body):
@@ -30,13 +40,13 @@ class FusionChoice(_Body):
         return value
 
 
-class StreamOptions(_Body):
+class StreamOptions(StreamNoOps, _Body):
     """OpenAI's."""
 
-    include_usage: bool = False
+    include_usage: StrictBool = False
 
 
-class Generation(_Body):
+class Generation(NoOps, _Body):
     """What chat and plain completions share.
 
     Attributes:
@@ -46,26 +56,22 @@ class Generation(_Body):
         n: how many answers.
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with this probability.
-        user: taken, and not used.
         adapter_weights: fusion weights by adapter, for this request.
         fusion: another method on the model's adapters, for this request.
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
     """
 
     model: str
-    stream: bool = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
     stop: str | Stop | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] = 1
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    user: str | None = None
+    seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63), Whole] | None = None
+    n: Annotated[int, Strict(), Field(ge=1, le=16), Whole] = 1
+    temperature: Annotated[float, Strict(), Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     adapter_weights: dict[str, Finite] | None = None
     fusion: FusionChoice | None = None
     return_fusion_weights: StrictBool | Literal["all"] = False
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -79,15 +85,9 @@ class Generation(_Body):
             raise ValueError("it is nested too deeply") from error
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_nothing(cls, value: Any) -> Any:
-        # As with OpenAI, a field that is null is one that is left out.
-        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
-
     @model_validator(mode="after")
     def _options_of_streams(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ValueError("`stream_options` needs `stream`. Set it to true, or leave them out.")
         return self
 
@@ -111,16 +111,21 @@ class TextPart(_Body):
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(MessageNoOps, _Body):
     """One message of a conversation.
 
     Attributes:
         name: taken, and not used.
     """
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+
+    @property
+    def turn(self) -> str:
+        """Whose turn it is, in the words of templates: to them, what developers say is the system's."""
+        return "system" if self.role == "developer" else self.role
 
     @property
     def text(self) -> str:
@@ -128,7 +133,7 @@ class ChatMessage(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Generation):
+class ChatRequest(ChatNoOps, Generation):
     """A request for `/v1/chat/completions`.
 
     Attributes:
@@ -140,13 +145,13 @@ class ChatRequest(Generation):
     """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[int, Strict(), Field(ge=0, le=20), Whole] | None = None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(CompletionNoOps, Generation):
     """A request for `/v1/completions`.
 
     Attributes:
@@ -155,12 +160,10 @@ class CompletionRequest(Generation):
         best_of: only `n`.
     """
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] = False
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    suffix: None = None
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: Count | None = 16
+    logprobs: Annotated[int, Strict(), Field(ge=0, le=5), Whole] | None = None
+    best_of: Count | None = None
 
 
 class LoadRequest(_Body):

@@ -99,6 +99,7 @@ class Service:
         self.config = config or ServerConfig()
         self.metrics = Metrics()
         self.closing = False
+        self._stopping: asyncio.Task[None] | None = None
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
         # Reading a request may take a while (long texts, directions of adapters), in which others go on; one at a time,
         # for neither tokenizers nor the catalog's store of methods want to be shared.
@@ -109,13 +110,25 @@ class Service:
         self.engine = Engine(self.catalog.model, self.config.limits)
 
     async def stop(self) -> None:
-        """Take no new requests, let the running ones finish for a while, and end the engine."""
+        """Take no new requests, let the running ones finish for a while, and end the engine; once, whoever asks."""
         self.closing = True
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         until = time.monotonic() + self.config.drain_s
         while self.engine.running and time.monotonic() < until:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.engine.close, finish=False)
         self._reader.shutdown(wait=False)
+
+    @property
+    def _cut(self) -> str:
+        return (
+            f"The server is shutting down, and the answer was not finished in the {self.config.drain_s:g} s that it "
+            "still had. Ask again."
+        )
 
     @property
     def longest(self) -> int:
@@ -301,6 +314,8 @@ class Service:
                         continue
                     if isinstance(event, Failure) and event.asked_for:
                         raise ApiError(400, event.message)
+                    if isinstance(event, Failure) and self.closing:
+                        raise ApiError(503, self._cut, kind="server_error", code="shutting_down")
                     if isinstance(event, Failure):
                         raise ApiError(500, f"The engine failed: {event.message}", kind="server_error")
                     for piece in self._pieces_of(asked, index, event):

@@ -18,6 +18,7 @@ from loraflow.adapters import load_adapter
 from loraflow.core.attach import Attachment
 from loraflow.core.fuse import BuiltLayer
 from loraflow.errors import ArchitectureError, LoraflowError
+from loraflow.methods import Static
 from loraflow.training import fit
 from tests.tiny import random_ids, save_adapter, tiny_model
 
@@ -117,6 +118,7 @@ CALLS = {
     "generate": lambda model: len(model.generate(random_ids(), max_new_tokens=1)),
     "weigh": lambda model: len(model.weigh(random_ids(), method="qa-flora")),
     "rows": lambda model: model(random_ids(), methods=[{"a": 1.0}, None]).logits.shape[0],
+    "gates": lambda model: (model.attachment.make_gates(Static({"a": 1.0})), len(random_ids()))[1],
 }
 
 
@@ -125,9 +127,10 @@ def test_calls_wait_while_adapters_are_exchanged(model, tmp_path, monkeypatch, c
     both = [*model.adapters, load_adapter("b", str(save_adapter(tiny_model(), tmp_path / "b", seed=1)))]
     again, calls = Attachment.again, []
 
-    def slow(attachment, adapters):
+    def slow(attachment, built):
         calls.append(started(lambda: CALLS[call](model)))
-        return again(attachment, adapters)
+        assert calls[-1][0].is_alive()
+        return again(attachment, built)
 
     monkeypatch.setattr(Attachment, "again", slow)
     model.exchange_adapters(both)

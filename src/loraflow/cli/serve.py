@@ -70,6 +70,13 @@ class Limits:
     timeout_s: Annotated[float, _limit("--timeout", help="Longest time of a request, in seconds.")] = (
         ServerConfig.timeout_s
     )
+    receive_timeout_s: Annotated[
+        float,
+        _limit(
+            "--receive-timeout",
+            help="Seconds in which a request must have come in, and a client must take what is sent.",
+        ),
+    ] = ServerConfig.receive_timeout_s
     admin_key: Annotated[
         list[str],
         _loading(
@@ -194,6 +201,7 @@ def serve(
         max_waiting=limits.max_waiting,
         max_new_tokens=limits.max_new_tokens,
         timeout_s=limits.timeout_s,
+        receive_timeout_s=limits.receive_timeout_s,
         log_prompts=log_prompts,
         admin_keys=tuple(limits.admin_key),
         load_from=tuple(limits.load_from),
@@ -219,6 +227,7 @@ def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> 
     import uvicorn
 
     from loraflow.serving.app import make_app
+    from loraflow.serving.http import http_config
     from loraflow.serving.service import Service
 
     logging.basicConfig(format="%(message)s")
@@ -236,8 +245,9 @@ def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> 
             typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
 
     Server(
-        uvicorn.Config(
+        http_config(
             make_app(Service(catalog, config)),
+            config,
             access_log=False,
             log_level="warning",
             timeout_graceful_shutdown=int(config.drain_s),

@@ -279,8 +279,9 @@ class FusionState(Asking, _OfBase):
         """Take all adapters out and put others in, under the base's method; calls that wait for their turn go on.
 
         What the others bring is built first, beside those in the model, while calls go on; only the exchange itself has
-        the model's turn. Where gates of the fusion's own method are in the base's modules, or its weights cannot be read
-        while it runs (quantised, offloaded), all of it has. Where it fails the model is as it was, but for its method.
+        the model's turn. Where gates of the fusion's own method are in the base's modules, or its weights cannot be
+        read while it runs (quantised, offloaded), all of it has. Where it fails the model is as it was, but for its
+        method.
         """
         aside = not self._choice.own.gates and self.attachment.reads_aside
         built = self.attachment.build(adapters) if aside else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
-Stop = Annotated[list[str], Field(max_length=4)]
+Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=4)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -52,10 +52,10 @@ class Generation(_Body):
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
     """
 
-    model: str
+    model: Annotated[str, Field(max_length=1000)]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | Stop | None = None
+    stop: Annotated[str, Field(max_length=1000)] | Stop | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
@@ -155,7 +155,13 @@ class CompletionRequest(Generation):
         best_of: only `n`.
     """
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    # Of many that are wrong the first one is told.
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
+    )
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] = False

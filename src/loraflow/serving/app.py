@@ -30,6 +30,7 @@ from loraflow.serving.turns import end_reading, let_others_go_first
 
 log = logging.getLogger("loraflow.serving")
 
+_CHAT, _COMPLETIONS = _ASKING = ("/v1/chat/completions", "/v1/completions")
 _LOAD, _UNLOAD = _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -61,7 +62,7 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="loraflow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Intake, service=service, refuse=_error_response)
+    app.add_middleware(Intake, service=service, refuse=_error_response, paths=_ASKING)
     app.add_middleware(_Guard, service=service)
     _add_errors(app)
     _add_information(app, service)
@@ -187,7 +188,7 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    @app.post(_CHAT, responses=_ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         started = time.monotonic()
@@ -207,7 +208,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             return _stream(service, reply, chat_chunk)
         return JSONResponse(chat_reply(reply, (await _gather(service, request, [asked]))[0]))
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    @app.post(_COMPLETIONS, responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
         started = time.monotonic()
@@ -239,13 +240,11 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     @app.post(_LOAD, responses=errors)
     async def load(body: LoadRequest) -> dict[str, Any]:
         """Offer another adapter, or another saved fusion."""
-        await end_reading()
         return _card(service, await admin.load(body.lora_name, body.lora_path))
 
     @app.post(_UNLOAD, responses=errors)
     async def unload(body: UnloadRequest) -> dict[str, Any]:
         """Offer one no longer."""
-        await end_reading()
         await admin.unload(body.lora_name)
         return {"id": body.lora_name, "object": "model", "deleted": True}
 

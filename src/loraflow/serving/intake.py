@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,14 +28,18 @@ class Intake:
     waits or runs.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, refuse: Callable[[ApiError], ASGIApp]) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service, refuse: Callable[[ApiError], ASGIApp], paths: Collection[str]
+    ) -> None:
         self._app = app
         self._service = service
+        # Elsewhere what has begun is finished: adapters that come in half, say, would be in nobody's hands.
+        self._paths = paths
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take one request in, and have it answered."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
         body = await _body(receive)

@@ -8,7 +8,8 @@ LoraflowError
 ├── FusionError           a fusion on disk does not match what it is loaded with
 ├── MethodError           an unknown method, or a setting that it cannot take
 ├── SandboxError          generated code cannot be run safely here
-└── StorageError          a file or folder cannot be written
+├── StorageError          a file or folder cannot be written, or another process is at it
+└── TrainingError         a training has diverged
 ```
 
 All of them are `ValueError`s too, since each says that something handed to the library is not what it needs.
@@ -50,7 +51,11 @@ class SandboxError(LoraflowError):
 
 
 class StorageError(LoraflowError):
-    """A file or folder cannot be written: no space, no permission, or something in its way."""
+    """A file or folder cannot be written: no space, no permission, something in its way, or another process at it."""
+
+
+class TrainingError(LoraflowError):
+    """A training has diverged: its loss is not finite, or has exploded; what was good is kept."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

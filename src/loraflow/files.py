@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from loraflow.errors import StorageError
 
 try:
@@ -49,6 +51,50 @@ def make_folder(path: Path) -> None:
     """
     with _reported(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started for one training, or the only one."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for the block; the hold ends with its process, however that ends.
+
+    Processes that train together come as one: the first of them holds the folder for all.
+
+    Raises:
+        StorageError: if somebody else holds it; `what` is what they do there.
+    """
+    if not is_first_process():
+        yield
+        return
+    was_there = folder.is_dir()
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    with _reported(folder):
+        held = _acquired(lock)
+    if not held:
+        raise StorageError(f"Another {what} is running in {folder}. Wait for it, or give another place.")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        if not was_there:
+            with contextlib.suppress(OSError):
+                # What came to nothing leaves nothing.
+                folder.rmdir()
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 @contextlib.contextmanager

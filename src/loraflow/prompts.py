@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraflow.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # An answer that no template changes, and that none writes itself.
 _PROBE = "loraflowprobe"
@@ -86,17 +86,23 @@ class PromptFormat(BaseModel):
 
     def completion_ids(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str) -> list[int]:
         """Token ids of the answer to that conversation, up to and with what ends the turn."""
-        text, end = answer, self.turn_end(tokenizer, messages)
+        end = self.turn_end(tokenizer, messages)
+        text = self.turn_text(tokenizer, messages, {"role": "assistant", "content": answer})
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if end is not None or tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+    def turn_text(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: Message) -> str:
+        """What the model writes for the assistant's turn behind that conversation, up to and with what ends it."""
+        text, end = turn["content"], self.turn_end(tokenizer, messages)
         if self.chat_template is not None:
             around = self._around(tokenizer, messages)
             prompt = self._chat(tokenizer, messages, answered=False)
-            whole = self._chat(tokenizer, [*messages, {"role": "assistant", "content": answer}], answered=True)
+            whole = self._chat(tokenizer, [*messages, turn], answered=True)
             # A template that writes past turns differently from the running one (it drops thoughts, say) has no
             # usable rest; then the bare answer and the end token are what generation would give.
-            if around is not None and around[0].startswith(prompt) and _within(whole, *around, answer.strip()):
+            if around is not None and around[0].startswith(prompt) and _within(whole, *around, turn["content"].strip()):
                 text = whole[len(prompt) : len(whole) - len(around[1])]
-        ids = tokenizer(text + (end.text if end else ""), add_special_tokens=False)["input_ids"]
-        return ids if end is not None or tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+        return text + (end.text if end else "")
 
     def turn_end(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> TurnEnd | None:
         """What ends the answer to a conversation by the chat template; None where none says it, and eos has to.
@@ -139,12 +145,17 @@ class PromptFormat(BaseModel):
         return re.sub(r"\{(system|prompt)\}", lambda match: values[match[0]], self.template)
 
     def _chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answered: bool) -> str:
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         assert self.chat_template is not None
-        if _reads_parts(tokenizer, self.chat_template):
-            messages = [_in_parts(message) for message in messages]
-        return _rendered(tokenizer, self.chat_template, messages, answered=answered)
+        conversation = self.conversation(tokenizer, messages)
+        return _rendered(tokenizer, self.chat_template, conversation, answered=answered)
+
+    def conversation(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+        """A conversation as the chat template is given it: with the system prompt, in parts where it reads those."""
+        given = list(messages)
+        if self.system_prompt is not None and (not given or given[0]["role"] != "system"):
+            given.insert(0, {"role": "system", "content": self.system_prompt})
+        assert self.chat_template is not None
+        return [_in_parts(message) for message in given] if _reads_parts(tokenizer, self.chat_template) else given
 
 
 # Of chat templates: whether they read what a message says as a list of parts.

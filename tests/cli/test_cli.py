@@ -382,6 +382,9 @@ def test_several_values_after_one_flag():
         *("fit", "--lora-modules", "a=1", "--lora-modules", "b=2", "--output", "x")
     ]
     assert spread_values(["generate", "dir", "--prompt", "a=b"]) == ["generate", "dir", "--prompt", "a=b"]
+    assert spread_values(["fit", "--data", "a", "b=1"]) == ["fit", "--data", "a", "--data", "b=1"]
+    # Where there are arguments, they follow an option's value.
+    assert spread_values(["info", "--data", "a", "fusion"]) == ["info", "--data", "a", "fusion"]
 
 
 def test_method_options_are_json_where_they_can_be():

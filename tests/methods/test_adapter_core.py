@@ -239,6 +239,17 @@ def test_the_gradient_with_checkpointing_is_that_without():
         assert torch.allclose(gate.core.grad, grad, rtol=1e-9, atol=1e-12)
 
 
+def test_training_starts_where_the_loss_is_lowest_of_single_and_of_all_adapters():
+    starts = AdapterCore().starts(NAMES)
+    assert starts["math"] == [0, 1, 0]
+    assert starts["all by 0.333"] == [1 / 3] * 3
+    assert starts["all by 0.577"] == pytest.approx([3**-0.5] * 3)
+    assert starts["all by 1"] == [1, 1, 1]
+    assert AdapterCore("zh").starts(NAMES) == {}
+    assert AdapterCore().starts(["zh"]) == {"zh": [1]}
+    assert AdapterCore().start_weights(NAMES, "all by 1") == [1, 1, 1]
+
+
 # ---- The one adapter that it is ------------------------------------------------------------------------------------
 
 

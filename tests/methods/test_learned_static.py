@@ -90,7 +90,8 @@ def test_it_starts_as_lora_flow_does(start, best, expected):
     method = LearnedStatic(start=start)
     assert method.start_weights(NAMES, best) == pytest.approx(expected)
     assert method.start_weights(NAMES, best) == LoraFlow(start=start).start_weights(NAMES, best)
-    assert method.starts_at_best == (start == "best")
+    alone = {"zh": [1, 0, 0], "math": [0, 1, 0], "code": [0, 0, 1]}
+    assert method.starts(NAMES) == (alone if start == "best" else {})
     gate = method.gate(Site(NAMES, 8, 2))
     gate.start_at(method.start_weights(NAMES, best))
     assert gate(torch.randn(2, 5, 8)).tolist() == pytest.approx(expected)

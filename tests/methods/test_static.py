@@ -90,7 +90,7 @@ def test_an_adapters_name_is_that_adapter_alone():
         (
             "averag",
             {},
-            "Unknown method 'averag'. Known: 'arrow', 'average', 'base', 'centroid', 'code', 'learned-static', ",
+            "Unknown method 'averag'. Known: 'adapter-core', 'arrow', 'average', 'base', 'centroid', 'code', ",
         ),
         (
             "lora-flow",

@@ -209,7 +209,7 @@ def test_resumes_to_the_uninterrupted_result(run, tmp_path, existing):
     newest = complete_checkpoints(tmp_path / "run")[-1]
     # A crash while the newest was written: there, but not whole.
     (newest / COMPLETE).unlink()
-    (newest / "optimizer.pt").write_bytes(b"half")
+    (newest / "optimizer.safetensors").write_bytes(b"half")
     shutil.copytree(tmp_path / "run", tmp_path / "interrupted")
     result = run(reversals(20), output="resumed", checkpoints=tmp_path / "interrupted", resume=True, **common)
     assert result.log == expected.log

@@ -224,7 +224,7 @@ def test_resumes_to_the_uninterrupted_result(make_model, tmp_path, console):
     newest = complete_checkpoints(interrupted)[-1]
     # A crash while the newest was written: there, but not whole.
     (newest / COMPLETE).unlink()
-    (newest / "optimizer.pt").write_bytes(b"half")
+    (newest / "optimizer.safetensors").write_bytes(b"half")
     resumed = make_model()
     result = fit(resumed, reversals(20), config=config, checkpoints=interrupted, resume=True, console=console)
     assert result.train_loss == expected.train_loss

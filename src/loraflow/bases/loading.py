@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from loraflow.bases.precision import settled_dtype
 from loraflow.errors import ArchitectureError, LoraflowError, did_you_mean
 
 QUANTIZATIONS = ("none", "bnb-4bit", "bnb-8bit")
@@ -25,7 +26,8 @@ class BaseOptions:
 
     Attributes:
         revision: branch, tag or commit on the Hub.
-        dtype: precision of its weights; "auto" is that of its files.
+        dtype: precision of its weights; "auto" is that of its files, or float32 where these are in bfloat16 and the
+            base runs on a CPU without instructions for it.
         device_map: as transformers takes it: None (the CPU), "auto", a device, or a map of modules.
         quantization: "bnb-4bit" (NF4, double quantisation) or "bnb-8bit", by bitsandbytes; "none" says that a fusion's
             base is not to be quantised, whatever it was when the fusion was made.
@@ -58,6 +60,10 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     if options.quantization not in (None, "none"):
         kwargs["quantization_config"] = _bitsandbytes_config(options)
     config = read_base_config(base, options)
+    dtype = options.dtype
+    own = config.dtype or config.get_text_config().dtype
+    if dtype == "auto" and own is not None:
+        dtype = settled_dtype(own, options)
     try:
         with _bar_for_people():
             return (
@@ -66,7 +72,7 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
                     base,
                     config=config,
                     revision=options.revision,
-                    dtype=options.dtype,
+                    dtype=dtype,
                     device_map=options.device_map,
                     trust_remote_code=options.trust_remote_code,
                     **kwargs,

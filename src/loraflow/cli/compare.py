@@ -88,11 +88,11 @@ class Rows:
 class OwnTasks:
     """Tasks that no setting names."""
 
-    test: Annotated[Path | None, _task("--test", help="A task of your own: questions as JSON lines.")] = None
+    test: Annotated[str | None, _task("--test", help="A task of your own: questions, given as `fit`'s data.")] = None
     scorer: Annotated[
         str | None, _task("--scorer", help="How --test is scored: last-number, exact-match or code-tests.")
     ] = None
-    data: Annotated[Path | None, _task("--data", help="Training examples, for methods that learn.")] = None
+    data: Annotated[str | None, _task("--data", help="Training examples, for methods that learn.")] = None
     dev: Dev = None
     names: FieldNames = field(default_factory=FieldNames)
     max_new_tokens: Annotated[int, _task(help="Longest answer to --test.")] = 512
@@ -105,19 +105,22 @@ class OwnTasks:
         Raises:
             LoraflowError: if there is none.
         """
+        from loraflow.examples import Source
+
         fields = self.names.fields()
         if self.test is None and not harness:
             raise LoraflowError("There is no task. Give --tasks of lm-evaluation-harness, or --test with a --scorer.")
         task = _known(
-            train=None if self.data is None else str(self.data),
-            dev=None if self.dev is None else str(self.dev),
+            train=self.data,
+            dev=self.dev,
             max_new_tokens=self.max_new_tokens,
             stop=stop_strings(self.stop) or None,
             fields=None if fields is None else {"prompt": fields.prompt, "completion": fields.completion},
         )
         tasks: dict[str, Any] = {name: {**task, "harness": name, "chat": self.chat} for name in harness}
         if self.test is not None:
-            tasks[self.test.stem] = {**task, "test": str(self.test), "scorer": self.scorer}
+            name = Path(Source.parse(self.test).path).stem
+            tasks[name] = {**task, "test": self.test, "scorer": self.scorer}
         return tasks
 
 
@@ -225,7 +228,8 @@ def _print_studies() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraflow.evaluation.compare.plan import STUDIES, read_yaml, study_names
+    from loraflow.evaluation.compare.plan import STUDIES, study_names
+    from loraflow.training.recipes import read_yaml
 
     table = Table("study", "what it finds out", box=None)
     for name in study_names():

@@ -48,11 +48,11 @@ def export(
     ] = "float32",
     overwrite: Overwrite = False,
     mean_weights_on: Annotated[
-        Path | None,
+        str | None,
         _mean(
             "--mean-weights-on",
-            help="Export the mean of a dynamic fusion's weights on these examples (JSON lines, as for fit), and print "
-            "the loss with it and with the fusion.",
+            help="Export the mean of a dynamic fusion's weights on these examples (given as for fit), and print the "
+            "loss with it and with the fusion.",
         ),
     ] = None,
     names: MeanFields,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from loraflow.cli.groups import Given, panel, with_groups
+from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import Base, Placement
-from loraflow.cli.texts import DevExamples, PromptOptions, data_option
+from loraflow.cli.texts import DevExamples, PromptOptions, TrainOn, data_option
 from loraflow.errors import LoraflowError
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 
@@ -73,9 +74,11 @@ def finetune(
     *,
     given: Given,
     data: Annotated[
-        Path,
+        list[str],
         data_option(
-            "--data", help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`."
+            "--data",
+            help="Training examples, as `loraflow fit` reads them; several after one flag are mixed, "
+            "`a.jsonl=0.7 b.csv=0.3` in these proportions.",
         ),
     ],
     output: Annotated[Path, data_option("--output", help="Directory for the adapter.")],
@@ -85,7 +88,10 @@ def finetune(
     run: Run,
     steps: FinetuneSteps,
     room: Room,
-    seed: Annotated[int, recipe_option(help="Of a new adapter, the examples' order, and dropout.")] = FitConfig.seed,
+    seed: Annotated[
+        int, recipe_option(help="Of a new adapter, the examples' order, dropout, and what a mixture takes.")
+    ] = FitConfig.seed,
+    train_on: TrainOn = FitConfig.train_on,
     prompt: PromptOptions,
     placement: Placement,
 ) -> None:
@@ -99,15 +105,13 @@ def finetune(
     """  # noqa: DOC501 (it is the --help text)
     from rich.console import Console
 
-    from loraflow.examples import read_examples
-
     console = Console(stderr=True)
     # Cheap checks come before the model is loaded.
     check_output(output, overwrite=run.overwrite or run.resume, makes="adapter")
     if base is None:
         raise LoraflowError("`--base` is missing. Give the base model's Hub id or directory.")
     lora = adapter.settings(given)
-    examples = read_examples(data, dev.names.fields())
+    examples = read_mixture(data, dev.names.fields(), seed)
     dev_examples, format_ = dev.read(), prompt.format()
     config = FitConfig(**{"learning_rate": steps.learning_rate, **given.settings(FitConfig)})
 

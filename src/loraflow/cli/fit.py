@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraflow.cli.groups import Given, with_groups
+from loraflow.cli.mixtures import read_mixture
 from loraflow.cli.recipe import Room, Run, Steps, check_output, print_cut, recipe_option
 from loraflow.cli.sources import CopyAdapters, Method, MethodChoice, Sources
-from loraflow.cli.texts import DevExamples, PromptOptions, Stop, data_option, manner_line, stop_strings
+from loraflow.cli.texts import DevExamples, PromptOptions, Stop, TrainOn, data_option, manner_line, stop_strings
 from loraflow.cli.values import parse_adapters
 from loraflow.errors import LoraflowError, did_you_mean
 from loraflow.training.config import FitConfig
@@ -34,12 +35,15 @@ class TrainingData:
     """What a method learns from."""
 
     data: Annotated[
-        Path | None,
+        list[str],
         data_option(
             "--data",
-            help="Training examples, one JSON object a line: `prompt` and `completion`, or `messages`. 200 are enough.",
+            help="Training examples, `prompt` and `completion`, or `messages`: a file of JSON lines, JSON, CSV, TSV or "
+            "Parquet, or a data set as `org/name:configuration[train[:200]]`. 200 are enough. Several after one flag "
+            "are mixed, `a.jsonl=0.7 b.csv=0.3` in these proportions.",
+            show_default=False,
         ),
-    ] = None
+    ] = field(default_factory=list)
     adapter_data: Annotated[
         list[str],
         data_option(
@@ -51,7 +55,7 @@ class TrainingData:
     ] = field(default_factory=list)
 
     def read(
-        self, method: FusionMethod, adapters: Sequence[str], fields: Fields | None
+        self, method: FusionMethod, adapters: Sequence[str], fields: Fields | None, seed: int
     ) -> list[Example] | dict[str, list[Example]]:
         """The examples that a method learns from.
 
@@ -62,18 +66,18 @@ class TrainingData:
         from loraflow.training.learners import learner_of
 
         if learner_of(method).reads == "task":
-            if self.data is None or self.adapter_data:
+            if not self.data or self.adapter_data:
                 raise LoraflowError(
                     f"The method {method.name!r} learns from examples of the task. Give them with --data."
                 )
-            return read_examples(self.data, fields)
+            return read_mixture(self.data, fields, seed)
         own = parse_adapters(self.adapter_data, "--adapter-data")
         for name in own:
             if name not in adapters:
                 raise LoraflowError(
                     f"`--adapter-data` names the unknown adapter {name!r}. {did_you_mean(name, adapters)}"
                 )
-        if self.data is not None or len(own) < len(adapters):
+        if self.data or len(own) < len(adapters):
             wanted = " ".join(f"{name}=FILE" for name in adapters)
             raise LoraflowError(
                 f"The method {method.name!r} learns from each adapter's own data. Give it with --adapter-data "
@@ -152,7 +156,10 @@ def fit(
     score_max_new_tokens: Annotated[
         int, recipe_option("--max-new-tokens", help="Longest answer when --dev-metric is a score.")
     ] = FitConfig.score_max_new_tokens,
-    seed: Annotated[int, recipe_option(help="Of the examples' order, and of dropout.")] = FitConfig.seed,
+    seed: Annotated[
+        int, recipe_option(help="Of the examples' order, of dropout, and of what a mixture takes.")
+    ] = FitConfig.seed,
+    train_on: TrainOn = FitConfig.train_on,
     prompt: PromptOptions,
     stop: Stop = [],  # noqa: B006 (typer reads the default)
 ) -> None:
@@ -177,7 +184,7 @@ def fit(
     method = choice.resolve("lora-flow", adapters)
     _refuse_unused(given, method)
     _refuse_idle(given, decision)
-    examples = data.read(method, adapters, decision.examples.names.fields())
+    examples = data.read(method, adapters, decision.examples.names.fields(), seed)
     decides = decision.read()
     config = FitConfig.for_method(method, **_settings(given))
 

@@ -16,6 +16,7 @@ _FLAGS = {
     "mean_weights_on": "--mean-weights-on data.jsonl",
     "overwrite": "--overwrite",
     "resume": "--resume",
+    "train_on": "--train-on {value}",
     "setting": "--setting {value}",
     "weights": "--method-option 'weights={value}'",
 }

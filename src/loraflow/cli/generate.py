@@ -12,12 +12,12 @@ import typer
 
 from loraflow.cli.groups import with_groups
 from loraflow.cli.sources import FusionSource
-from loraflow.cli.texts import Stop, manner_line, stop_strings
-from loraflow.errors import LoraflowError
+from loraflow.cli.texts import Stop, manner_line, named_fields, stop_strings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loraflow.examples import Example
     from loraflow.serving.text import TextStream
 
 
@@ -28,10 +28,12 @@ def generate(
         str | None, typer.Option("--prompt", help="The question. Without it and --data, standard input is read.")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Answer every prompt of a file of JSON lines (`prompt`, or --prompt-field)."),
+        str | None,
+        typer.Option("--data", help="Answer every prompt (`prompt`, or --prompt-field) of rows, given as for `fit`."),
     ] = None,
-    prompt_field: Annotated[str, typer.Option("--prompt-field", help="Field of --data that is the prompt.")] = "prompt",
+    prompt_field: Annotated[
+        str, typer.Option("--prompt-field", help="Field of --data that is the prompt, or text with fields in it.")
+    ] = "prompt",
     output: Annotated[
         Path | None,
         typer.Option("--output", help="Where --data's answers go, one JSON object a line.  [default: standard output]"),
@@ -49,7 +51,7 @@ def generate(
     Examples: `loraflow generate zh-math --prompt "..."`; with another method: `--method average`, `--method math`,
     `--method base`; without a fusion: `--base B --lora-modules zh=path math=path --method average`.
     """
-    records = _read_prompts(data, prompt_field) if data is not None else []
+    examples = _read_prompts(data, prompt_field) if data is not None else []
     model = source.open(stop_strings(stop))
     print(manner_line(model.prompt_origin, model.endings, model.tokenizer), file=sys.stderr)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
@@ -58,20 +60,15 @@ def generate(
 
     set_seed(seed)
     if data is not None:
-        _answer_all(model, records, prompt_field, output, max_new_tokens, batch_size, options)
+        _answer_all(model, examples, output, max_new_tokens, batch_size, options)
     else:
         _stream(model, prompt if prompt is not None else sys.stdin.read(), max_new_tokens, options)
 
 
-def _read_prompts(path: Path, field: str) -> list[dict[str, Any]]:
-    from loraflow.examples import read_records
+def _read_prompts(source: str, field: str) -> list[Example]:
+    from loraflow.examples import read_examples
 
-    records = []
-    for origin, record in read_records(path):
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise LoraflowError(f"{origin}: there is no text field {field!r}. Name it with --prompt-field.")
-        records.append(record)
-    return records
+    return read_examples(source, named_fields(field, field))
 
 
 def _stream(model: Any, prompt: str, max_new_tokens: int, options: dict[str, Any]) -> None:
@@ -114,8 +111,7 @@ class _Printer:
 
 def _answer_all(
     model: Any,
-    records: list[dict[str, Any]],
-    field: str,
+    examples: list[Example],
     output: Path | None,
     max_new_tokens: int,
     batch_size: int,
@@ -128,10 +124,10 @@ def _answer_all(
     from loraflow.files import write_atomically
 
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("answering", total=len(records))
+        task = progress.add_task("answering", total=len(examples))
         answers = generate_answers(
             model,
-            [[{"role": "user", "content": record[field]}] for record in records],
+            [example.messages for example in examples],
             tokenizer=require_tokenizer(model.tokenizer),
             prompt=model.prompt,
             max_new_tokens=max_new_tokens,
@@ -141,8 +137,9 @@ def _answer_all(
             **options,
         )
     lines = "".join(
-        json.dumps({**record, "answer_text": answer.text}, ensure_ascii=False) + "\n"
-        for record, answer in zip(records, answers, strict=True)
+        # Tables have dates and the like, which JSON has not.
+        json.dumps({**example.record, "answer_text": answer.text}, ensure_ascii=False, default=str) + "\n"
+        for example, answer in zip(examples, answers, strict=True)
     )
     if output is None:
         sys.stdout.write(lines)

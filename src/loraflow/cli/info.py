@@ -39,7 +39,7 @@ class StatsFields(FieldNames):
 class Statistics:
     """How a fusion weighs its adapters on examples: which, and what is shown."""
 
-    data: Annotated[Path | None, _stat("--data", help="JSON lines of prompts and completions, as for fit.")] = None
+    data: Annotated[str | None, _stat("--data", help="Prompts and completions, from where `fit` has them.")] = None
     examples: Annotated[int | None, _stat("--examples", min=1, help="Only the first so many.  [default: all]")] = None
     modules: Annotated[bool, _stat("--modules", help="Every module's gate, where each has one.")] = False
     json_file: Annotated[Path | None, _stat("--json", help="Write the numbers there.")] = None
@@ -55,8 +55,8 @@ class Statistics:
         from loraflow.examples import read_examples
 
         if self.data is None:
-            raise LoraflowError("`--stats` reads examples. Give --data, a file of JSON lines of prompt and completion.")
-        return read_examples(self.data, self.names.fields())[: self.examples]
+            raise LoraflowError("`--stats` reads examples. Give --data, prompts and completions as for fit.")
+        return read_examples(self.data, self.names.fields(), limit=self.examples)
 
 
 @with_groups

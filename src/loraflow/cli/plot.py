@@ -69,9 +69,11 @@ class Answers:
     """Which answers' weights a figure shows."""
 
     data: Annotated[
-        Path,
+        str,
         data_option(
-            "--data", help="JSON lines with a `prompt` each (or `messages`); with --completions a `completion` too."
+            "--data",
+            help="Rows with a `prompt` each (or `messages`), from where `fit` has them; with --completions a "
+            "`completion` too.",
         ),
     ]
     examples: Annotated[
@@ -101,18 +103,19 @@ class Answers:
         Raises:
             LoraflowError: if there is a field of completions that are not read.
         """
-        from loraflow.examples import Fields, parse_example, read_examples, read_records
+        from loraflow.examples import Fields, check_rows, parse_example, read_examples, read_records
 
         if self.completions:
-            return read_examples(self.data, self.names.fields())[: self.examples]
+            return read_examples(self.data, self.names.fields(), limit=self.examples)
         if self.names.completion_field is not None:
             raise LoraflowError("`--completion-field` names what --completions reads. Say --completions too.")
-        found = []
-        for origin, record in read_records(self.data):
-            name = self.names.prompt_field
+        name = self.names.prompt_field
+
+        def parse(record: Any, origin: str) -> Any:
             named = name is not None or not (isinstance(record, dict) and "messages" in record)
-            found.append(parse_example(record, origin, Fields(*[name or "prompt"] * 2) if named else None))
-        return found[: self.examples]
+            return parse_example(record, origin, Fields(*[name or "prompt"] * 2) if named else None)
+
+        return check_rows(read_records(self.data, limit=self.examples), parse)
 
     def _weigh(self, model: FusedModel, examples: list[Any]) -> WeightStatistics:
         from rich.console import Console

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 data_option = panel("Data")
 _reading = panel("How text is read")
 
-Dev = Annotated[Path | None, data_option("--dev", help="Examples on which the best checkpoint is chosen.")]
+Dev = Annotated[str | None, data_option("--dev", help="Examples on which the best checkpoint is chosen.")]
+TrainOn = Annotated[
+    str,
+    data_option(
+        "--train-on",
+        help="Which of the assistant's turns in a conversation are learned: the last one, or all.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -31,15 +38,19 @@ class FieldNames:
 
     prompt_field: Annotated[
         str | None,
-        data_option("--prompt-field", help="Field that is the prompt; `data.0` is the first item of the list `data`."),
+        data_option(
+            "--prompt-field",
+            help="Field that is the prompt, `data.0` for the first item of the list `data`; or text with fields in it: "
+            "'Question: {question}\\nAnswer:'.",
+        ),
     ] = None
-    completion_field: Annotated[str | None, data_option("--completion-field", help="Field that is the completion.")] = (
-        None
-    )
+    completion_field: Annotated[
+        str | None, data_option("--completion-field", help="Field that is the completion, or text with fields.")
+    ] = None
 
     def fields(self) -> Fields | None:
         """The two fields; None where they have their usual names."""
-        return _fields(self.prompt_field, self.completion_field)
+        return named_fields(self.prompt_field, self.completion_field)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class DevExamples:
         from loraflow.examples import read_examples
 
         prompt = self.dev_prompt_field or self.names.prompt_field
-        fields = _fields(prompt, self.dev_completion_field or self.names.completion_field)
+        fields = named_fields(prompt, self.dev_completion_field or self.names.completion_field)
         return None if self.dev is None else read_examples(self.dev, fields)
 
 
@@ -129,9 +140,16 @@ def _with_new_lines(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def _fields(prompt: str | None, completion: str | None) -> Fields | None:
+def named_fields(prompt: str | None, completion: str | None) -> Fields | None:
+    """The fields that options name; None where they name none.
+
+    Raises:
+        LoraflowError: if only one of the two is named.
+    """
     from loraflow.examples import Fields
 
     if (prompt is None) != (completion is None):
         raise LoraflowError("`--prompt-field` and `--completion-field` go together. Give both, or neither.")
-    return None if prompt is None or completion is None else Fields(prompt, completion)
+    if prompt is None or completion is None:
+        return None
+    return Fields(_with_new_lines(prompt), _with_new_lines(completion))

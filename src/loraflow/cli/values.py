@@ -21,17 +21,20 @@ _SEVERAL = (
 )
 # Of these, those whose values are bare words, so that an argument after them would be taken for one.
 _WORDS = ("--compare", "--fusions", "--methods", "--seeds", "--tasks")
+# Commands that mix the data of several sources; they have no arguments that could be taken for one.
+_MIXING = ("fit", "finetune")
 
 
 def spread_values(arguments: Sequence[str]) -> list[str]:
     """`--lora-modules a=1 b=2` as `--lora-modules a=1 --lora-modules b=2`, which is what the parser knows."""
     spread: list[str] = []
     flag: str | None = None
+    mixing = ("--data",) if arguments and arguments[0] in _MIXING else ()
     for argument in arguments:
         if argument.startswith("-"):
-            flag = argument if argument in _SEVERAL else None
+            flag = argument if argument in (*_SEVERAL, *mixing) else None
             spread.append(argument)
-        elif flag is not None and ("=" in argument or flag in _WORDS) and spread[-1] != flag:
+        elif flag is not None and ("=" in argument or flag in (*_WORDS, *mixing)) and spread[-1] != flag:
             spread += [flag, argument]
         else:
             spread.append(argument)

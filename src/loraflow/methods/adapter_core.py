@@ -86,8 +86,9 @@ class AdapterCore(FittedOnExamples, Method):
     """A learned core between frozen adapters.
 
     Attributes:
-        start: the constant fusion weights that the core is learned on top of: "best" (the adapter that alone has the
-            lowest loss on the training examples), "average", an adapter's name, or weights by adapter name.
+        start: the constant fusion weights that the core is learned on top of: "best" (what has the lowest loss on the
+            training examples of each adapter alone, and all of them with equal weights of 1/k, 1/sqrt(k) and 1),
+            "average", an adapter's name, or weights by adapter name.
     """
 
     start: str | Mapping[str, float] = "best"
@@ -98,6 +99,15 @@ class AdapterCore(FittedOnExamples, Method):
     learns: ClassVar[Learning] = "gradient"
     adds: ClassVar[bool] = True
     recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2}
+
+    def starts(self, adapters: Sequence[str]) -> dict[str, list[float]]:
+        """Each adapter alone, and all of them with equal weights, where training starts at the best of these."""
+        alone, count = super().starts(adapters), len(adapters)
+        if not alone or count == 1:
+            return alone
+        # A core mends what adapters do to each other; that an adapter is missing, it mends far more slowly.
+        equal = {f"all by {weight:.3g}": [weight] * count for weight in (1 / count, count**-0.5, 1.0)}
+        return {**alone, **equal}
 
     def gate(self, site: Site) -> CoreGate:
         """The core of one linear.

@@ -112,13 +112,12 @@ class Method(ABC):
         """What is mixed: the adapters' outputs, or their A and B each, which multiplies out to cross terms."""
         return "outputs"
 
-    @property
-    def starts_at_best(self) -> bool:
-        """Whether training starts at the adapter that alone has the lowest loss on the examples."""
-        return False
+    def starts(self, adapters: Sequence[str]) -> Mapping[str, Sequence[float]]:
+        """Fusion weights that training may start at, by name: at those of the lowest loss on the examples; or none."""
+        return {}
 
     def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float] | None:
-        """The fusion weights at which training starts, given the best adapter; None where gates start as made.
+        """The fusion weights at which training starts, given the best of `starts`; None where gates start as made.
 
         A method that gives some has gates with `start_at(weights)`.
         """

@@ -16,6 +16,7 @@ from torch import Tensor
 from loraflow import __version__
 from loraflow.adapters import Adapter, AdapterSource, load_adapter
 from loraflow.bases import BaseOptions, BaseRecord
+from loraflow.bases.precision import settled_dtype
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import Method, make_method
 from loraflow.saved.records import AdapterRecord, FusionConfig, resolve_source
@@ -114,7 +115,7 @@ class SavedFusion:
         return dataclasses.replace(
             options,
             revision=options.revision or (record.revision if str(base) == record.path else None),
-            dtype=record.dtype if options.dtype == "auto" else options.dtype,
+            dtype=settled_dtype(record.dtype, options) if options.dtype == "auto" else options.dtype,
             quantization=record.quantization if options.quantization is None else options.quantization,
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,18 @@ from safetensors.torch import load, save
 
 from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
-from loraflow.files import write_atomically
-from loraflow.training.config import FitResult, Run
+from loraflow.files import alone, is_first_process, write_atomically
+from loraflow.training.config import BESIDE, FitConfig, FitResult, Run
 from loraflow.training.data import FitData
 
 RUN_FILE = "run.json"
 SEARCH_FILE = "search.jsonl"
 COMPLETE = "COMPLETE"
 """A checkpoint counts only once this file stands in it."""
+LAST_GOOD = "last-good"
+"""What a training that diverged had learned before."""
+FINISHED = "FINISHED"
+"""A run is interrupted until this file stands beside its checkpoints."""
 _RESULT_FILE = "result.json"
 _GATES_FILE = "gates.safetensors"
 
@@ -34,9 +40,82 @@ def identity_of(fusion: Fusion, data: FitData, run: Run) -> dict[str, Any]:
         "adapters": {adapter.name: adapter.digest for adapter in fusion.adapters},
         "data": data.digest,
         "dev metric": "loss" if score is None else getattr(score, "__name__", type(score).__name__),
-        "config": dataclasses.asdict(run.config),
+        "config": config_identity(run.config),
     }
     return json.loads(json.dumps(identity))
+
+
+def config_identity(config: FitConfig) -> dict[str, Any]:
+    """What of a recipe makes two fits the same one."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in BESIDE}
+
+
+def check_decision(directory: Path, *, resume: bool, overwrite: bool) -> None:
+    """Check that a run which is there goes on, or is started over, because somebody has said so.
+
+    Raises:
+        LoraflowError: if both are said, there is nothing to go on from, or an interrupted run and nothing is said.
+    """
+    if resume and overwrite:
+        raise LoraflowError("`resume=True` goes on, and `overwrite=True` starts over. Say one of them.")
+    if resume and not can_resume(directory):
+        raise LoraflowError(
+            f"There is nothing to resume in {directory}: no run, or one that was interrupted before its first "
+            "checkpoint. Start without `resume=True`; if a run was interrupted there, say `overwrite=True`."
+        )
+    if _has_run(directory) and not (resume or overwrite or (directory / FINISHED).exists()):
+        raise LoraflowError(
+            f"{directory} holds an interrupted run. Say `resume=True` to go on with it, or `overwrite=True` to start "
+            "over."
+        )
+
+
+def can_resume(directory: Path) -> bool:
+    """Whether there is something in a checkpoint directory that `resume` could go on from."""
+    return any(_has_progress(place) for place in (directory, *directory.glob("*/")))
+
+
+def _has_progress(place: Path) -> bool:
+    search = place / SEARCH_FILE
+    return (
+        bool(complete_checkpoints(place))
+        or (place / _RESULT_FILE).is_file()
+        # Its first line is the search's identity.
+        or (search.is_file() and len(search.read_text(encoding="utf-8").splitlines()) > 1)
+    )
+
+
+@contextlib.contextmanager
+def run_directory(checkpoints: str | Path | None, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """Where a run keeps its checkpoints, for it alone; a temporary place where none is named.
+
+    Yields:
+        The directory.
+
+    Raises:
+        LoraflowError: if it is to go on from no place.
+    """
+    if checkpoints is None:
+        if resume:
+            raise LoraflowError("`resume` (=True) needs the directory to go on from. Give `checkpoints`.")
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+        return
+    place = Path(checkpoints).expanduser()
+    if not is_first_process():
+        yield place
+        return
+    with alone(place, "fit"):
+        check_decision(place, resume=resume, overwrite=overwrite)
+        yield place
+        if _has_run(place):
+            (place / FINISHED).touch()
+
+
+def _has_run(directory: Path) -> bool:
+    """Whether a run is or was there, finished or not."""
+    named = (directory.glob(f"{where}{name}") for where in ("", "*/") for name in (RUN_FILE, SEARCH_FILE))
+    return any(any(found) for found in named)
 
 
 def check_same(recorded: Mapping[str, Any], identity: Mapping[str, Any], place: Path, what: str) -> None:
@@ -49,7 +128,7 @@ def check_same(recorded: Mapping[str, Any], identity: Mapping[str, Any], place: 
         if recorded.get(key) != value:
             raise LoraflowError(
                 f"Cannot resume from {place}: its {what} had another `{key}`. Give the same arguments and data as "
-                "then, or start afresh, without `resume=True`."
+                "then, or start over, with `overwrite=True` in place of `resume=True`."
             )
 
 
@@ -87,7 +166,9 @@ def remove_checkpoints(directory: Path) -> None:
         raise LoraflowError(f"{checkpoints[0]} is no checkpoint of this library. Give another directory.")
     for checkpoint in checkpoints:
         shutil.rmtree(checkpoint)
-    for name in (_RESULT_FILE, _GATES_FILE, RUN_FILE):
+    if (directory / RUN_FILE).is_file():
+        shutil.rmtree(directory / LAST_GOOD, ignore_errors=True)
+    for name in (_RESULT_FILE, _GATES_FILE, FINISHED, RUN_FILE):
         (directory / name).unlink(missing_ok=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from loraflow.errors import LoraflowError
+from loraflow.errors import LoraflowError, did_you_mean
+from loraflow.training.recipes import SCHEDULES, TRACKERS, read_recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Score = Callable[[str, Mapping[str, Any]], float]
 """Scores a generated answer against its example's record."""
@@ -18,6 +23,11 @@ Score = Callable[[str, Mapping[str, Any]], float]
 # The paper gives no learning rate for its fine-tuned baselines. A gate's 1e-3 is too high for a whole LoRA of a large
 # model; QLoRA's 2e-4 (arXiv 2305.14314) is what LoRAs of 7B models are usually trained with.
 LEARNING_RATE = 2e-4
+
+TURNS = ("last", "all")
+"""What `train_on` may be."""
+BESIDE = frozenset({"keep_last", "report_to"})
+"""Fields that change nothing of what is learned: a run that goes on may have others."""
 
 
 class HasRecipe(Protocol):
@@ -42,13 +52,19 @@ class FitConfig:
         epsilon: AdamW's.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
-        warmup: share of the steps over which the learning rate rises; it falls along a cosine after that.
+        warmup: share of the steps over which the learning rate rises.
+        schedule: how it goes on from there: "cosine" or "linear", to 0, or "constant".
         adapter_dropout: dropout on the adapters' input. Off here; the official code appears to leave 0.1 on.
         gradient_checkpointing: recompute activations in the backward, to save memory.
+        train_on: which of the assistant's turns in a conversation are learned: the "last" one, or "all".
         max_length: longest example, in tokens; None takes the model's limit, at most 2048.
         seed: of the examples' order, and of dropout.
         checkpoint_steps: steps between checkpoints; None makes one after every epoch.
+        keep_last: how many checkpoints are kept, beside the best one.
+        early_stopping: stop after so many evaluations on the dev examples, one at each checkpoint, without a better
+            one; None goes on to the end.
         score_max_new_tokens: longest answer when dev examples are scored by generation.
+        report_to: trackers that get the curves: "tensorboard", "wandb", "mlflow", "trackio".
     """
 
     epochs: int = 5
@@ -61,14 +77,20 @@ class FitConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     warmup: float = 0.2
+    schedule: str = "cosine"
     adapter_dropout: float = 0.0
     gradient_checkpointing: bool = False
+    train_on: str = "last"
     max_length: int | None = None
     seed: int = 0
     checkpoint_steps: int | None = None
+    keep_last: int = 2
+    early_stopping: int | None = None
     score_max_new_tokens: int = 512
+    report_to: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         positive = ("epochs", "batch_size", "gradient_accumulation", "learning_rate", "epsilon", "score_max_new_tokens")
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
@@ -81,19 +103,104 @@ class FitConfig:
         for name in ("adapter_dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 0 and less than 1.")
-        for name in ("max_length", "max_steps", "checkpoint_steps"):
+        for name in ("max_length", "max_steps", "checkpoint_steps", "keep_last", "early_stopping"):
             if getattr(self, name) is not None and not 1 <= getattr(self, name) < math.inf:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be at least 1, and finite.")
+        self._check_whole()
         if self.batch_size % self.gradient_accumulation:
             raise LoraflowError(
                 f"`gradient_accumulation` (={self.gradient_accumulation}) must divide "
                 f"`batch_size` (={self.batch_size})."
             )
+        if not 0 <= self.seed < 2**32:
+            raise LoraflowError(f"`seed` (={self.seed}) must be at least 0 and less than 2**32.")
+        for name, value, known in [
+            ("schedule", self.schedule, SCHEDULES),
+            ("train_on", self.train_on, TURNS),
+            *(("report_to", one, TRACKERS) for one in self.report_to),
+        ]:
+            if value not in known:
+                raise LoraflowError(f"`{name}` is unknown: {value!r}. {did_you_mean(str(value), known)}")
+
+    def _check_kinds(self) -> None:
+        """Bring every field to its kind, so that two spellings of one recipe are equal, and JSON can hold it.
+
+        Raises:
+            LoraflowError: if a field is of another kind.
+        """
+        for of in fields(self):
+            value, kind = getattr(self, of.name), str(of.type)
+            if value is None and kind.endswith(" | None"):
+                continue
+            kind = kind.removesuffix(" | None")
+            if kind == "bool" and not isinstance(value, bool):
+                raise LoraflowError(f"`{of.name}` (={value!r}) must be True or False.")
+            if kind in ("int", "float"):
+                object.__setattr__(self, of.name, _number(of.name, value))
+        betas: Any = self.betas
+        if not isinstance(betas, Sequence) or isinstance(betas, str):
+            raise LoraflowError(f"`betas` (={betas!r}) must be two numbers, each at least 0 and less than 1.")
+        object.__setattr__(self, "betas", tuple(_number("betas", beta) for beta in betas))
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        if not isinstance(trackers, Sequence):
+            raise LoraflowError(f"`report_to` (={trackers!r}) must be names of trackers: {', '.join(TRACKERS)}.")
+        object.__setattr__(self, "report_to", tuple(trackers))
+
+    def _check_whole(self) -> None:
+        for of in fields(self):
+            value = getattr(self, of.name)
+            if str(of.type).startswith("int") and isinstance(value, float):
+                raise LoraflowError(f"`{of.name}` (={value}) must be a whole number.")
 
     @classmethod
     def for_method(cls, method: HasRecipe, **settings: Any) -> FitConfig:
         """The recipe of a method: the paper's, with what the method's own source changes, and then these settings."""
         return cls(**{**method.recipe, **settings})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **settings: Any) -> FitConfig:
+        """The recipe in a YAML file: fields by name, or those under `recipe` in a file of `loraflow fit --config`.
+
+        Args:
+            path: the file.
+            settings: fields that win over those of the file.
+
+        Raises:
+            DataError: if the file cannot be read.
+            LoraflowError: if a field is unknown or wrong.
+        """
+        return cls(**{**read_recipe(path, [of.name for of in fields(cls)]), **settings})
+
+    def training_arguments(self, output_dir: str | Path, **overrides: Any) -> TrainingArguments:
+        """The same recipe as transformers' `Trainer` takes it, with what else it is to have."""
+        from loraflow.training.arguments import training_arguments
+
+        return training_arguments(self, output_dir, overrides)
+
+    @classmethod
+    def from_training_arguments(cls, arguments: TrainingArguments, **settings: Any) -> FitConfig:
+        """The recipe of transformers' `TrainingArguments`, with what they have no word for.
+
+        What is not of the recipe is left out, whatever it says: folders, logging, evaluation, the Hub, data loading and
+        devices are given to `fit`, or to the base.
+
+        Args:
+            arguments: of a training on one process.
+            settings: fields of the recipe that win, such as `adapter_dropout`, for which there is no argument.
+
+        Raises:
+            LoraflowError: if an argument changes what is learned in a way that a recipe cannot say.
+        """
+        from loraflow.training.arguments import settings_of
+
+        return cls(**{**settings_of(arguments), **settings})
+
+
+def _number(name: str, value: Any) -> float:
+    """A number, as Python's own."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise LoraflowError(f"`{name}` (={value!r}) must be a number.")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def search_grid(method: HasRecipe) -> list[dict[str, Any]]:
@@ -113,6 +220,8 @@ class Run:
         console: where progress is shown.
         score: what decides on dev examples instead of their loss.
         label: what it is called where progress is shown; empty for the learner's own words.
+        reports: where files of trackers and the picture of the weights go; None takes a new folder in `runs`.
+        lasting: whether the directory is there after the run.
     """
 
     config: FitConfig
@@ -121,6 +230,8 @@ class Run:
     console: Console
     score: Score | None = None
     label: str = ""
+    reports: Path | None = None
+    lasting: bool = True
 
 
 @dataclass(frozen=True)
@@ -156,7 +267,8 @@ class FitResult:
 
     Attributes:
         start: the fusion weights at which training started, by adapter; empty where gates start as made.
-        start_losses: each adapter's loss alone on the examples, where the start was chosen by it.
+        start_losses: the loss of each possible start on the examples, by name (an adapter's is that one alone), where
+            the start was chosen by it.
         steps: optimiser steps, or evaluations of a search, of the whole run, those before a resume included.
         train_loss: mean loss of the last epoch's steps, or that of a search's result, in nats for each response token;
             None where there was none.

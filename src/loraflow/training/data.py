@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraflow.answers import require_tokenizer
 from loraflow.errors import DataError
-from loraflow.examples import Example, parse_examples
+from loraflow.examples import Example, check_rows, parse_examples
 from loraflow.prompts import PromptFormat
 from loraflow.training.config import FitConfig
+from loraflow.training.turns import earlier_turns
 
 IGNORED = -100
 
@@ -51,17 +52,34 @@ def longest_example(model: Any) -> int:
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptFormat,
+    max_length: int,
+    train_on: str = "last",
 ) -> TokenExamples:
     """Turn examples into token ids; one that is too long loses the end of its completion, and is reported.
 
+    Args:
+        examples: what is turned.
+        tokenizer: the model's.
+        prompt: how conversations become prompts.
+        max_length: how many tokens of an example are kept.
+        train_on: whose ids are labels too: those of the completion, the "last" turn, or of "all" the assistant's turns.
+
     Raises:
-        DataError: if an example's prompt alone leaves no room for its completion.
+        DataError: if an example's prompt alone leaves no room for its completion, or the chat template refuses it; the
+            message names the first such example.
     """
-    rows, truncated = [], []
-    for example in examples:
-        prompt_ids = prompt.prompt_ids(tokenizer, example.messages)
-        completion_ids = prompt.completion_ids(tokenizer, example.messages, example.completion)
+    truncated = []
+
+    def row(example: Example, _: str) -> TokenExample:
+        try:
+            prompt_ids = prompt.prompt_ids(tokenizer, example.messages)
+            completion_ids = prompt.completion_ids(tokenizer, example.messages, example.completion)
+            learned = earlier_turns(prompt, tokenizer, example.messages) if train_on == "all" else []
+        except DataError as error:
+            raise DataError(f"{example.origin}: {error}") from error
         if len(prompt_ids) >= max_length:
             raise DataError(
                 f"{example.origin}: the prompt has {len(prompt_ids)} tokens, which leaves none of the {max_length} "
@@ -70,8 +88,12 @@ def tokenize(
         if len(prompt_ids) + len(completion_ids) > max_length:
             truncated.append(example.origin)
         ids = (prompt_ids + completion_ids)[:max_length]
-        rows.append(TokenExample(ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]))
-    return TokenExamples(rows, truncated)
+        labels = [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
+        for place in learned:
+            labels[place] = ids[place]
+        return TokenExample(ids, labels)
+
+    return TokenExamples(check_rows(((example.origin, example) for example in examples), row), truncated)
 
 
 @dataclass(frozen=True)
@@ -83,12 +105,14 @@ class FitData:
         dev: dev examples as token ids, where there are some.
         dev_examples: the same as they were given.
         digest: SHA-256 of all token ids.
+        origins: where each training example comes from.
     """
 
     train: TokenExamples
     dev: TokenExamples | None
     dev_examples: Sequence[Example]
     digest: str
+    origins: Sequence[str] = ()
 
 
 def note_endings(fusion: Any, examples: Sequence[Example]) -> None:
@@ -103,11 +127,13 @@ def prepare(model: Any, examples: Any, dev: Any, config: FitConfig) -> FitData:
     """Check examples and turn them into token ids, by the tokenizer and in the prompt format of a model."""
     tokenizer = require_tokenizer(model.tokenizer)
     max_length = config.max_length or longest_example(model)
-    train = tokenize(parse_examples(examples), tokenizer, model.prompt, max_length)
+    parsed = parse_examples(examples)
+    train = tokenize(parsed, tokenizer, model.prompt, max_length, config.train_on)
     dev_examples = parse_examples(dev) if dev is not None else []
-    dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length) if dev_examples else None
+    dev_rows = tokenize(dev_examples, tokenizer, model.prompt, max_length, config.train_on) if dev_examples else None
     rows = [[dataclasses.astuple(row) for row in split.rows] for split in (train, dev_rows) if split is not None]
-    return FitData(train, dev_rows, dev_examples, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return FitData(train, dev_rows, dev_examples, digest, [example.origin for example in parsed])
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from loraflow.core.fusion import Fusion
-from loraflow.errors import LoraflowError, MethodError
+from loraflow.errors import LoraflowError, MethodError, TrainingError
 from loraflow.examples import parse_examples
-from loraflow.training.checkpoints import identity_of, keep_finished, load_finished
+from loraflow.training.checkpoints import identity_of, keep_finished, load_finished, remove_checkpoints, run_directory
 from loraflow.training.config import FitConfig, FitResult, Run, Score, search_grid
 from loraflow.training.data import note_endings, prepare
 from loraflow.training.learners import learner_of
@@ -33,6 +31,8 @@ def fit(
     score: Score | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
+    reports: str | Path | None = None,
     console: Console | None = None,
 ) -> FitResult:
     """Learn what a fused model's method learns; base and adapters stay as they are.
@@ -45,14 +45,19 @@ def fit(
         config: the recipe; by default the method's own.
         score: choose by the mean of this over generated answers to the dev examples, not by their loss.
         checkpoints: directory for checkpoints; a temporary one by default.
-        resume: go on from the newest whole checkpoint there, if there is one.
+        resume: go on from the newest whole checkpoint there.
+        overwrite: start over where there is an interrupted run.
+        reports: directory for files of `config.report_to`, and the picture of the weights; by default one in `runs`.
         console: where progress is shown; standard error by default.
 
     Returns:
         Losses, time, and which examples were cut.
 
     Raises:
-        LoraflowError: if `score` comes without `dev`.
+        LoraflowError: if `score` comes without `dev`, or there is a run and nothing is said of it, or the other way.
+        StorageError: if another fit is running there.
+        TrainingError: if the training diverges; the model has the last good gates then, and so has `last-good` among
+            the checkpoints.
     """
     model.attachment.check_attached()
     learner = learner_of(model.method)
@@ -62,8 +67,10 @@ def fit(
     read = learner.check_examples(model, examples, dev)
     _note_endings(model, read)
     config, console = config or FitConfig.for_method(model.method), console or Console(stderr=True)
-    with model.learning(), _directory(checkpoints) as directory:
-        return learner.learn(model, read, dev, Run(config, directory, resume, console, score))
+    files, lasting = Path(reports) if reports is not None else None, checkpoints is not None
+    with run_directory(checkpoints, resume=resume, overwrite=overwrite) as directory, model.learning():
+        run = Run(config, directory, resume, console, score, reports=files, lasting=lasting)
+        return learner.learn(model, read, dev, run)
 
 
 def search(
@@ -76,6 +83,8 @@ def search(
     score: Score | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
+    reports: str | Path | None = None,
     console: Console | None = None,
 ) -> FitResult:
     """Fit once for each setting of a grid; keep the gates that are best on the dev examples.
@@ -90,6 +99,8 @@ def search(
         score: decide by the mean of this over generated answers, not by the loss.
         checkpoints: directory for checkpoints and finished settings; a temporary one by default.
         resume: keep finished settings there, and go on with the interrupted one.
+        overwrite: start over where there is an interrupted search.
+        reports: directory for files of `config.report_to`, in a folder for each setting; by default one in `runs`.
         console: where progress is shown; standard error by default.
 
     Returns:
@@ -114,12 +125,24 @@ def search(
     grid = search_grid(model.method) if grid is None else grid
     table: list[dict[str, Any]] = []
     best: tuple[FitResult, dict[str, Tensor], dict[str, Any] | None] | None = None
-    with model.learning(), _directory(checkpoints) as root:
+    with run_directory(checkpoints, resume=resume, overwrite=overwrite) as root, model.learning():
+        if not resume:
+            remove_checkpoints(root)
         for number, setting in enumerate(grid, start=1):
-            directory = root / "-".join(f"{key}={value}" for key, value in setting.items())
+            cell = "-".join(f"{key}={value}" for key, value in setting.items())
             named = ", ".join(f"{key} {value}" for key, value in setting.items())
             label = f"search {number}/{len(grid)}, {named}"
-            run = Run(dataclasses.replace(config, **setting), directory, resume, console, score, label)
+            files = Path(reports) / cell if reports is not None else None
+            run = Run(
+                dataclasses.replace(config, **setting),
+                root / cell,
+                resume,
+                console,
+                score,
+                label,
+                files,
+                checkpoints is not None,
+            )
             result, record = _fit_cell(learner, model, read, dev, run)
             table.append({**setting, "dev_loss": result.dev_loss, "dev_score": result.dev_score})
             merit = _merit(result, score)
@@ -153,7 +176,12 @@ def _fit_cell(
     if result is not None:
         record: dict[str, Any] | None = learner.record(run.config, data, result)
     else:
-        result = learner.learn(model, examples, dev, run)
+        try:
+            result = learner.learn(model, examples, dev, run)
+        except TrainingError as error:
+            # Of a grid, some may diverge: the others are what it is for.
+            run.console.print(f"{run.label}: {error}", markup=False, soft_wrap=True)
+            result = FitResult(dev_loss=math.inf, dev_score=None if run.score is None else -math.inf)
         record = model.training_record
         keep_finished(model, identity, result, run.directory)
     scored = f", score {_merit(result, run.score):.4f}" if run.score is not None else ""
@@ -166,13 +194,3 @@ def _merit(result: FitResult, score: Score | None) -> float:
     value = result.dev_score if score is not None else result.dev_loss
     assert value is not None
     return value if score is not None else -value
-
-
-@contextlib.contextmanager
-def _directory(checkpoints: str | Path | None) -> Iterator[Path]:
-    """Where checkpoints are kept; a temporary place where none is named."""
-    if checkpoints is not None:
-        yield Path(checkpoints)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory)

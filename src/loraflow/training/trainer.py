@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow.answers import padding_id, require_tokenizer
-from loraflow.files import write_atomically
+from loraflow.errors import LoraflowError, TrainingError
+from loraflow.files import make_folder, write_atomically
 from loraflow.training.checkpoints import (
     COMPLETE,
+    LAST_GOOD,
     RUN_FILE,
     complete_checkpoints,
     remove_checkpoints,
@@ -24,10 +30,17 @@ from loraflow.training.checkpoints import (
 )
 from loraflow.training.config import FitConfig, FitResult, Run
 from loraflow.training.data import Collator, FitData
+from loraflow.training.guard import Guard
 from loraflow.training.loss import mean_score
 from loraflow.training.progress import RichProgress
-
-_KEEP = 2
+from loraflow.training.state_files import (
+    load_optimizer,
+    load_random_state,
+    load_scheduler,
+    save_optimizer,
+    save_random_state,
+    save_scheduler,
+)
 
 
 def train(
@@ -47,14 +60,32 @@ def train(
         identity: what makes two runs the same one, as JSON values.
         label: what the progress bar says.
         start: brings the model to where training starts; what it gives is kept with the run, and given back.
+
+    Raises:
+        LoraflowError: if it is to stop early and there are no dev examples.
+        TrainingError: if it diverges.
     """
+    if run.config.early_stopping is not None and data.dev is None:
+        raise LoraflowError(
+            f"`early_stopping` (={run.config.early_stopping}) needs dev examples to decide on. Give `dev`."
+        )
     checkpoint = resumable_checkpoint(identity, run.directory) if run.resume else None
     if checkpoint is None:
         remove_checkpoints(run.directory)
         write_atomically(run.directory / RUN_FILE, json.dumps({**identity, **start()}).encode())
     recorded = json.loads((run.directory / RUN_FILE).read_text())
     trainer = make_trainer(model, data, run, label)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and trainer.has_stopped(checkpoint):
+        trainer.take_best(checkpoint)
+        return outcome_of(trainer, has_dev=True), recorded
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except TrainingError as error:
+        model.load_state_dict(trainer.guard.good)
+        if run.lasting:
+            trainer.save_model(str(run.directory / LAST_GOOD))
+            raise TrainingError(f"{error} It is saved in {run.directory / LAST_GOOD}.") from None
+        raise
     return outcome_of(trainer, has_dev=data.dev is not None), recorded
 
 
@@ -87,6 +118,9 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
         data_collator=Collator(padding_id(require_tokenizer(model.tokenizer))),
         callbacks=[RichProgress(run.console, label)],
         score=score,
+        guard=Guard(model, data),
+        patience=run.config.early_stopping,
+        keep=run.config.keep_last,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -94,34 +128,19 @@ def make_trainer(model: Any, data: FitData, run: Run, label: str) -> WholeCheckp
 
 
 def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool, scored: bool) -> TrainingArguments:
-    strategy = "epoch" if config.checkpoint_steps is None else "steps"
     on_cpu = model.device.type == "cpu"
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size // config.gradient_accumulation,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        per_device_eval_batch_size=config.batch_size // config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        # Below 1 this is a share of all steps.
-        warmup_steps=config.warmup,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        adam_epsilon=config.epsilon,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        logging_steps=1,
-        save_strategy=strategy,
-        save_steps=config.checkpoint_steps or 500,
-        eval_strategy=strategy if has_dev else "no",
+    arguments = config.training_arguments(
+        directory,
+        # Whole checkpoints are counted here: transformers would count halves.
+        save_total_limit=None,
+        eval_strategy=("epoch" if config.checkpoint_steps is None else "steps") if has_dev else "no",
         eval_steps=config.checkpoint_steps or 500,
         load_best_model_at_end=has_dev,
         metric_for_best_model="eval_score" if scored else "eval_loss",
         greater_is_better=scored,
+        logging_steps=1,
+        # A loss that is not finite is to be seen.
+        logging_nan_inf_filter=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
@@ -137,13 +156,49 @@ def _arguments(model: Any, config: FitConfig, directory: Path, *, has_dev: bool,
 class WholeCheckpointTrainer(Trainer):
     """Trains what a model's `state_dict` holds.
 
-    A checkpoint holds that (a fusion's gates, or an adapter) and the trainer's state, never the base. It counts only
-    once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
+    A checkpoint holds that (a fusion's gates, or an adapter) and the trainer's state, never the base, and no pickle. It
+    counts only once its `COMPLETE` file stands: a crash while writing costs one checkpoint.
+
+    With FSDP and DeepSpeed, the optimizer's and the schedule's state is as these write it.
     """
 
-    def __init__(self, *args: Any, score: Callable[[], float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        guard: Guard,
+        score: Callable[[], float] | None = None,
+        patience: int | None = None,
+        keep: int = FitConfig.keep_last,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._score = score
+        self.guard = guard
+        self._score, self._patience, self._keep = score, patience, keep
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next step, which the guard has seen."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self.guard.begin(batches)
+        return batches, count
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward; a loss that is not finite ends the training."""
+        loss = super().training_step(*args, **kwargs)
+        self.guard.check(self.state.global_step + 1, "loss", loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if norm is not None:
+            self.guard.check(self.state.global_step + 1, "gradient's norm", norm)
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log; a loss that has exploded ends the training."""
+        super().log(logs, *args, **kwargs)
+        if "loss" in logs:
+            losses = [loss for _, loss in logged(self.state.log_history, "loss")]
+            self.guard.note(self.state.global_step, losses)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's loss on the dev examples, and their score where one is asked for."""
@@ -153,7 +208,60 @@ class WholeCheckpointTrainer(Trainer):
             self.model.eval()
             metrics["eval_score"] = self._score()
             self.log({"eval_score": metrics["eval_score"]})
+        if self._out_of_patience(self.state):
+            self.control.should_training_stop = True
         return metrics
+
+    def _out_of_patience(self, state: TrainerState) -> bool:
+        """Whether the last evaluations have found nothing better; the log knows, also after a resume."""
+        found = [value for _, value in logged(state.log_history, str(self.args.metric_for_best_model))]
+        if self._patience is None or not found:
+            return False
+        sign = 1 if self.args.greater_is_better else -1
+        # What is not finite is never better.
+        merits = [sign * value if math.isfinite(value) else -math.inf for value in found]
+        return len(merits) - 1 - merits.index(max(merits)) >= self._patience
+
+    def has_stopped(self, checkpoint: Path) -> bool:
+        """Whether the run of a checkpoint had stopped early with it."""
+        return self._out_of_patience(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
+
+    def take_best(self, checkpoint: Path) -> None:
+        """Take what a run that has stopped with a checkpoint had learned at its best one."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = checkpoint.parent / f"checkpoint-{self.state.best_global_step}"
+        assert self.model is not None
+        self.model.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads: the recipe stands with the run.
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_optimizer(self.optimizer, Path(output_dir))
+            save_scheduler(self.lr_scheduler, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer, Path(checkpoint))
+        load_scheduler(self.lr_scheduler, Path(checkpoint))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        make_folder(Path(output_dir))
+        save_random_state(Path(output_dir) / self._random_file(), every_device=self.args.world_size <= 1)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_state(Path(checkpoint) / self._random_file(), every_device=self.args.world_size <= 1)
+
+    def _random_file(self) -> str:
+        return f"rng_state_{self.args.process_index}.safetensors"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -165,7 +273,7 @@ class WholeCheckpointTrainer(Trainer):
 
     def _drop_old_checkpoints(self, directory: Path) -> None:
         best = self.state.best_model_checkpoint
-        for old in complete_checkpoints(directory)[:-_KEEP]:
+        for old in complete_checkpoints(directory)[: -self._keep]:
             if best is None or old != Path(best):
                 # First the mark, so that a crash in between leaves no checkpoint that counts and is not whole.
                 (old / COMPLETE).unlink()

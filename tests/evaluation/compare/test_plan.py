@@ -19,9 +19,9 @@ from loraflow.evaluation.compare.plan import (
     SettingSpec,
     make_plan,
     read_plan,
-    read_yaml,
     study_names,
 )
+from loraflow.training.recipes import read_yaml
 
 ORIGIN = Path("plans/mine.yaml")
 TASK = {"test": "test.jsonl", "scorer": "last-number"}
@@ -83,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
 WRITTEN_OUT = {
     "base": "things/base",
     "adapters": {"zh": "things/zh", "hub": "org/adapter"},
-    "adapter_data": {"zh": "things/own.jsonl"},
+    "adapter_data": {"zh": "things/own.jsonl[:9]", "hub": "org/data:main@v1[train[:9]]"},
     "tasks": {
         "math": {
             "test": "things/test.jsonl",
@@ -101,7 +101,7 @@ def check_places(setting: str | SettingSpec, things: Path) -> None:
     assert isinstance(setting, SettingSpec)
     assert setting.base == str(things / "base")
     assert setting.adapters == {"zh": str(things / "zh"), "hub": "org/adapter"}
-    assert setting.adapter_data == {"zh": str(things / "own.jsonl")}
+    assert setting.adapter_data == {"zh": f"{things / 'own.jsonl'}[:9]", "hub": "org/data:main@v1[train[:9]]"}
     task = setting.tasks["math"]
     names = ("test", "train", "dev", "more")
     assert (task.test, task.train, task.dev, task.more_train) == tuple(str(things / f"{n}.jsonl") for n in names)
@@ -243,7 +243,7 @@ def test_a_plan_needs_a_setting() -> None:
     [
         (b"a: [", r"p\.yaml cannot be read as YAML"),
         (b"\xff\xfe\x00", r"p\.yaml cannot be read as YAML"),
-        (b"- base\n", r"p\.yaml holds list, and should hold the fields of a plan or setting"),
+        (b"- base\n", r"p\.yaml holds list, and should hold fields, as `name: value`"),
         (b"", r"p\.yaml holds NoneType, and should hold"),
     ],
 )

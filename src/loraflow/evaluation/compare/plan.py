@@ -14,17 +14,19 @@ reference: layer
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraflow.errors import DataError, did_you_mean
+from loraflow.examples import Source
 from loraflow.prompts import PromptFormat
+from loraflow.training.recipes import read_yaml
 
 STUDIES = Path(__file__).parents[1] / "studies"
 EVERY_TASK = "every"
@@ -61,7 +63,7 @@ class TaskSpec(_Spec):
 
     Attributes:
         adapters: names of the adapters to fuse, in order; all of the setting's by default.
-        test: file of JSON lines, answered by `generate` and scored by `scorer`.
+        test: examples, as `loraflow.examples.Source` reads them, answered by `generate` and scored by `scorer`.
         harness: instead, the name of a task of lm-evaluation-harness.
         mixed: instead, a mixture of two other tasks.
         train: examples for what learns.
@@ -324,38 +326,14 @@ def _fields_at(location: Sequence[int | str]) -> list[str]:
     return list(Plan.model_fields)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML would read 1e-3 as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields that a YAML file holds.
-
-    Raises:
-        DataError: if it cannot be read, or holds something else.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__}, and should hold the fields of a plan or setting.")
-    return content
-
-
 def _resolved(setting: dict[str, Any], origin: Path) -> dict[str, Any]:
     """A setting with absolute paths; Hub ids stay as they are."""
     setting = dict(setting)
     if isinstance(setting.get("base"), str):
         setting["base"] = _place(setting["base"], origin)
-    for key in ("adapters", "adapter_data"):
+    for key, place in (("adapters", _place), ("adapter_data", _data_place)):
         if isinstance(setting.get(key), dict):
-            setting[key] = {name: _place(str(path), origin) for name, path in setting[key].items()}
+            setting[key] = {name: place(str(path), origin) for name, path in setting[key].items()}
     if isinstance(setting.get("tasks"), dict):
         setting["tasks"] = {name: _resolved_task(spec, origin) for name, spec in setting["tasks"].items()}
     return setting
@@ -364,12 +342,17 @@ def _resolved(setting: dict[str, Any], origin: Path) -> dict[str, Any]:
 def _resolved_task(spec: Any, origin: Path) -> Any:
     if not isinstance(spec, dict):
         return spec
-    files = {
-        key: _place(spec[key], origin)
-        for key in ("train", "more_train", "dev", "test", "include_path")
-        if isinstance(spec.get(key), str)
+    places = {**dict.fromkeys(("train", "more_train", "dev", "test"), _data_place), "include_path": _place}
+    return {
+        **spec,
+        **{key: place(spec[key], origin) for key, place in places.items() if isinstance(spec.get(key), str)},
     }
-    return {**spec, **files}
+
+
+def _data_place(text: str, origin: Path) -> str:
+    """The place of examples, with what is picked of them."""
+    source = Source.parse(text)
+    return str(dataclasses.replace(source, path=_place(source.path, origin)))
 
 
 def _place(path: str, origin: Path) -> str:

@@ -25,7 +25,7 @@ from loraflow.model import FusedModel
 from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import SavedFusion
 from loraflow.training import finetune, fit, search
-from loraflow.training.checkpoints import complete_checkpoints
+from loraflow.training.checkpoints import can_resume, complete_checkpoints
 from loraflow.training.data import note_endings
 
 FIT_FILE = "fit.json"
@@ -207,10 +207,14 @@ def _learn(
     tokenizer, prompt = bench.manner(task, task.train_prompt or task.prompt)
     train, dev = list(task.training(row.spec.examples)), list(task.dev) or None
     examples, result = len(train), cast(Any, None)
+    checkpoints = directory / "checkpoints"
+    resume = can_resume(checkpoints)
     run: dict[str, Any] = {
         "config": config,
-        "checkpoints": directory / "checkpoints",
-        "resume": True,
+        "checkpoints": checkpoints,
+        "resume": resume,
+        # One that was interrupted before there was anything to go on from.
+        "overwrite": not resume,
         "console": console,
     }
     if row.spec.finetune is not None:

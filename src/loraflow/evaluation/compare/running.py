@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from loraflow.bases import BaseOptions, read_base_config
@@ -20,7 +17,7 @@ from loraflow.evaluation.compare.store import PLAN_FILE, Store
 from loraflow.evaluation.compare.workers import Options, measure_cells
 from loraflow.evaluation.harness.evaluate import check_task
 from loraflow.evaluation.sandbox import check_available
-from loraflow.files import make_folder, write_atomically
+from loraflow.files import alone, write_atomically
 
 
 def compare(
@@ -52,8 +49,7 @@ def compare(
     _check_tasks(comparison, options.allow_code)
     read_base_config(comparison.setting.base, BaseOptions(comparison.setting.revision))
     store = Store(output)
-    make_folder(store.root)
-    with _alone(store.root):
+    with alone(store.root, "comparison"):
         missing = unfinished(comparison, store, overwrite=overwrite)
         text = yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), allow_unicode=True, sort_keys=False)
         write_atomically(store.root / PLAN_FILE, text.encode())
@@ -82,19 +78,6 @@ def _check_tasks(comparison: Comparison, allow_code: bool) -> None:
         check_available()
 
 
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    lock = FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise LoraflowError(f"Another comparison is running in {root}. Wait for it, or give another place.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
     """Score the kept answers of all finished cells anew, without a model.
 
@@ -107,7 +90,7 @@ def rescore(plan: Plan, output: str | Path, *, allow_code: bool = False) -> int:
     comparison = open_comparison(plan, allow_code=allow_code)
     _check_tasks(comparison, allow_code)
     store, changed, found = Store(output), 0, 0
-    with _alone(store.root):
+    with alone(store.root, "comparison"):
         for cell in comparison.cells:
             record = store.read(cell)
             if record is None:

@@ -27,19 +27,21 @@ class FittedOnExamples:
         """Where the weights differ, and gates stand."""
         return "model" if self.granularity in ("step", "task") else cast(Place, self.granularity)
 
-    @property
-    def starts_at_best(self) -> bool:
-        """Whether training starts at the adapter that alone has the lowest loss on the examples."""
-        return self.start == "best"
+    def starts(self, adapters: Sequence[str]) -> dict[str, list[float]]:
+        """Each adapter alone, where training starts at the best one."""
+        if self.start != "best":
+            return {}
+        return {name: [float(name == other) for other in adapters] for name in adapters}
 
     def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float]:
-        """The fusion weights at which training starts; while the best adapter is not known, "best" is the average."""
+        """The fusion weights at which training starts; while the best start is not known, "best" is the average."""
         if not isinstance(self.start, str):
             return [float(self.start.get(name, 0.0)) for name in adapters]
-        chosen = best if self.start == "best" and best is not None else self.start
-        if chosen in ("average", "best"):
+        if self.start == "best" and best is not None:
+            return self.starts(adapters)[best]
+        if self.start in ("average", "best"):
             return [1 / len(adapters)] * len(adapters)
-        return [float(name == chosen) for name in adapters]
+        return [float(name == self.start) for name in adapters]
 
     def check(self, adapters: Sequence[str]) -> None:
         """Check `start` against the adapters that are to be fused.

@@ -32,6 +32,7 @@ from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import make_folder, write_atomically
 from loraflow.prompts import PromptFormat
+from loraflow.training.checkpoints import config_identity, run_directory
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
 from loraflow.training.trainer import as_it_was, train
@@ -65,6 +66,8 @@ def finetune(
     prompt: PromptFormat | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
+    reports: str | Path | None = None,
     console: Console | None = None,
     options: BaseOptions | None = None,
 ) -> FinetuneResult:
@@ -82,7 +85,9 @@ def finetune(
         prompt: how questions become prompts; by default by the existing adapter's chat template, if it brings one, or
             else the tokenizer's, if it has one.
         checkpoints: directory for checkpoints; a temporary one by default.
-        resume: go on from the newest whole checkpoint there, if there is one.
+        resume: go on from the newest whole checkpoint there.
+        overwrite: start over where there is an interrupted run.
+        reports: directory for files of `config.report_to`; by default one in `runs`.
         console: where progress is shown; standard error by default.
         options: precision, placement and quantisation of a base given by id or path.
 
@@ -115,13 +120,16 @@ def finetune(
         "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:
-        directory = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
-        run = Run(config, directory, resume, console or Console(stderr=True))
+        directory = stack.enter_context(run_directory(checkpoints, resume=resume, overwrite=overwrite))
+        files = Path(reports) if reports is not None else None
+        run = Run(
+            config, directory, resume, console or Console(stderr=True), reports=files, lasting=checkpoints is not None
+        )
         set_seed(config.seed)
         adapted = stack.enter_context(_adapted(model, described))
         trained = TrainedAdapter(adapted, tokenizer, prompt)
         data = prepare(trained, examples, dev, config)
-        identity |= {"data": data.digest, "config": dataclasses.asdict(config)}
+        identity |= {"data": data.digest, "config": config_identity(config)}
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
         parameters = sum(parameter.numel() for parameter in trained.learned().values())
         seconds = time.perf_counter() - started

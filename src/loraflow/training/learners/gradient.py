@@ -56,12 +56,11 @@ def fit_gates(fusion: Fusion, data: FitData, run: Run, label: str, *, fresh: boo
 
 
 def _set_start(fusion: Fusion, examples: TokenExamples, config: FitConfig) -> dict[str, float]:
-    """Bring the gates to where training starts; gives each adapter's loss where those decide."""
+    """Bring the gates to where training starts; gives the loss of each start where those decide."""
     losses: dict[str, float] = {}
-    if fusion.method.starts_at_best:
-        for name in fusion.adapter_names:
-            with fusion.using(name):
-                losses[name] = mean_loss(fusion, examples, config.batch_size // config.gradient_accumulation)
+    for name, weights in fusion.method.starts(fusion.adapter_names).items():
+        with fusion.using(dict(zip(fusion.adapter_names, weights, strict=True))):
+            losses[name] = mean_loss(fusion, examples, config.batch_size // config.gradient_accumulation)
     # Gates with random parts start from the seed too.
     set_seed(config.seed)
     fusion.set_method(fusion.method)

@@ -27,7 +27,7 @@ class Samples(Learner):
     needs_gates: ClassVar[type | None] = KeepsSamples
     seeded: ClassVar[bool] = False
     idle: ClassVar[frozenset[str]] = (
-        DECIDING | TRAINING | {"batch_size", "max_length", "seed", "resume", "keep_checkpoints"}
+        DECIDING | TRAINING | {"batch_size", "max_length", "train_on", "seed", "resume", "keep_checkpoints"}
     )
 
     @torch.no_grad()

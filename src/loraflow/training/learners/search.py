@@ -15,7 +15,7 @@ from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
 from loraflow.files import write_atomically
 from loraflow.methods.base import Searched, StartsAt
-from loraflow.training.checkpoints import SEARCH_FILE, check_same, identity_of
+from loraflow.training.checkpoints import SEARCH_FILE, check_same, identity_of, remove_checkpoints
 from loraflow.training.config import FitResult, Run
 from loraflow.training.data import TokenExamples, prepare
 from loraflow.training.learners.base import TRAINING, Examples, Learner
@@ -74,6 +74,8 @@ def _search(fusion: Fusion, data: TokenExamples, identity: Mapping[str, Any], ru
         raise LoraflowError("LoRA-Hub's search needs Nevergrad. Run: pip install 'loraflow[search]'") from error
     method, gate = cast(Searched, fusion.method), cast(StartsAt, fusion.gates["model"])
     path = run.directory / SEARCH_FILE
+    if not run.resume:
+        remove_checkpoints(run.directory)
     known = _known_losses(path, identity) if run.resume else []
     space = nevergrad.p.Array(init=[0.0] * len(fusion.adapters)).set_bounds(-method.bound, method.bound)
     space.random_state.seed(run.config.seed)

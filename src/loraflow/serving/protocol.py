@@ -71,8 +71,14 @@ class Generation(_Body):
     @classmethod
     def _is_text(cls, value: Any) -> Any:
         # JSON may have half of a surrogate pair in it, which neither tokenizers nor answers take.
+        rest = value
         try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
+            if isinstance(value, dict):
+                # Long texts, which are cheaper as they are.
+                texts = [name for name, one in value.items() if isinstance(one, str)]
+                "".join(value[name] for name in texts).encode()
+                rest = {name: "" if name in texts else one for name, one in value.items()}
+            json.dumps(rest, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise ValueError("half of a surrogate pair is no text") from error
         except RecursionError as error:

@@ -17,6 +17,8 @@ from loraflow.serving.turns import READING, Reading
 # What one body may hold. No request that could be answered has so many texts, and a prompt is of fewer tokens.
 MOST_TEXTS, MOST_VALUES = 2**14, 2**17
 
+_SEPARATORS = (b",", b"[", b"{")
+
 # Bytes that are counted sooner than another thread is asked to.
 _SMALL = 2**16
 
@@ -122,16 +124,21 @@ def check_body(body: bytes) -> None:
     Raises:
         ApiError: if there are too many.
     """
-    # Each text has two quotes that are its own, at least one of them with no backslash before it.
-    if body.count(b'"') - body.count(b'\\"') > 2 * MOST_TEXTS:
-        raise ApiError(413, f"The request has more than {MOST_TEXTS} texts in it. Send less in one request.")
-    if _separators(body) <= MOST_VALUES:
-        return
-    # Some of them may be in texts.
-    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
-    if _separators(b"".join(outside)) > MOST_VALUES:
-        raise ApiError(413, f"The request has more than {MOST_VALUES} values in it. Send less in one request.")
+    quotes = separators = start = 0
+    while start < len(body):
+        # A part at a time, each as long as all before: too many are too many soon.
+        end = min(len(body), max(2 * start, _SMALL))
+        # Each text has two quotes that are its own, at least one of them with no backslash before it.
+        quotes += body.count(b'"', start, end) - body.count(b'\\"', start, end + 1)
+        separators += sum(body.count(mark, start, end) for mark in _SEPARATORS)
+        if quotes > 2 * MOST_TEXTS:
+            raise ApiError(413, f"The request has more than {MOST_TEXTS} texts in it. Send less in one request.")
+        if separators > MOST_VALUES and _outside_texts(body[:end]) > MOST_VALUES:
+            raise ApiError(413, f"The request has more than {MOST_VALUES} values in it. Send less in one request.")
+        start = end
 
 
-def _separators(body: bytes) -> int:
-    return body.count(b",") + body.count(b"[") + body.count(b"{")
+def _outside_texts(body: bytes) -> int:
+    """How many separators are in no text."""
+    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    return sum(outside.count(mark) for mark in _SEPARATORS)

@@ -5,6 +5,7 @@ And what several threads see of it, while one of them changes who weighs.
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from loraflow import Arrow, FusedModel
 from loraflow.adapters import load_adapter
 from loraflow.core.attach import Attachment
-from loraflow.errors import LoraflowError
+from loraflow.core.fuse import BuiltLayer
+from loraflow.errors import ArchitectureError, LoraflowError
+from loraflow.methods import Static
 from loraflow.training import fit
 from tests.tiny import random_ids, save_adapter, tiny_model
 
@@ -115,6 +118,7 @@ CALLS = {
     "generate": lambda model: len(model.generate(random_ids(), max_new_tokens=1)),
     "weigh": lambda model: len(model.weigh(random_ids(), method="qa-flora")),
     "rows": lambda model: model(random_ids(), methods=[{"a": 1.0}, None]).logits.shape[0],
+    "gates": lambda model: (model.attachment.make_gates(Static({"a": 1.0})), len(random_ids()))[1],
 }
 
 
@@ -123,15 +127,56 @@ def test_calls_wait_while_adapters_are_exchanged(model, tmp_path, monkeypatch, c
     both = [*model.adapters, load_adapter("b", str(save_adapter(tiny_model(), tmp_path / "b", seed=1)))]
     again, calls = Attachment.again, []
 
-    def slow(attachment, adapters):
+    def slow(attachment, built):
         calls.append(started(lambda: CALLS[call](model)))
-        return again(attachment, adapters)
+        assert calls[-1][0].is_alive()
+        return again(attachment, built)
 
     monkeypatch.setattr(Attachment, "again", slow)
     model.exchange_adapters(both)
     thread, results = calls[0]
     thread.join(60)
     assert results == [len(random_ids())]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_go_on_while_other_adapters_are_built(model, tmp_path, monkeypatch, call):
+    model.set_method("base")
+    both = [*model.adapters, load_adapter("b", str(save_adapter(tiny_model(), tmp_path / "b", seed=1)))]
+    build, calls = Attachment.build, []
+
+    def slow(attachment, adapters):
+        built = build(attachment, adapters)
+        thread, results = started(lambda: CALLS[call](model))
+        thread.join(60)
+        calls.append((results, model.adapter_names))
+        return built
+
+    monkeypatch.setattr(Attachment, "build", slow)
+    model.exchange_adapters(both)
+    assert calls == [([len(random_ids())], ["a"])]
+    assert model.adapter_names == ["a", "b"]
+
+
+def test_what_cannot_be_put_in_leaves_the_others(model, tmp_path, monkeypatch):
+    model.set_method("base")
+    ids, before = random_ids(), model.adapter_names
+    other = load_adapter("b", str(save_adapter(tiny_model(), tmp_path / "b", seed=1)))
+    with model.using("a"):
+        expected = model(ids).logits
+    fuse, calls = BuiltLayer.fuse, itertools.count()
+
+    def fails_at_the_second(layer):
+        if next(calls) == 1:
+            raise ArchitectureError("no room")
+        fuse(layer)
+
+    monkeypatch.setattr(BuiltLayer, "fuse", fails_at_the_second)
+    with pytest.raises(ArchitectureError, match="no room"):
+        model.exchange_adapters([other])
+    assert model.adapter_names == before
+    with model.using("a"):
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_who_weighs_changes_between_calls_only(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
@@ -223,6 +224,74 @@ def test_loading_beside_requests_that_want_weights(server, small_world):
         torch.testing.assert_close(found, before, rtol=0, atol=2e-5)
 
 
+# Every kind of model name, and every way in which a request may be weighed; no two of them answer alike.
+KINDS = [
+    ("small", {}),
+    ("math", {}),
+    ("zh-chat", {}),
+    ("layers", {}),
+    ("linears", {}),
+    ("steps", {}),
+    ("mix", {}),
+    ("arrows", {}),
+    ("small", {"adapter_weights": {"math": 0.7, "zh-chat": 0.6}}),
+    ("math", {"adapter_weights": {"zh-chat": -0.8}}),
+    ("layers", {"adapter_weights": {"zh-chat": 0.9, "math": 0.4}}),
+    ("steps", {"fusion": {"method": "average"}}),
+    ("layers", {"fusion": {"method": "qa-flora"}}),
+    ("steps", {"fusion": {"method": "logo"}}),
+    ("mix", {"fusion": {"method": "arrow", "options": {"top_k": 2}}}),
+]
+
+
+def told(answer):
+    """The tokens of an answer, and how likely each was, which tells models apart that say the same."""
+    assert answer.status == 200, answer.text
+    logprobs = answer.json()["choices"][0]["logprobs"]
+    return logprobs["tokens"], logprobs["token_logprobs"]
+
+
+def same(one, other):
+    """Whether two answers have the same tokens, as likely but for the order of sums."""
+    return one[0] == other[0] and one[1] == pytest.approx(other[1], abs=2e-3)
+
+
+def test_answers_stay_what_they_are_while_others_come_and_go(folder, small_world):
+    catalog = Catalog.open(None, None, {name: str(path) for name, path in small_world.items()}, base_id="small")
+    config = ServerConfig(limits=LIMITS, admin_keys=("boss",), load_from=(folder,))
+    shutil.copytree(folder / "adapters" / "code", folder / "passing")
+    edit_tensors(folder / "passing", lambda tensors: next(iter(tensors.values())).mul_(2))
+    with serving(catalog, config) as (_, address):
+        quiet = [told(ask(address, name, logprobs=0, **more)) for name, more in KINDS]
+        for one, other in itertools.combinations(quiet, 2):
+            assert not same(one, other)
+        wrong, ended, count = [], threading.Event(), itertools.count()
+
+        def go():
+            while not ended.is_set():
+                index = next(count) % len(KINDS)
+                name, more = KINDS[index]
+                answer = ask(address, name, logprobs=0, **more)
+                if answer.status != 200 or not same(told(answer), quiet[index]):
+                    wrong.append((name, more, answer.status, answer.text))
+
+        clients = [threading.Thread(target=go) for _ in range(4)]
+        for client in clients:
+            client.start()
+        try:
+            for _ in range(20):
+                assert load(address, "passing", "passing").status == 200
+                passing = told(ask(address, "passing", logprobs=0))
+                assert not any(same(passing, one) for one in quiet)
+                assert unload(address, "passing").status == 200
+            wait_for(lambda: next(count) > 200)
+        finally:
+            ended.set()
+            for client in clients:
+                client.join(600)
+    assert not wrong, (len(wrong), wrong[:3])
+
+
 def test_a_request_that_waits_is_not_answered_by_another_adapter(server, monkeypatch):
     service, address = server
     load(address, "code", "adapters/code")
@@ -243,6 +312,29 @@ def test_a_request_that_waits_is_not_answered_by_another_adapter(server, monkeyp
     waiting.join(600)
     assert answers[0].status == 404
     assert "'code', or an adapter of its, was unloaded." in answers[0].json()["error"]["message"]
+
+
+def test_a_request_that_waits_is_answered_whatever_else_comes_and_leaves(server, monkeypatch):
+    service, address = server
+    load(address, "code", "adapters/code")
+    weights = {"adapter_weights": {"math": 0.7}}
+    expected = text(address, "small", **weights)
+    weigher, reached, go_on, answers = service.catalog.weigher, threading.Event(), threading.Event(), []
+
+    def slow(served, prompt):
+        found = weigher(served, prompt)
+        reached.set()
+        go_on.wait(600)
+        return found
+
+    monkeypatch.setattr(service.catalog, "weigher", slow)
+    waiting = threading.Thread(target=lambda: answers.append(text(address, "small", **weights)))
+    waiting.start()
+    reached.wait(600)
+    assert unload(address, "code").status == 200
+    go_on.set()
+    waiting.join(600)
+    assert answers == [expected]
 
 
 # ---- Who may, and what ---------------------------------------------------------------------------------------------

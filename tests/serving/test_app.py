@@ -714,7 +714,7 @@ def test_logs_have_prompts_only_where_asked_for(catalog, caplog, log_prompts):
     assert ("1 + 1" in caplog.text) == log_prompts
 
 
-@pytest.mark.parametrize("name", ["max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"])
+@pytest.mark.parametrize("name", ["max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s", "receive_timeout_s"])
 def test_settings_are_checked(name):
     with pytest.raises(LoraflowError, match=rf"`{name}` \(=0\) must be greater than 0\."):
         ServerConfig(**{name: 0})

@@ -23,6 +23,7 @@ from loraflow.serving.app import make_app
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.engine import Engine
+from loraflow.serving.http import http_config
 from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.service import ServerConfig, Service
 from tests.tiny import ARCHITECTURES, number_tokenizer, random_adapter, set_random_gates, tiny_model
@@ -118,7 +119,7 @@ def running(model: FusedModel, limits: EngineLimits | None = None) -> Iterator[E
 def serving(catalog: Catalog, config: ServerConfig | None = None) -> Iterator[tuple[Service, str]]:
     """A real server on loopback: its service, and its address."""
     service = Service(catalog, config)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_level="error"))
+    server = uvicorn.Server(http_config(make_app(service), service.config, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -98,6 +98,13 @@ class Limits:
     timeout_s: Annotated[float, _limit("--timeout", help="Longest time of a request, in seconds.")] = (
         ServerConfig.timeout_s
     )
+    receive_timeout_s: Annotated[
+        float,
+        _limit(
+            "--receive-timeout",
+            help="Seconds in which a request must have come in, and a client must take what is sent.",
+        ),
+    ] = ServerConfig.receive_timeout_s
     admin_key: Annotated[
         list[str],
         _loading(
@@ -236,6 +243,7 @@ def serve(
         max_waiting=limits.max_waiting,
         max_new_tokens=limits.max_new_tokens,
         timeout_s=limits.timeout_s,
+        receive_timeout_s=limits.receive_timeout_s,
         log_prompts=log_prompts,
         admin_keys=keys_of("admin", limits.admin_key, limits.admin_key_file),
         load_from=tuple(limits.load_from),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,17 @@ from loraflow.adapters import Adapter, match_adapter
 from loraflow.bases import BaseOptions, check_sharding, find_tokenizer, load_base
 from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers
 from loraflow.core.context import LayerContext
-from loraflow.core.fuse import Fused, Group, device_of, dtype_of, find_sites, fuse_layers, gate_dtype, unfuse_layers
+from loraflow.core.fuse import (
+    BuiltLayer,
+    Fused,
+    Group,
+    build_layers,
+    device_of,
+    dtype_of,
+    find_sites,
+    gate_dtype,
+    unfuse_layers,
+)
 from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.quantized import allow_packing, keep_differentiable
@@ -47,6 +57,14 @@ class Turn:
         return Turn, ()
 
 
+@dataclass(frozen=True)
+class Built:
+    """Adapters with all that they bring to a model, before they come into it."""
+
+    adapters: tuple[Adapter, ...]
+    layers: Sequence[BuiltLayer] = field(repr=False)
+
+
 @dataclass
 class Attachment:
     """Adapters in a model: what other rooms need of a fusion at work.
@@ -65,6 +83,8 @@ class Attachment:
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
     keeps: bool = False
     _turn: Turn = field(default_factory=Turn)
+    # Held while the model's modules are gone through, or exchanged; taken after the turn, never before it.
+    _modules_lock: Turn = field(default_factory=Turn)
     _trained: list[nn.Parameter] = field(default_factory=list)
     _packing: list[nn.Module] = field(default_factory=list)
     _slots: list[tuple[nn.Module, str, Fused]] = field(default_factory=list)
@@ -152,16 +172,19 @@ class Attachment:
         Where it is to weigh only some of the adapters, linears that none of them targets get no gates of their own.
         """
         gates = {}
+        with self.turn():
+            # No adapters may come or leave while the layers are gone through; gates may take a while to make.
+            homes = [(device_of(layer), dtype_of(layer, self.model)) for layer in self.layers.layers]
         for name, site in self.sites[_gate_place(method)].items():
             site = site if among is None else _site_of(site, among)
             if site.module is not None and not any(site.updates[site.module]):
                 continue
             gate = method.gate(site)
             if gate is not None:
-                layer = self.layers.layers[site.layer]
-                gates[name] = gate.to(device_of(layer), gate_dtype(layer, self.model))
+                device, own = homes[site.layer]
+                gates[name] = gate.to(device, torch.promote_types(torch.float32, own))
                 if method.adds:
-                    _match_precision(gate, dtype_of(layer, self.model))
+                    _match_precision(gate, own)
         return gates
 
     def install(self, method: Method, gates: Gates) -> None:
@@ -271,17 +294,60 @@ class Attachment:
                     "speaks past the fusion weights. Name all adapters when the fusion is made, with a base as it was."
                 )
 
-    def again(self, adapters: Sequence[Adapter]) -> Attachment:
+    @property
+    def reads_aside(self) -> bool:
+        """Whether the base's weights can be read while it runs: nothing brings them in for a call, or unpacks them."""
+        if getattr(self.model, "is_quantized", False) or self._packing:
+            return False
+        return not any(hasattr(module, "_hf_hook") for module in self.model.modules())
+
+    def build(self, adapters: Sequence[Adapter]) -> Built:
+        """Check other adapters and build all that they bring, beside those in the model; it may run meanwhile.
+
+        Raises:
+            AdapterError: if an adapter does not fit the base.
+            ArchitectureError: if one updates what cannot be fused.
+        """
+        with self._modules_lock:
+            matched = _match(self.model, self.layers, adapters)
+            return Built(matched, build_layers(self.model, self.layers, matched, probe_rows(self.model, self.layers)))
+
+    def again(self, built: Built) -> Attachment:
         """Put adapters into the model once more after `detach`; callers that wait for their turn then see these."""
-        attached = attach(self.model, self.layers, adapters)
-        attached._turn = self._turn
+        attached = Attachment(
+            self.model, built.adapters, self.layers, _turn=self._turn, _modules_lock=self._modules_lock
+        )
+        with self._modules_lock:
+            attached._put_in(lambda: built)
         return attached
+
+    def _put_in(self, make: Callable[[], Built]) -> None:
+        """Put what was built into a base that is as it was; where that fails, it is so again."""
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        self._packing = keep_differentiable(self.model)
+        try:
+            for layer in make().layers:
+                layer.fuse()
+        except BaseException:
+            self.detach()
+            raise
+        self.sites = find_sites(self.layers, self.adapters)
+        self.keeps = any(context.keeps for context in self.contexts)
+        self._slots = [
+            (parent, name, child)
+            for layer in self.layers.layers
+            for parent in layer.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, Fused)
+        ]
 
     def detach(self) -> None:
         """Give the base model back as it was before, bit for bit; also one that was attached to only in part."""
         self.check_attached()
         self._detached, self._slots = True, []
-        unfuse_layers(self.layers)
+        with self._modules_lock:
+            unfuse_layers(self.layers)
         allow_packing(self._packing)
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -363,25 +429,14 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     """
     check_plain(model)
     check_sharding(model)
-    adapters = [match_adapter(adapter, model) for adapter in adapters]
-    for adapter in adapters:
-        check_inside_layers(adapter, layers)
-    attachment = Attachment(model, tuple(adapters), layers)
-    attachment._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    attachment._packing = keep_differentiable(model)
-    try:
-        fuse_layers(model, layers, adapters, probe_rows(model, layers))
-    except BaseException:
-        attachment.detach()
-        raise
-    attachment.sites = find_sites(layers, adapters)
-    attachment.keeps = any(context.keeps for context in attachment.contexts)
-    attachment._slots = [
-        (parent, name, child)
-        for layer in layers.layers
-        for parent in layer.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Fused)
-    ]
+    matched = _match(model, layers, adapters)
+    attachment = Attachment(model, matched, layers)
+    attachment._put_in(lambda: Built(matched, build_layers(model, layers, matched, probe_rows(model, layers))))
     return attachment
+
+
+def _match(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
+    matched = tuple(match_adapter(adapter, model) for adapter in adapters)
+    for adapter in matched:
+        check_inside_layers(adapter, layers)
+    return matched

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +15,15 @@ from loraflow.core.architecture import DecoderLayers, group_by_input
 from loraflow.core.context import LayerContext
 from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, FusedWeight, fuse_experts
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
-from loraflow.core.linear import FusedLinear, InputGroup, Member, fuse_linear, stack_adapters, unfuse_linear
+from loraflow.core.linear import (
+    FusedLinear,
+    InputGroup,
+    Member,
+    StackedLora,
+    fuse_linear,
+    stack_adapters,
+    unfuse_linear,
+)
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
@@ -26,40 +35,51 @@ Fused = FusedLinear | FusedExperts
 Group = InputGroup | ExpertStack
 
 
-def fuse_layers(
+def build_layers(
     model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], rows: Sequence[LayerRows]
-) -> None:
-    """Fuse everything that adapters update, and the layers around it."""
+) -> list[BuiltLayer]:
+    """Build all that adapters bring to the layers; the model is read, and stays as it is, with what is in it."""
     first: LayerContext | None = None
-    for index, layer in enumerate(layers.layers):
+    built = []
+    for index in range(len(layers.layers)):
         context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
         first = first or context
-        fusion = LayerFusion(context)
-        _Layer(model, layers, adapters, fusion).fuse()
-        context.keeps = any(group.rows == "cached" for group in fusion.groups)
-        layer.fusion = fusion.train(layer.training)
-        swap_class(layer, FusedDecoderLayer)
+        layer = BuiltLayer(model, layers, adapters, LayerFusion(context))
+        layer.build()
+        context.keeps = any(group.rows == "cached" for group in layer.fusion.groups)
+        built.append(layer)
+    return built
 
 
-class _Layer:
-    """One decoder layer, while its parts are fused."""
+class BuiltLayer:
+    """What adapters bring to one decoder layer, and how it comes into that."""
 
     def __init__(
         self, model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], fusion: LayerFusion
     ) -> None:
         self.model = model
+        self.fusion = fusion
         self.context = fusion.context
         self.groups = fusion.groups
         self.layer = layers.layers[self.context.index]
         self.rows = self.context.rows
         self.updates = _updates_of(layers, self.context.index, adapters)
+        self._steps: list[Callable[[], None]] = []
 
     def fuse(self) -> None:
+        """Fuse the layer, which must be the base's own: what takes long is done."""
+        for step in self._steps:
+            step()
+        self.layer.fusion = self.fusion.train(self.layer.training)
+        swap_class(self.layer, FusedDecoderLayer)
+
+    def build(self) -> None:
+        """Build everything, on the devices where it will be used."""
         # In the layer's own order, not that of a set.
         names = [name for name, _ in self.layer.named_modules() if name in self.updates]
         for of_one_input in group_by_input(names):
             for rows, alike in itertools.groupby(of_one_input, self.rows.of):
-                self._fuse_linears(list(alike), rows)
+                self._build_linears(list(alike), rows)
         for name, module in list(self.layer.named_modules()):
             bare = [
                 parameter
@@ -67,22 +87,33 @@ class _Layer:
                 if f"{name}.{parameter}" in self.updates
             ]
             if bare:
-                self._fuse_parameters(name, module, bare)
+                self._build_parameters(name, module, bare)
 
-    def _fuse_linears(self, names: Sequence[str], rows: Rows) -> None:
+    def _build_linears(self, names: Sequence[str], rows: Rows) -> None:
         base_layers = [self.layer.get_submodule(name) for name in names]
         stacks = [
             stack_adapters(self.updates[name], base_layer, dtype_of(base_layer, self.model))
             for name, base_layer in zip(names, base_layers, strict=True)
         ]
-        group = InputGroup(names, stacks, device_of(base_layers[0]), rows)
-        self.groups.append(group)
+        group = self._group(names, stacks, device_of(base_layers[0]), rows)
         for position, (base_layer, stack) in enumerate(zip(base_layers, stacks, strict=True)):
-            member = Member(group, position, self.context, stack.output_scale is not None)
-            fuse_linear(base_layer, stack, member)
+            self._fuse_later(base_layer, stack, Member(group, position, self.context, stack.output_scale is not None))
 
-    def _fuse_parameters(self, name: str, module: nn.Module, parameters: Sequence[str]) -> None:
-        """Fuse bare parameters of a module: the matrices of a mixture's experts, or the weight of its router.
+    def _group(
+        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows
+    ) -> InputGroup:
+        group = InputGroup(names, stacks, device, rows)
+        self.groups.append(group)
+        return group
+
+    def _fuse_later(
+        self, linear: nn.Module, stack: StackedLora, member: Member, mixin: type[FusedLinear] = FusedLinear
+    ) -> None:
+        here = stack.to(member.group.lora_A.device)
+        self._steps.append(functools.partial(fuse_linear, linear, here, member, mixin))
+
+    def _build_parameters(self, name: str, module: nn.Module, parameters: Sequence[str]) -> None:
+        """Build for bare parameters of a module: the matrices of a mixture's experts, or the weight of its router.
 
         Raises:
             ArchitectureError: if they are something else.
@@ -94,13 +125,12 @@ class _Layer:
                 for parameter in parameters
             }
             self.groups.extend(stacks.values())
-            fuse_experts(module, ExpertMember(name, stacks, self.context))
+            self._steps.append(functools.partial(fuse_experts, module, ExpertMember(name, stacks, self.context)))
         elif list(parameters) == ["weight"]:
             full = f"{name}.weight"
             stack = stack_adapters(self.updates[full], module, dtype)
-            group = InputGroup([full], [stack], device, rows)
-            self.groups.append(group)
-            fuse_linear(module, stack, Member(group, 0, self.context, False), FusedWeight)
+            group = self._group([full], [stack], device, rows)
+            self._fuse_later(module, stack, Member(group, 0, self.context, False), FusedWeight)
         else:
             raise ArchitectureError(
                 f"{list(parameters)} of '{name}' in decoder layer {self.context.index} of {type(self.model).__name__} "

@@ -23,6 +23,7 @@ Modules that read the same input (q, k and v; gate and up) share one product wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -61,6 +62,11 @@ class StackedLora:
     input_bias: Float[Tensor, " slots"] | None
     output_scale: Float[Tensor, "adapters out_features"] | None
     slots: tuple[int, ...]
+
+    def to(self, device: torch.device) -> StackedLora:
+        """The same where it will be used, but for what its `InputGroup` holds."""
+        scale = None if self.output_scale is None else self.output_scale.to(device)
+        return dataclasses.replace(self, lora_B=self.lora_B.to(device), output_scale=scale)
 
 
 def stack_adapters(modules: Sequence[LoraModule | None], base_layer: nn.Module, dtype: torch.dtype) -> StackedLora:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from loraflow.adapters import Adapter
 from loraflow.bases import BaseRecord
 from loraflow.core.asking import Asking
-from loraflow.core.attach import Attachment
+from loraflow.core.attach import Attachment, Built
 from loraflow.core.choice import Choice, Use
 from loraflow.core.lanes import Gates, load_gates
 from loraflow.endings import Endings
@@ -293,11 +293,16 @@ class FusionState(Asking, _OfBase):
     def exchange_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Take all adapters out and put others in, under the base's method; calls that wait for their turn go on.
 
-        Where that fails the model is as it was, but for its method.
+        What the others bring is built first, beside those in the model, while calls go on; only the exchange itself has
+        the model's turn. Where gates of the fusion's own method are in the base's modules, or its weights cannot be
+        read while it runs (quantised, offloaded), all of it has. Where it fails the model is as it was, but for its
+        method.
         """
+        aside = not self._choice.own.gates and self.attachment.reads_aside
+        built = self.attachment.build(adapters) if aside else None
         with self.attachment.turn():
             try:
-                self._swap_adapters(adapters)
+                self._swap_adapters(adapters, built)
             finally:
                 if self.attachment.is_attached:
                     self._choice.own = self._choice.fresh("base", self.attachment)
@@ -318,14 +323,14 @@ class FusionState(Asking, _OfBase):
             finally:
                 self._swap_adapters(before)
 
-    def _swap_adapters(self, adapters: Sequence[Adapter]) -> None:
+    def _swap_adapters(self, adapters: Sequence[Adapter], built: Built | None = None) -> None:
         """Take all adapters out and put others in; where that fails, the same ones again."""
         before = self.attachment
         before.detach()
         try:
-            self.attachment = before.again(adapters)
+            self.attachment = before.again(built or before.build(adapters))
         except BaseException:
-            self.attachment = before.again(before.adapters)
+            self.attachment = before.again(before.build(before.adapters))
             raise
         finally:
             self._choice.forget_made()

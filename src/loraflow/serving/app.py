@@ -20,14 +20,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraflow import __version__
 from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
+from loraflow.serving.intake import Intake
 from loraflow.serving.keys import LOAD, UNLOAD, check_caller
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
 from loraflow.serving.service import Asked, Outcome, Piece, Service, find_model
+from loraflow.serving.turns import end_reading, let_others_go_first
 
 log = logging.getLogger("loraflow.serving")
 
+_CHAT, _COMPLETIONS = _ASKING = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": text,
@@ -58,6 +61,7 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="loraflow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.add_middleware(Intake, service=service, refuse=_error_response, paths=_ASKING)
     app.add_middleware(_Guard, service=service)
     _add_errors(app)
     _add_information(app, service)
@@ -176,11 +180,11 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    @app.post(_CHAT, responses=_ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         started = time.monotonic()
-        served = await service.read(service.served_for, body)
+        served = await service.find(body)
         messages = [{"role": message.turn, "content": message.text} for message in body.messages]
         if messages[-1]["role"] != "user":
             raise ApiError(400, "The conversation must end with the user's turn.", param="messages")
@@ -188,33 +192,33 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             raise ApiError(400, "`top_logprobs` needs `logprobs`. Set it to true.", param="top_logprobs")
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
-        prompt = await service.read(service.prompt_ids, served, messages)
+        prompt = await service.read_conversation(served, messages)
         asked = await service.ask(body, served, prompt, longest, wanted, started)
+        await end_reading()
         reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
         if body.stream:
             return _stream(service, reply, chat_chunk)
         return JSONResponse(chat_reply(reply, (await _gather(service, request, [asked]))[0]))
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    @app.post(_COMPLETIONS, responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
         started = time.monotonic()
-        served = await service.read(service.served_for, body)
+        served = await service.find(body)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"`best_of` (={body.best_of}) is not supported. Leave it out.", param="best_of")
-        prompts = await service.read(_prompts, service, body)
-        if len(prompts) * body.n > service.config.max_waiting:
-            message = f"{len(prompts)} prompts times n={body.n} are more than the server takes."
-            raise ApiError(400, message, param="prompt")
+        prompts = await _prompts(service, body)
         asked: list[Asked] = []
         try:
             for prompt in prompts:
+                await let_others_go_first()
                 asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs, started))
         except BaseException as error:
             for one in asked:
                 one.outcome = _outcome_beside(error)
                 service.end(one)
             raise
+        await end_reading()
         reply = Reply(service, body, asked, "cmpl", "text_completion")
         if body.stream:
             return _stream(service, reply, completion_chunk)
@@ -246,14 +250,17 @@ def _add_page(app: FastAPI) -> None:
         return HTMLResponse(page.html, headers=page.headers)
 
 
-def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     """The prompts' token ids; text is taken as it is, in no chat format."""
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
         raise ApiError(400, "`prompt` is empty. Give text, or token ids.", param="prompt")
-    return [service.tokenizer(one)["input_ids"] if isinstance(one, str) else list(one) for one in given]
+    if len(given) * body.n > service.config.max_waiting:
+        message = f"{len(given)} prompts times n={body.n} are more than the server takes."
+        raise ApiError(400, message, param="prompt")
+    return [await service.reader.ids(one) if isinstance(one, str) else list(one) for one in given]
 
 
 def _outcome_beside(error: BaseException) -> Outcome:

@@ -45,6 +45,7 @@ class Served:
         prompt: how conversations become prompts.
         endings: what ends an answer, where a request says nothing more.
         gates: the method's gates, for its own adapters.
+        origin: digest of the model that was named, where a request has its adapters weighed otherwise.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Served:
     prompt: PromptFormat
     endings: Endings
     gates: Gates = field(repr=False)
+    origin: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -132,7 +134,7 @@ class Catalog:
     def load(self, name: str, path: str, permit: Permit = lambda path: path) -> Served:
         """Offer another adapter, or another saved fusion, while requests are answered.
 
-        Where a new adapter comes into the model, requests wait as long as it takes to stack all of them anew.
+        Where a new adapter comes into the model, all of them are stacked anew beside those in it, while requests go on.
         `permit` is called with every directory before it is read; it gives the one that is meant, or raises.
 
         Raises:
@@ -214,6 +216,11 @@ class Catalog:
         return served.id in self.served and all(
             name in self.served and now.get(name) == digest for name, digest in mine
         )
+
+    def is_named(self, served: Served) -> bool:
+        """Whether the model that a request named is offered as it was then, whatever else came or left."""
+        now = self.served.get(served.id)
+        return now is not None and now.digest == (served.origin or served.digest) and self.is_current(now)
 
     def _offer(self, *models: Served) -> None:
         for served in models:
@@ -306,9 +313,10 @@ class Catalog:
         Raises:
             MethodError: if an adapter is unknown, or a weight is no finite number.
         """
-        names = served.adapters if served.kind == "fusion" else self.adapters
+        attachment = self.model.attachment
+        names = self._weighable(served, attachment)
         check_weights(weights, names, "adapter_weights")
-        return self._with(served, names, Static({name: weights.get(name, 0.0) for name in names}))
+        return self._with(served, names, Static({name: weights.get(name, 0.0) for name in names}), attachment)
 
     def with_method(self, served: Served, method: str, options: Mapping[str, Any]) -> Served:
         """The same adapters under another method, for one request.
@@ -316,7 +324,8 @@ class Catalog:
         Raises:
             MethodError: if the method is unknown, a parameter is, or it would have to learn first.
         """
-        names = served.adapters if served.kind == "fusion" else self.adapters
+        attachment = self.model.attachment
+        names = self._weighable(served, attachment)
         chosen = get_method(method, list(names), options)
         if chosen.learns:
             fitted = [s.id for s in self.served.values() if s.method.name == chosen.name]
@@ -326,11 +335,16 @@ class Catalog:
                 f"The method {chosen.name!r} learns, and a request cannot wait for that.{hint} Methods that learn "
                 f"nothing: {usable}."
             )
-        return self._with(served, names, chosen)
+        return self._with(served, names, chosen, attachment)
 
-    def _with(self, served: Served, names: tuple[str, ...], method: Method) -> Served:
-        # One and the same all the way, whatever comes or leaves meanwhile.
-        attachment = self.model.attachment
+    def _weighable(self, served: Served, attachment: Attachment) -> tuple[str, ...]:
+        """The adapters that a request may weigh: the fusion's own, or all that are offered."""
+        if served.kind == "fusion":
+            return served.adapters
+        return tuple(adapter.name for adapter in attachment.adapters if adapter.name in self.served)
+
+    def _with(self, served: Served, names: tuple[str, ...], method: Method, attachment: Attachment) -> Served:
+        # One and the same attachment all the way, whatever comes or leaves meanwhile.
         parts = _parts(attachment, names)
         key = json.dumps([names, parts, method.name, method.parameters()], sort_keys=True)
         gates = self._made.get(key)
@@ -342,7 +356,9 @@ class Catalog:
                 if len(self._made) > _KEPT:
                     del self._made[next(iter(self._made))]
         digest = self._digest(names, parts, method, {})
-        return dataclasses.replace(served, digest=digest, adapters=names, parts=parts, method=method, gates=gates)
+        return dataclasses.replace(
+            served, digest=digest, adapters=names, parts=parts, method=method, gates=gates, origin=served.digest
+        )
 
     def _try_gates(self, method: Method, attachment: Attachment, positions: Sequence[int]) -> Gates:
         """Make gates, and let each weigh one token: what fails in a step fails all who are in it.

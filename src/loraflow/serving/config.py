@@ -44,6 +44,8 @@ class ServerConfig:
         max_waiting: answers that may be in the engine at the same time, those that wait included.
         max_new_tokens: the longest answer, and its length where a request says nothing.
         timeout_s: the longest that a request may take.
+        receive_timeout_s: how long a request may take to come in, and how long an answer may lie that its client does
+            not take; the connection is broken off then.
         drain_s: how long running requests may go on when the server stops.
         admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
         load_from: folders that they may be loaded from.
@@ -58,6 +60,7 @@ class ServerConfig:
     max_new_tokens: int = 1024
     max_body_bytes: int = 2 * 2**20
     timeout_s: float = 600.0
+    receive_timeout_s: float = 30.0
     drain_s: float = 60.0
     log_prompts: bool = False
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -81,6 +84,6 @@ class ServerConfig:
             )
         if not self.drain_s >= 0:
             raise LoraflowError(f"`drain_s` (={self.drain_s}) must be at least 0.")
-        for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s"):
+        for name in ("max_waiting", "max_new_tokens", "max_body_bytes", "timeout_s", "receive_timeout_s"):
             if not getattr(self, name) > 0:
                 raise LoraflowError(f"`{name}` (={getattr(self, name)}) must be greater than 0.")

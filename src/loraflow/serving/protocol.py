@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt
 
 from loraflow.serving.no_ops import ChatNoOps, CompletionNoOps, MessageNoOps, NoOps, StreamNoOps, Whole
 
-Stop = Annotated[list[str], Field(max_length=4)]
+Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=4)]
 # Strict: true is no number, nor is a text.
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Count = Annotated[int, Strict(), Field(ge=1), Whole]
@@ -61,10 +61,10 @@ class Generation(NoOps, _Body):
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
     """
 
-    model: str
+    model: Annotated[str, Field(max_length=1000)]
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    stop: str | Stop | None = None
+    stop: Annotated[str, Field(max_length=1000)] | Stop | None = None
     seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63), Whole] | None = None
     n: Annotated[int, Strict(), Field(ge=1, le=16), Whole] = 1
     temperature: Annotated[float, Strict(), Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
@@ -77,8 +77,14 @@ class Generation(NoOps, _Body):
     @classmethod
     def _is_text(cls, value: Any) -> Any:
         # JSON may have half of a surrogate pair in it, which neither tokenizers nor answers take.
+        rest = value
         try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
+            if isinstance(value, dict):
+                # Long texts, which are cheaper as they are.
+                texts = [name for name, one in value.items() if isinstance(one, str)]
+                "".join(value[name] for name in texts).encode()
+                rest = {name: "" if name in texts else one for name, one in value.items()}
+            json.dumps(rest, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise ValueError("half of a surrogate pair is no text") from error
         except RecursionError as error:
@@ -160,7 +166,13 @@ class CompletionRequest(CompletionNoOps, Generation):
         best_of: only `n`.
     """
 
-    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    # Of many that are wrong the first one is told.
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[StrictInt], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[StrictInt], Field(fail_fast=True)]], Field(fail_fast=True)]
+    )
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Strict(), Field(ge=0, le=5), Whole] | None = None
     best_of: Count | None = None

@@ -12,6 +12,7 @@ import uvicorn
 
 from loraflow.errors import LoraflowError
 from loraflow.serving.app import make_app
+from loraflow.serving.http import http_config
 from loraflow.serving.service import Service
 
 # For the last words of answers that are given up, and clients that read slowly.
@@ -30,8 +31,9 @@ class Server(uvicorn.Server):
         self._ready = ready
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(
-            uvicorn.Config(
+            http_config(
                 make_app(service),
+                service.config,
                 access_log=False,
                 log_level="warning",
                 timeout_graceful_shutdown=int(service.config.drain_s) + _FLUSH_S,

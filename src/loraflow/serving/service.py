@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
 from loraflow.answers import require_tokenizer
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
+from loraflow.methods import QueryMethod
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
 from loraflow.serving.engine import Engine
-from loraflow.serving.jobs import Failure, Job, Sampling, Token
+from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.protocol import ApiError, Generation
+from loraflow.serving.reading import Reader
 from loraflow.serving.text import TextStream
 
 log = logging.getLogger("loraflow.serving")
-
-Read = TypeVar("Read")
 
 Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
 
@@ -101,9 +100,7 @@ class Service:
         self.closing = False
         self._stopping: asyncio.Task[None] | None = None
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
-        # Reading a request may take a while (long texts, directions of adapters), in which others go on; one at a time,
-        # for neither tokenizers nor the catalog's store of methods want to be shared.
-        self._reader = concurrent.futures.ThreadPoolExecutor(1, "loraflow-reader")
+        self.reader = Reader(self.tokenizer, self.longest)
 
     def start(self) -> None:
         """Start the engine."""
@@ -121,7 +118,7 @@ class Service:
         while self.engine.running and time.monotonic() < until:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.engine.close, finish=False)
-        self._reader.shutdown(wait=False)
+        self.reader.close()
 
     @property
     def _cut(self) -> str:
@@ -139,9 +136,21 @@ class Service:
 
     # What a request asks for.
 
-    async def read(self, work: Callable[..., Read], *args: Any) -> Read:
-        """Do some of the work of reading requests, behind that of others and beside everything else."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *args)
+    async def find(self, body: Generation) -> Served:
+        """Who answers a request, as `served_for` finds it; directions of adapters, say, take a while."""
+        return await (self.reader.do if body.fusion is None else self.reader.weigh)(self.served_for, body)
+
+    async def read_conversation(self, served: Served, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation's tokens in a model's prompt format; one that is far too long is refused by its beginning.
+
+        Raises:
+            ApiError: if it is too long, or the format does not take it.
+        """
+        if len(messages) > self.longest:
+            message = f"The conversation has {len(messages)} messages, and prompt and answer together may have "
+            raise ApiError(400, f"{message}{self.longest} tokens. Send fewer.", param="messages")
+        await self.reader.check_length(await self.reader.do(self._prompt_text, served, messages))
+        return await self.reader.do(self.prompt_ids, served, messages)
 
     def served_for(self, body: Generation) -> Served:
         """Who answers a request.
@@ -159,6 +168,7 @@ class Service:
             if body.fusion is not None:
                 return self.catalog.with_method(served, body.fusion.method, body.fusion.options)
         except (LoraflowError, TypeError) as error:
+            self._check_named(served)
             param = "adapter_weights" if body.adapter_weights is not None else "fusion"
             raise ApiError(400, str(error), param=param) from error
         return served
@@ -171,6 +181,12 @@ class Service:
         """
         try:
             return served.prompt.prompt_ids(self.tokenizer, [dict(message) for message in messages])
+        except LoraflowError as error:
+            raise ApiError(400, str(error), param="messages") from error
+
+    def _prompt_text(self, served: Served, messages: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return served.prompt.prompt_text(self.tokenizer, [dict(message) for message in messages])
         except LoraflowError as error:
             raise ApiError(400, str(error), param="messages") from error
 
@@ -198,11 +214,9 @@ class Service:
         if not served.gates and body.return_fusion_weights:
             raise ApiError(400, "The base has no fusion weights. Ask for a fusion.", param="return_fusion_weights")
         endings = self._endings(served, body)
-        try:
-            weigher = await asyncio.to_thread(self.catalog.weigher, served, prompt)
-        except LoraflowError as error:
-            self._check_offered(served)
-            raise ApiError(400, str(error), param="fusion") from error
+        served, weigher = await self._weigh(body, served, prompt)
+        # Nothing is awaited from here on: what was found is what the engine takes.
+        self._admit(body.n)
         name = uuid.uuid4().hex
         events: asyncio.Queue[tuple[int, Token | Failure]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -219,9 +233,6 @@ class Service:
             jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, endings.token_ids, wants, listen))
         streams = [TextStream(self.tokenizer, endings.texts) for _ in jobs]
         asked = Asked(name, served, list(prompt), jobs, streams, events, started)
-        # Others may have come while the prompt was weighed, or adapters gone.
-        self._admit(body.n)
-        self._check_offered(served)
         try:
             for job in jobs:
                 self.engine.submit(job)
@@ -229,6 +240,27 @@ class Service:
             self.cancel(asked)
             raise ApiError(503, str(error), kind="server_error") from error
         return asked
+
+    async def _weigh(self, body: Generation, served: Served, prompt: Sequence[int]) -> tuple[Served, Weigher]:
+        """Who weighs a prompt, of what is offered once that is known: others may have come or left meanwhile.
+
+        Where they did, and the model that the request named is what it was, the request is as one that came later.
+
+        Raises:
+            ApiError: if that model was unloaded, or the prompt cannot be weighed.
+        """
+        while True:
+            try:
+                passes = isinstance(served.method, QueryMethod)
+                do = self.reader.weigh if passes else asyncio.to_thread
+                weigher = await do(self.catalog.weigher, served, prompt)
+                if self.catalog.is_current(served):
+                    return served, weigher
+            except LoraflowError as error:
+                if self.catalog.is_current(served):
+                    raise ApiError(400, str(error), param="fusion") from error
+            self._check_named(served)
+            served = await self.find(body)
 
     def cancel(self, asked: Asked) -> None:
         """Take a request's answers out of the engine, where they are not finished."""
@@ -282,8 +314,8 @@ class Service:
                 headers={"Retry-After": "1"},
             )
 
-    def _check_offered(self, served: Served) -> None:
-        if not self.catalog.is_current(served):
+    def _check_named(self, served: Served) -> None:
+        if not self.catalog.is_named(served):
             message = f"{served.id!r}, or an adapter of its, was unloaded. Ask for another model."
             raise ApiError(404, message, param="model", code="model_not_found")
 

@@ -109,7 +109,7 @@ def test_defaults_are_the_configs():
     tuned = {**vars(own), "learning_rate": LEARNING_RATE, **vars(LoraSettings())}
     found = command_line("finetune")
     names = [name for name in found if name in tuned]
-    assert len(names) == 20
+    assert len(names) == 23
     assert [found[name].default for name in names] == [tuned[name] for name in names]
     assert {field.name for field in dataclasses.fields(LoraSettings)} < {*options_of(AdapterOptions)}
     served = {**vars(ServerConfig()), **vars(EngineLimits()), "max_requests": EngineLimits().requests}

@@ -33,7 +33,7 @@ ZOO = [
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Two positions at a time, of the tiny models; one of the zoo's."""
-    monkeypatch.setattr(head, "_LOGITS_A_CHUNK", 2 * VOCAB)
+    monkeypatch.setattr(head, "LOGITS_A_CHUNK", 2 * VOCAB)
 
 
 def losses(model, inputs, **kwargs):

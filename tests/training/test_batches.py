@@ -255,7 +255,12 @@ def test_lorahub_takes_as_many_examples_at_once_as_fit(make_model, console, free
 
     sizes = []
     own = learner.mean_loss
-    monkeypatch.setattr(learner, "mean_loss", lambda fusion, data, size: sizes.append(size) or own(fusion, data, size))
+
+    def noted(fusion, data, size, *others):
+        sizes.append(size)
+        return own(fusion, data, size, *others)
+
+    monkeypatch.setattr(learner, "mean_loss", noted)
     monkeypatch.setattr(Footprint, "peak", lambda self, shape: shape.rows)
     free(2.5)
     model = make_model(LoraHub(budget=2))

@@ -120,7 +120,15 @@ def test_unknown_overrides_are_named(tmp_path):
 
 def test_every_field_of_a_recipe_is_there_and_back():
     """A field that is added is to be in `training_arguments`, or here."""
-    alone = {"min_steps", "adapter_dropout", "train_on", "max_length", "score_max_new_tokens", "early_stopping"}
+    alone = {
+        "min_steps",
+        "packing",
+        "adapter_dropout",
+        "train_on",
+        "max_length",
+        "score_max_new_tokens",
+        "early_stopping",
+    }
     from loraflow.training.arguments import settings_of
 
     arguments = FitConfig().training_arguments("out", use_cpu=True)

@@ -42,7 +42,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("count", [None, 4])
 def test_any_model_has_the_loss_of_its_answers(kind, count, monkeypatch):
-    monkeypatch.setattr(head, "_LOGITS_A_CHUNK", 2 * VOCAB)
+    monkeypatch.setattr(head, "LOGITS_A_CHUNK", 2 * VOCAB)
     model = MODELS[kind]()
     logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -8:-1].float()
     sums = torch.nn.functional.cross_entropy(logits.flatten(0, 1), LABELS[:, 1:].flatten(), reduction="sum")

@@ -47,6 +47,7 @@ class Search(Learner):
         identity = identity_of(fusion, data, run)
         if config.gradient_accumulation == "auto":
             # What fits with a backward fits without.
+            run.processes.check_batches(config.batch_size, config.gradient_accumulation)
             config = settle(fusion, data.train, config)
             config = dataclasses.replace(config, batch_size=config.forward_size, gradient_accumulation=1)
         losses = _search(fusion, data.train, identity, dataclasses.replace(run, config=config))

@@ -19,6 +19,7 @@ from loraflow.examples import Example
 from loraflow.methods import QueryMethod
 from loraflow.training.config import Score
 from loraflow.training.data import Collator, TokenExamples, split_batches
+from loraflow.training.prefix import read_prefix
 from loraflow.training.processes import ALONE, Processes
 
 
@@ -27,7 +28,7 @@ def answer_loss(
     *,
     input_ids: Int[Tensor, "batch seq"],
     labels: Int[Tensor, "batch seq"],
-    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    attention_mask: Int[Tensor, "batch positions"] | None = None,
     **kwargs: Any,
 ) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the labels, in nats a token, without the logits of all positions.
@@ -40,7 +41,7 @@ def answer_loss(
         model: a `FusedModel`, a transformers model, or one of PEFT's.
         input_ids: the rows, prompts and answers.
         labels: the ids of the answers, and -100 elsewhere.
-        attention_mask: 1 at real tokens, 0 at padding; by default all are real.
+        attention_mask: 1 at real tokens, 0 at padding, of cached positions too; by default all are real.
         kwargs: anything else for the model's forward, such as `num_items_in_batch`, which the sum is divided by then.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -67,18 +68,20 @@ def mean_loss(
     """Mean negative log-likelihood of the response tokens, in nats a token; modules stay in their modes.
 
     Methods that weigh whole prompts read each example's prompt, never its response. `on_batch` is called after each
-    batch with its size. Several `processes` share the batches, and have the same mean.
+    batch with its size. Several `processes` share the batches, and have the same mean. What all rows begin with is read
+    once.
     """
     collate = Collator(0)
 
     def sums(of_similar_length: TokenExamples) -> tuple[float, int]:
         batch = {key: value.to(fusion.device) for key, value in collate(of_similar_length.rows).items()}
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total = count * answer_loss(fusion, **batch).item()
+        total = count * answer_loss(fusion, **(batch if prefix is None else prefix.rest(batch))).item()
         on_batch(len(of_similar_length))
         return total, count
 
     with fusion.evaluating():
+        prefix = None if processes.sharded else read_prefix(fusion, data.rows)
         totals, tokens = zip(*processes.each(split_batches(data, batch_size), sums), strict=True)
     return sum(totals) / sum(tokens)
 

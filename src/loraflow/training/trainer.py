@@ -37,9 +37,10 @@ from loraflow.training.checkpoints import (
     resumable_checkpoint,
 )
 from loraflow.training.config import FitConfig, FitResult, Run
-from loraflow.training.data import IGNORED, Collator, FitData, Shared
+from loraflow.training.data import IGNORED, Collator, FitData, Shared, TokenExamples
 from loraflow.training.guard import Guard
 from loraflow.training.loss import mean_score
+from loraflow.training.prefix import read_prefix
 from loraflow.training.processes import ALONE, Processes
 from loraflow.training.progress import RichProgress
 from loraflow.training.reporting import WatchedWeights, reporting
@@ -304,10 +305,12 @@ class WholeCheckpointTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The mean loss of all response tokens, however batches and processes divide them."""
         model = cast(nn.Module, self.model).eval()
+        prefix = None if self._processes.sharded else read_prefix(model, cast(TokenExamples, dataloader.dataset).rows)
         total, tokens = 0.0, 0
         for inputs in dataloader:
             count = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            loss = cast(Tensor, self.compute_loss(model, self._prepare_inputs(inputs)))
+            inputs = self._prepare_inputs(inputs)
+            loss = cast(Tensor, self.compute_loss(model, inputs if prefix is None else prefix.rest(inputs)))
             # A process that has no rows of a batch has no mean of them.
             total += loss.item() * count if count else 0.0
             tokens += count

@@ -55,7 +55,7 @@ def make_folder(path: Path) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the first of the processes that a launcher has started for one training, or the only one."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    return int(os.environ.get("WORLD_SIZE") or "1") == 1 or os.environ.get("RANK", "0") in ("", "0")
 
 
 @contextlib.contextmanager

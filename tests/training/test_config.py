@@ -147,3 +147,15 @@ def test_few_examples_are_passed_over_more_often(settings, examples, epochs):
 def test_steps_are_at_least_none():
     with pytest.raises(LoraflowError, match=r"`min_steps` \(=-1\) must be at least 0, and finite"):
         FitConfig(min_steps=-1)
+
+
+def test_a_word_is_no_list():
+    with pytest.raises(LoraflowError, match=r"`schedule` \(=\[\]\) must be a word, such as 'cosine'"):
+        FitConfig(schedule=[])
+
+
+def test_fits_from_before_a_field_was_there_are_as_by_its_default():
+    assert "packing" not in FitConfig().identity()
+    assert FitConfig(packing=True).identity() == {**FitConfig().identity(), "packing": True}
+    assert FitConfig(keep_last=9, report_to="wandb").identity() == FitConfig().identity()
+    assert FitConfig(epochs=9).identity() != FitConfig().identity()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 import os
@@ -15,6 +17,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -47,6 +50,36 @@ def interrupt(monkeypatch, step):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(WholeCheckpointTrainer, "training_step", training_step)
+
+
+def test_a_run_that_was_moved_keeps_its_best(make_model, console, tmp_path, monkeypatch):
+    """Trainer goes by the path that the best checkpoint had."""
+    examples = reversals(8)
+    config = dataclasses.replace(QUICK, epochs=3, learning_rate=0.3)
+    model = make_model()
+    expected = fit(model, examples, dev=reversals(6, 1), config=config, console=console)
+    learned = {name: value.clone() for name, value in model.state_dict().items()}
+    assert expected.kept_step < expected.steps, "the last checkpoint is the best one"
+    with monkeypatch.context() as patch:
+        patch.setattr(WholeCheckpointTrainer, "take_best", lambda *_: (_ for _ in ()).throw(Interrupted))
+        settings = {"dev": reversals(6, 1), "config": config, "console": console}
+        with pytest.raises(Interrupted):
+            fit(make_model(), examples, checkpoints=tmp_path / "run", **settings)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    resumed = make_model()
+    found = fit(resumed, examples, checkpoints=tmp_path / "moved", resume=True, **settings)
+    assert found.kept_step == expected.kept_step
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, learned[name])
+
+
+def test_a_training_that_ends_before_its_end_gives_the_terminal_back(make_model, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 1)
+    terminal, before = Console(file=io.StringIO(), force_terminal=True), sys.stdout
+    with pytest.raises(Interrupted):
+        fit(make_model(), reversals(8), config=QUICK, console=terminal)
+    assert sys.stdout is before
+    assert not terminal._live_stack
 
 
 # ---- Decisions ------------------------------------------------------------------------------------------------------
@@ -149,6 +182,7 @@ def test_a_hold_ends_with_its_process(tmp_path):
 def test_processes_of_one_training_hold_a_folder_together(tmp_path, monkeypatch):
     with alone(tmp_path, "fit"):
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         with alone(tmp_path, "fit"):
             pass
         monkeypatch.setenv("RANK", "0")
@@ -310,5 +344,9 @@ def test_the_environment_names_the_first_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert is_first_process()
     monkeypatch.setenv("RANK", "3")
+    # A rank without others is a scheduler's own.
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert is_first_process()
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert not is_first_process()
     assert os.environ["RANK"] == "3"

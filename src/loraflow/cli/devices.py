@@ -172,8 +172,9 @@ def launch(given: Given, devices: int | None, device: str | None, config: FitCon
         if failure.exitcode > 0:
             raise typer.Exit(failure.exitcode) from error
         name = signal.Signals(-failure.exitcode).name
+        guess = "; for want of memory?" if name == "SIGKILL" else ""
         raise LoraflowError(
-            f"Process {rank} of {devices} was killed ({name}; for want of memory?), and the others were stopped. The "
-            "last whole checkpoint is kept: go on from there with --resume."
+            f"Process {rank} of {devices} was killed ({name}{guess}), and the others were stopped. If there is a whole "
+            "checkpoint in --output, go on from there with --resume; else start over with --overwrite."
         ) from error
     return True

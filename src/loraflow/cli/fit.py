@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 RATES_FILE = "learning-rates.json"
 # Parameters of a fit that the command line spells otherwise, or in several options.
 _FINDING = "--find-learning-rate fits nothing"
+_NOT_FOR_FINDING = (
+    *("search", "dev_metric", "early_stopping", "resume", "keep_checkpoints", "checkpoint_steps", "keep_last"),
+    *("learning_rate", "epochs", "min_steps", "max_steps", "report_to", "copy_adapters", "devices"),
+)
 _SPELLED = {"dev": ("dev", "dev_prompt_field", "dev_completion_field"), "score": ("dev_metric",)}
 
 
@@ -273,11 +277,7 @@ def _refuse_idle(given: Given, decision: Decision, steps: Steps, *, find_learnin
         "learning_rate": "--search tries rates of its own" if decision.search else "",
         # How many forwards a step of the search's sizes has is another matter.
         "batch_size": "--search tries sizes of its own" if decision.search and steps.batch_size != "auto" else "",
-        **(
-            {"search": _FINDING, "resume": _FINDING, "keep_checkpoints": _FINDING, "learning_rate": _FINDING}
-            if find_learning_rate
-            else {}
-        ),
+        **(dict.fromkeys(_NOT_FOR_FINDING, _FINDING) if find_learning_rate else {}),
         "early_stopping": no_dev,
         "dev_prompt_field": no_dev,
         "dev_completion_field": no_dev,

@@ -12,12 +12,15 @@ import typer
 
 from loraflow.cli.groups import RECIPE, Given
 from loraflow.errors import LoraflowError
+from loraflow.examples import Source
 from loraflow.training.config import FitConfig
 from loraflow.training.recipes import known_fields, read_yaml
 
 CONFIG_FILE = "fit.yaml"
 # What is of one run, not of what it makes.
-_OF_A_RUN = frozenset({"config", "output", "resume", "overwrite", "keep_checkpoints", "find_learning_rate"})
+_OF_A_RUN = frozenset(
+    {"config", "output", "resume", "overwrite", "keep_checkpoints", "find_learning_rate", "devices", "shard"}
+)
 # Options that are places or Hub ids; those of several by name.
 _NAMED = frozenset({"lora_modules", "adapter_data"})
 _PLACES = _NAMED | {"base", "data", "dev"}
@@ -101,6 +104,18 @@ def _as_place(name: str, value: Any) -> Any:
         return [_as_place(name, each) for each in value]
     if name in _PLACES and isinstance(value, str):
         # A source of data may have its share of a mixture behind it.
-        place, mark, share = (value, "", "") if Path(value).exists() else value.rpartition("=")
-        return f"{Path(place).absolute()}{mark}{share}" if place and Path(place).exists() else value
+        place, mark, share = value.rpartition("=")
+        if not place or Path(value).exists():
+            place, mark, share = value, "", ""
+        return f"{_absolute(name, place)}{mark}{share}"
     return value
+
+
+def _absolute(name: str, place: str) -> str:
+    """A place with its slice or split, if it has one; a Hub id as it is."""
+    if name == "base":
+        path = Path(place).expanduser()
+        return str(path.absolute()) if path.exists() else place
+    source = Source.parse(place)
+    path = Path(source.path).expanduser()
+    return str(dataclasses.replace(source, path=str(path.absolute())) if path.exists() else source)

@@ -193,10 +193,11 @@ class Attachment:
         Without any, the base answers alone.
         """
         lanes = self._lanes_of(method, gates)
-        for index, fusion in enumerate(self.fusions):
-            # The gate of a whole model belongs to its first layer; the others only call it.
-            prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
-            fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+        with self._modules_lock:
+            for index, fusion in enumerate(self.fusions):
+                # The gate of a whole model belongs to its first layer; the others only call it.
+                prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
+                fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
 
     def use(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; the modules of the model stay as they are."""

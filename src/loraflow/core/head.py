@@ -102,6 +102,8 @@ def _has_known_form(base: PreTrainedModel) -> bool:
     forward = inspect.unwrap(type(base).forward)
     return (
         trunk_of(base) is not base
+        # The parts of a sharded base meet in each forward, and how often a head is asked differs between processes.
+        and not any(hasattr(parameter, "full_tensor") for parameter in base.parameters())
         # Others shift labels on the way in.
         and not base.config.is_encoder_decoder
         and bool(base.config.return_dict)

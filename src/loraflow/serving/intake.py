@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraflow.serving.keys import given_key
 from loraflow.serving.protocol import ApiError
 from loraflow.serving.service import Service
 from loraflow.serving.turns import READING, Reading
@@ -110,7 +111,7 @@ async def _body(receive: Receive) -> bytes | None:
 def client_of(scope: Scope, *, keyed: bool) -> str:
     """Who a request counts for: its key where keys are asked for, or else its address, of IPv6 the network's."""
     if keyed:
-        return Headers(scope=scope).get("authorization", "")
+        return given_key(Headers(scope=scope)).decode("latin-1")
     address = (scope.get("client") or ("",))[0]
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(address).version == 6:

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from loraflow.serving.config import ServerConfig
@@ -29,9 +30,9 @@ def check_caller(request: Request, config: ServerConfig) -> None:
     if not config.api_keys or config.allowed_hosts:
         _check_host(request, config.allowed_hosts)
     if path in ADMIN_PATHS:
-        _check_admin_key(_given_key(request), config.admin_keys)
+        _check_admin_key(given_key(request.headers), config.admin_keys)
     elif path not in _OPEN_PATHS and not (path == "/metrics" and config.public_metrics):
-        _check_api_key(_given_key(request), config.api_keys)
+        _check_api_key(given_key(request.headers), config.api_keys)
 
 
 def _check_host(request: Request, allowed: Sequence[str]) -> None:
@@ -56,9 +57,9 @@ def _check_host(request: Request, allowed: Sequence[str]) -> None:
             )
 
 
-def _given_key(request: Request) -> bytes:
+def given_key(headers: Headers) -> bytes:
     """The key of `Authorization: Bearer KEY`; where there is no such header, an empty one, which no key is."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 

@@ -90,7 +90,10 @@ def tried(model: Any, data: TokenExamples, config: FitConfig, sizes: list[int]) 
         model(**send_to_device(batch, model.device)).loss.backward()
         return size
 
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with as_trained(model, checkpointing=config.gradient_checkpointing):
+        # In the place of AdamW's two moments, which come with the first step.
+        moments = [torch.empty_like(parameter) for parameter in learned for _ in range(2)]
         try:
             return find_executable_batch_size(attempt, sizes[0], lambda: next(rest))()
         except RuntimeError as error:
@@ -100,6 +103,8 @@ def tried(model: Any, data: TokenExamples, config: FitConfig, sizes: list[int]) 
                 f"A step of one example of {len(rows[0].input_ids)} tokens does not fit into the memory of "
                 f"{model.device}. {_SMALLER}."
             ) from error
+        finally:
+            del moments
 
 
 def announce(model: Any, data: TokenExamples, config: FitConfig, console: Console) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError
 from loraflow.files import alone, is_first_process, write_atomically
-from loraflow.training.config import BESIDE, FitConfig, FitResult, Run
+from loraflow.training.config import FitResult, Run
 from loraflow.training.data import FitData
 
 RUN_FILE = "run.json"
@@ -40,14 +40,9 @@ def identity_of(fusion: Fusion, data: FitData, run: Run) -> dict[str, Any]:
         "adapters": {adapter.name: adapter.digest for adapter in fusion.adapters},
         "data": data.digest,
         "dev metric": "loss" if score is None else getattr(score, "__name__", type(score).__name__),
-        "config": config_identity(run.config),
+        "config": run.config.identity(),
     }
     return json.loads(json.dumps(identity))
-
-
-def config_identity(config: FitConfig) -> dict[str, Any]:
-    """What of a recipe makes two fits the same one."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in BESIDE}
 
 
 def check_decision(directory: Path, *, resume: bool, overwrite: bool) -> None:

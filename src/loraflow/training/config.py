@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,6 +30,8 @@ TURNS = ("last", "all")
 """What `train_on` may be."""
 BESIDE = frozenset({"keep_last", "report_to"})
 """Fields that change nothing of what is learned: a run that goes on may have others."""
+LATER = frozenset({"min_steps", "schedule", "group_by_length", "packing", "train_on", "early_stopping"})
+"""Fields that recipes had not at first."""
 
 
 class HasRecipe(Protocol):
@@ -147,6 +149,8 @@ class FitConfig:
             if value == "auto" and of.name == "gradient_accumulation":
                 continue
             kind = kind.removesuffix(" | None").removesuffix(' | Literal["auto"]')
+            if kind == "str" and not isinstance(value, str):
+                raise LoraflowError(f"`{of.name}` (={value!r}) must be a word, such as {of.default!r}.")
             if kind == "bool" and not isinstance(value, bool):
                 raise LoraflowError(f"`{of.name}` (={value!r}) must be True or False.")
             if kind in ("int", "float"):
@@ -184,6 +188,11 @@ class FitConfig:
                 )
             object.__setattr__(self, "batch_size", type(self).batch_size)
             object.__setattr__(self, "gradient_accumulation", "auto")
+
+    def identity(self) -> dict[str, Any]:
+        """What of a recipe makes two fits the same one; those from before a field was there are as by its default."""
+        found = {name: value for name, value in asdict(self).items() if name not in BESIDE}
+        return {name: value for name, value in found.items() if name not in LATER or value != getattr(FitConfig, name)}
 
     def epochs_over(self, examples: int) -> int:
         """Passes over so many examples: `epochs`, or as many as `min_steps` take."""

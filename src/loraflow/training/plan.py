@@ -203,7 +203,7 @@ def footprint(model: Any, *, checkpointing: bool = False, packed: bool = False, 
             _step(model, 1, _LENGTHS[0], packed)
             found = [_count(model, length, packed) for length in _LENGTHS]
             kept, highest, operations = (_growth([each[index] for each in found]) for index in range(3))
-            pace = _pace(model, operations) if timed else None
+            pace = _pace(model, operations, packed) if timed else None
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LoraflowError(f"What a step takes cannot be planned: {type(error).__name__}: {reason}") from error
@@ -323,12 +323,12 @@ def _growth(values: Sequence[float]) -> Growth:
     return Growth((float(square), float(linear), float(constant)))
 
 
-def _pace(model: Any, operations: Growth) -> float:
+def _pace(model: Any, operations: Growth, packed: bool) -> float:
     rows = 1
     while True:
         _wait(model.device)
         started = time.perf_counter()
-        _step(model, rows, _LENGTHS[-1], packed=False)
+        _step(model, rows, _LENGTHS[-1], packed)
         _wait(model.device)
         seconds = time.perf_counter() - started
         if seconds >= _LONG_ENOUGH_S or rows >= 64:

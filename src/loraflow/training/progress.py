@@ -84,6 +84,10 @@ class RichProgress(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also where a training has ended before its end."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

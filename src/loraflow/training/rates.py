@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from transformers import set_seed
 
 from loraflow.answers import padding_id, require_tokenizer
 from loraflow.core.fusion import Fusion
 from loraflow.errors import LoraflowError, MethodError
+from loraflow.training.batches import Packed
 from loraflow.training.capacity import settle
 from loraflow.training.config import FitConfig
-from loraflow.training.data import Collator, prepare
+from loraflow.training.data import IGNORED, Collator, TokenExample, prepare
 from loraflow.training.guard import FACTOR
 from loraflow.training.learners import learner_of
 from loraflow.training.learners.base import Examples
@@ -108,7 +110,7 @@ def _rate(step: int) -> float:
 def _losses(model: Fusion, rows: Sequence[Any], config: FitConfig, console: Console) -> list[float]:
     """The loss before each step, until it has exploded."""
     set_seed(config.seed)
-    collate = Collator(padding_id(require_tokenizer(model.tokenizer)))
+    collate = Packed() if config.packing else Collator(padding_id(require_tokenizer(model.tokenizer)))
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay)
     order: list[int] = []
@@ -118,26 +120,39 @@ def _losses(model: Fusion, rows: Sequence[Any], config: FitConfig, console: Cons
         progress = stack.enter_context(counting_progress(console))
         bar = progress.add_task("trying learning rates", total=STEPS)
         model.train()
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         for step in range(STEPS):
             if len(order) < config.batch_size:
                 order += torch.randperm(len(rows)).tolist()
             chosen, order = order[: config.batch_size], order[config.batch_size :]
-            batch = {key: value.to(model.device) for key, value in collate([rows[i] for i in chosen]).items()}
-            loss = model(**batch, use_cache=False).loss
-            if not math.isfinite(loss.item()):
+            optimizer.zero_grad()
+            loss = _backward(model, [rows[i] for i in chosen], collate, config.forward_size)
+            if not math.isfinite(loss):
                 break
-            losses.append(loss.item())
+            losses.append(loss)
             if _smoothed(losses)[-1] > FACTOR * losses[0]:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step)
-            optimizer.zero_grad()
-            loss.backward()
             if config.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
             optimizer.step()
             progress.advance(bar)
     return losses
+
+
+def _backward(model: Fusion, rows: Sequence[TokenExample], collate: Any, size: int) -> float:
+    """The mean loss of a step's response tokens, and its gradient, by forwards of so many rows."""
+    total = 0.0
+    answers = sum(label != IGNORED for row in rows for label in row.labels[1:])
+    for start in range(0, len(rows), size):
+        batch = send_to_device(dict(collate(rows[start : start + size])), model.device)
+        own = int((batch["labels"][:, 1:] != IGNORED).sum())
+        loss = model(**{"use_cache": False, **batch}).loss * (own / answers)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:

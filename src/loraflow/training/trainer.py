@@ -102,7 +102,9 @@ def train(
         run = dataclasses.replace(
             run, config=dataclasses.replace(run.config, gradient_accumulation=recorded[_FORWARDS])
         )
-    announce(model, data.train, run.config, run.console)
+    # Of a search, the first setting has said it; a sharded base wants all processes in a forward, and whole ones only.
+    if processes.first and not processes.sharded and not run.label:
+        announce(model, data.train, run.config, run.console)
     with reporting(model, data, run) as (callbacks, watch):
         trainer = make_trainer(model, data, run, label, callbacks, watch)
         processes.spread(model.state_dict().values())
@@ -117,16 +119,23 @@ def _carry_out(trainer: WholeCheckpointTrainer, model: Any, run: Run, checkpoint
         TrainingError: if the training diverges.
     """
     if checkpoint is not None and trainer.has_stopped(checkpoint):
-        trainer.take_best(checkpoint)
+        trainer.take_best(run.directory)
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.args.load_best_model_at_end:
+            # Trainer goes by the path that the best one had, and a run may have been moved since.
+            trainer.take_best(run.directory)
     except TrainingError as error:
         model.load_state_dict(trainer.guard.good)
         if run.lasting:
             trainer.save_model(str(run.directory / LAST_GOOD))
             raise TrainingError(f"{error} It is saved in {run.directory / LAST_GOOD}.") from None
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, RichProgress):
+                callback.close()
 
 
 @contextlib.contextmanager
@@ -342,14 +351,18 @@ class WholeCheckpointTrainer(Trainer):
 
     def has_stopped(self, checkpoint: Path) -> bool:
         """Whether the run of a checkpoint had stopped early with it."""
-        return self._out_of_patience(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        stopped = self._out_of_patience(state)
+        if stopped:
+            self.state = state
+        return stopped
 
-    def take_best(self, checkpoint: Path) -> None:
-        """Take what a run that has stopped with a checkpoint had learned at its best one."""
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        best = checkpoint.parent / f"checkpoint-{self.state.best_global_step}"
-        assert self.model is not None
-        self.model.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
+    def take_best(self, directory: Path) -> None:
+        """Take what the run had learned at its best checkpoint, wherever its directory is now."""
+        if self.state.best_global_step:
+            best = directory / f"checkpoint-{self.state.best_global_step}"
+            assert self.model is not None
+            self.model.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -396,9 +409,8 @@ class WholeCheckpointTrainer(Trainer):
         self._processes.ask(lambda: self._drop_old_checkpoints(checkpoint.parent))
 
     def _drop_old_checkpoints(self, directory: Path) -> None:
-        best = self.state.best_model_checkpoint
         for old in complete_checkpoints(directory)[: -self._keep]:
-            if best is None or old != Path(best):
+            if old.name != f"checkpoint-{self.state.best_global_step}":
                 # First the mark, so that a crash in between leaves no checkpoint that counts and is not whole.
                 (old / COMPLETE).unlink()
                 shutil.rmtree(old, ignore_errors=True)

@@ -288,11 +288,23 @@ def test_numbers_may_have_an_exponent(tmp_path: Path) -> None:
     assert plan.methods["lora-flow"].fit == {"learning_rate": 0.001, "weight_decay": 0.5}
 
 
-def test_text_is_no_number() -> None:
-    plan = plan_of(methods={"lora-flow": {"fit": {"learning_rate": "fast"}}}, tasks=["zh-math"])
-    message = r"The row 'lora-flow': `fit.learning_rate` \(='fast'\) is text, and must be a number."
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        ({"learning_rate": "fast"}, r"The row 'lora-flow', `fit`: `learning_rate` \(='fast'\) must be a number"),
+        ({"schedule": "sine"}, r"The row 'lora-flow', `fit`: `schedule` is unknown: 'sine'"),
+        ({"report_to": "wandb"}, r"The row 'lora-flow': `fit.report_to` \(='wandb'\) is for one fit"),
+    ],
+)
+def test_settings_of_a_fit_that_are_none(fit: dict[str, object], message: str) -> None:
+    plan = plan_of(methods={"lora-flow": {"fit": fit}}, tasks=["zh-math"])
     with pytest.raises(DataError, match=message):
         open_comparison(plan)
+
+
+def test_settings_of_a_fit_may_be_words() -> None:
+    fit = {"batch_size": "auto", "schedule": "linear", "train_on": "all"}
+    assert open_comparison(plan_of(methods={"lora-flow": {"fit": fit}}, tasks=["zh-math"])).cells
 
 
 def test_a_misspelt_key_explains_the_missing_one(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, cast
 
-from loraflow.errors import DataError, MethodError, did_you_mean
+from loraflow.errors import DataError, LoraflowError, MethodError, did_you_mean
 from loraflow.evaluation.compare.plan import NEW_LORA, RowSpec
 from loraflow.evaluation.compare.tasks import Setting, Task
 from loraflow.methods import Method, get_method
@@ -112,16 +112,21 @@ class PlannedRow:
                     f"The row {self.name!r} has the unknown setting {name!r} of its fit. "
                     f"{did_you_mean(name, [*known, *of_lora])}"
                 )
-        for name, value in settings.items():
-            if isinstance(value, str) and name != "target_modules":
-                raise DataError(f"The row {self.name!r}: `fit.{name}` (={value!r}) is text, and must be a number.")
+        if settings.get("report_to"):
+            raise DataError(
+                f"The row {self.name!r}: `fit.report_to` (={settings['report_to']!r}) is for one fit, and a comparison "
+                "keeps its own records. Leave it out."
+            )
         of_fit = {name: value for name, value in settings.items() if name in known} | {"seed": seed or 0}
-        if self.spec.finetune is None:
-            return FitConfig.for_method(cast(Method, method), **of_fit), None
-        lora = None
-        if self.spec.finetune == NEW_LORA:
-            lora = LoraSettings(**{name: value for name, value in settings.items() if name in of_lora})
-        return FitConfig(**{"learning_rate": LEARNING_RATE, **of_fit}), lora
+        try:
+            if self.spec.finetune is None:
+                return FitConfig.for_method(cast(Method, method), **of_fit), None
+            lora = None
+            if self.spec.finetune == NEW_LORA:
+                lora = LoraSettings(**{name: value for name, value in settings.items() if name in of_lora})
+            return FitConfig(**{"learning_rate": LEARNING_RATE, **of_fit}), lora
+        except LoraflowError as error:
+            raise DataError(f"The row {self.name!r}, `fit`: {error}") from error
 
     def fit_identity(self, task: Task, seed: int | None) -> dict[str, Any]:
         """What makes two fits the same one, as JSON values; empty where nothing is learned."""
@@ -132,7 +137,7 @@ class PlannedRow:
         identity = {
             "kind": self.spec.short() | {"fitted_on": None},
             "adapters": self.adapters(source),
-            "config": dataclasses.asdict(config),
+            "config": config.identity(),
             "lora": None if lora is None else dataclasses.asdict(lora),
             "data": [self.setting.examples_digest(name) for name in self.adapters(source)]
             if self.reads_adapters(source)

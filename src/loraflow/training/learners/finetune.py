@@ -32,7 +32,7 @@ from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import make_folder, write_atomically
 from loraflow.prompts import PromptFormat
-from loraflow.training.checkpoints import config_identity, run_directory
+from loraflow.training.checkpoints import run_directory
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
 from loraflow.training.loss import labelled_forward
@@ -133,7 +133,7 @@ def finetune(
         adapted = stack.enter_context(_adapted(model, described))
         trained = TrainedAdapter(adapted, tokenizer, prompt)
         data = prepare(trained, examples, dev, config)
-        identity |= {"data": data.digest, "config": config_identity(config)}
+        identity |= {"data": data.digest, "config": config.identity()}
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
         parameters = sum(parameter.numel() for parameter in trained.learned().values())
         seconds = time.perf_counter() - started

@@ -27,7 +27,9 @@ class Samples(Learner):
     needs_gates: ClassVar[type | None] = KeepsSamples
     seeded: ClassVar[bool] = False
     idle: ClassVar[frozenset[str]] = (
-        DECIDING | TRAINING | {"batch_size", "max_length", "train_on", "seed", "resume", "keep_checkpoints"}
+        DECIDING
+        | TRAINING
+        | {"batch_size", "max_length", "train_on", "seed", "resume", "keep_checkpoints", "devices", "shard"}
     )
 
     @torch.no_grad()

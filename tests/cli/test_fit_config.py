@@ -118,6 +118,11 @@ def test_what_was_interrupted_asks_for_a_decision(run, tmp_path):
     assert "Start without --resume" in nothing.output
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "run.json").write_text("{}")
+    early = run(*fit)
+    assert early.exit_code == 1
+    assert "interrupted before its first checkpoint. Say --overwrite to start over" in early.output.replace("\n", " ")
+    (out / "checkpoints" / "checkpoint-1").mkdir()
+    (out / "checkpoints" / "checkpoint-1" / "COMPLETE").touch()
     refused = run(*fit)
     assert refused.exit_code == 1
     assert "holds an interrupted run. Say --resume to go on with it, or --overwrite to start" in refused.output

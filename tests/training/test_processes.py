@@ -137,7 +137,7 @@ def test_two_processes_give_what_one_gives(one, two, case):
 def test_each_thing_is_printed_once(two):
     of_case = two[1].split("case plain")[-1].split("case accumulated")[0]
     assert [line for line in of_case.splitlines() if "epoch" in line] == [
-        f"fitting gates: epoch {epoch}, step {epoch * 5}/10, loss {loss:.4f}"
+        f"fitting: epoch {epoch}, step {epoch * 5}/10, loss {loss:.4f}"
         for epoch, loss in enumerate((dict(results(two[0], "plain")[0]["log"])[step] for step in (5, 10)), start=1)
     ]
 

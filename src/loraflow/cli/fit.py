@@ -219,7 +219,8 @@ def fit(
             method, prompt.format(), stop_strings(stop), placed(sources.placement.options(), shard=shard)
         )
         count = sum(map(len, examples.values())) if isinstance(examples, dict) else len(examples)
-        gates = "1 gate" if len(model.gates) == 1 else f"{len(model.gates)} gates"
+        kind = "core" if method.adds else "gate"
+        gates = f"1 {kind}" if len(model.gates) == 1 else f"{len(model.gates)} {kind}s"
         console.print(f"{count} examples, {model.num_learned_parameters():,} values to learn in {gates}")
         asked = manner_line(model.prompt_origin, model.endings, model.tokenizer)
         console.print(asked, soft_wrap=True, markup=False, highlight=False)

@@ -59,6 +59,11 @@ def check_decision(directory: Path, *, resume: bool, overwrite: bool) -> None:
             "checkpoint. Start without `resume=True`; if a run was interrupted there, say `overwrite=True`."
         )
     if _has_run(directory) and not (resume or overwrite or (directory / FINISHED).exists()):
+        if not can_resume(directory):
+            raise LoraflowError(
+                f"{directory} holds a run that was interrupted before its first checkpoint. Say `overwrite=True` to "
+                "start over."
+            )
         raise LoraflowError(
             f"{directory} holds an interrupted run. Say `resume=True` to go on with it, or `overwrite=True` to start "
             "over."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -77,10 +78,8 @@ class RichProgress(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print a line where there is no bar."""
         if self._progress is None and self._in_notebook is None:
-            self._console.print(
-                f"{self._description}: epoch {state.epoch or 0:.0f}, step {state.global_step}/{state.max_steps}, "
-                f"loss {self._loss:.4f}"
-            )
+            epoch, step = math.ceil(state.epoch or 0), f"step {state.global_step}/{state.max_steps}"
+            self._console.print(f"{self._description}: epoch {epoch}, {step}, loss {self._loss:.4f}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""

@@ -118,6 +118,8 @@ def _losses(model: Fusion, rows: Sequence[Any], config: FitConfig, console: Cons
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.attachment.dropping(config.adapter_dropout))
         progress = stack.enter_context(counting_progress(console))
+        if not console.is_terminal:
+            console.print(f"trying learning rates, in {STEPS} steps at most")
         bar = progress.add_task("trying learning rates", total=STEPS)
         model.train()
         if config.gradient_checkpointing:

@@ -30,7 +30,7 @@ class Gradient(Learner):
     def learn(self, fusion: Fusion, examples: Examples, dev: Examples | None, run: Run) -> FitResult:  # noqa: D102
         data = prepare(fusion, examples, dev, run.config)
         check_score(run.score, data.dev_examples)
-        result = fit_gates(fusion, data, run, run.label or "fitting gates")
+        result = fit_gates(fusion, data, run, run.label or "fitting")
         fusion.training_record = self.record(run.config, data, result)
         return result
 

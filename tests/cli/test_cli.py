@@ -194,7 +194,9 @@ def test_fit_generate_trace_info(run, world, tmp_path):
     out = str(tmp_path / "fusion")
     fitted = run("fit", *SOURCES, *DATA, "--output", out, "--epochs", "2")
     assert fitted.exit_code == 0, fitted.output
-    assert {path.name for path in Path(out).iterdir()} == {"fusion_config.json", "fusion.safetensors", "README.md"}
+    assert {path.name for path in Path(out).iterdir()} == {
+        *("fusion_config.json", "fusion.safetensors", "README.md", "fit.yaml")
+    }
     config = json.loads((Path(out) / "fusion_config.json").read_text())
     assert config["training"]["examples"] == 24
     assert str(world) not in (Path(out) / "fusion_config.json").read_text()

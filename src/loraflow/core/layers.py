@@ -8,6 +8,7 @@ transformers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loraflow.core.context import LayerContext
-from loraflow.core.lanes import Lanes
+from loraflow.core.lanes import Lanes, RowGate
 from loraflow.core.linear import InputGroup
 
 
@@ -88,8 +89,11 @@ class FusedDecoderLayer(nn.Module):
 
     def _learns(self) -> bool:
         """Whether something in the layer does; below the first that does, nothing is to be kept for a backward."""
-        modules = (self, *self.fusion.context.own_gates())
-        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+        gates = self.fusion.context.own_gates()
+        parameters = (parameter for module in (self, *gates) for parameter in module.parameters())
+        # Weights that a call was given are no parameters, and may want a gradient all the same.
+        given = (gate.weights for gate in gates if isinstance(gate, RowGate))
+        return any(tensor.requires_grad for tensor in itertools.chain(parameters, given))
 
 
 def _take_stream(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:

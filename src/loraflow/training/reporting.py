@@ -182,6 +182,10 @@ def reporting(model: Any, data: FitData, run: Run) -> Iterator[tuple[list[Traine
     try:
         yield [*first, *trackers], watch
     finally:
+        # Where a training ends before its end, nobody else closes them.
+        for writer in (getattr(tracker, "tb_writer", None) for tracker in trackers):
+            if writer is not None:
+                writer.close()
         if wandb is not None and ours:
             wandb.finish()
 

@@ -70,7 +70,9 @@ def test_a_client_is_its_key_or_else_its_address():
     def scope(address, key=b"Bearer x"):
         return {"type": "http", "client": (address, 5), "headers": [(b"authorization", key)]}
 
-    assert client_of(scope("192.0.2.1"), keyed=True) == "Bearer x"
+    assert client_of(scope("192.0.2.1"), keyed=True) == "x"
+    # However the header is written, one key is one client.
+    assert client_of(scope("192.0.2.1", b"bearer   x"), keyed=True) == "x"
     # Where no key is asked for, another one makes nobody another client.
     assert client_of(scope("192.0.2.1"), keyed=False) == client_of(scope("192.0.2.1", b"y"), keyed=False) == "192.0.2.1"
     assert client_of(scope("2001:db8::1"), keyed=False) == client_of(scope("2001:db8::2"), keyed=False)

@@ -195,7 +195,7 @@ def test_the_largest_forward_and_the_time_of_all():
     # A head that reads the answers only has their states and gradients too, and logits of a chunk at a time.
     cut = dataclasses.replace(whole, cut=True)
     assert cut.cost(Shape(2, 9, 4)) == (8 * 4 * 100 + 8 * 4 * 8, 4 * 4 * 100 * 8)
-    assert dataclasses.replace(cut, wide=False, capped=True).cost(Shape(2, 9, 4))[0] == 16 * 4 * 100 + 8 * 4 * 8
+    assert dataclasses.replace(cut, wide=False, capped=True).cost(Shape(2, 9, 4))[0] == 24 * 4 * 100 + 8 * 4 * 8
     many = dataclasses.replace(cut, words=2**22)
     assert many.cost(Shape(2, 900, 1000))[0] == 8 * 4 * 2**22 + 8 * 1000 * 8
 

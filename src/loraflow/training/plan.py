@@ -80,7 +80,8 @@ class Head:
     def cost(self, shape: Shape) -> tuple[int, int]:
         """What head and loss take of a forward and its backward: bytes at their peak, and operations.
 
-        Of a chunk there are the logits, in float32 too, and their gradient; a tanh keeps its output. Of all answers
+        Of a chunk there are the logits, in float32 too, and their gradient; a tanh keeps its output, and has gradients
+        before and behind it. Of all answers
         there are the states that the head reads, and their gradient. Where all positions are read, there are in the
         backward of transformers' softmax, in float32, the logarithms of the probabilities, and the gradients of those
         and of the logits.
@@ -90,7 +91,7 @@ class Head:
         if not self.cut:
             return (16 if self.capped else 12) * seen * self.words, operations
         chunk = min(seen, max(1, LOGITS_A_CHUNK // self.words))
-        a_logit = (8 if self.wide else 12) + (4 if self.capped else 0)
+        a_logit = (8 if self.wide else 12) + (12 if self.capped else 0)
         return a_logit * chunk * self.words + 8 * seen * self.width, operations
 
 

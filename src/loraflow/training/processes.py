@@ -264,13 +264,7 @@ def _check_placement(model: Any, state: PartialState) -> None:
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     # Gloo raises plain RuntimeErrors, whose texts are those of its sockets.
-    words = (
-        "connection closed",
-        "connection reset",
-        "connection refused",
-        "broken pipe",
-        "timed out",
-    )
+    words = ("connection", "broken pipe", "timed out", "timeout", "socket", "peer")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 

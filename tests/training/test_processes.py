@@ -305,7 +305,9 @@ def test_a_loss_of_each_ones_own_is_refused(tmp_path):
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(LoraflowError, match="2 processes cannot fit this base: the loss that its forward gives is a"):
-        WholeCheckpointTrainer(model=Plain(1, 1), args=arguments, guard=None, processes=Processes(0, 2))
+        WholeCheckpointTrainer(
+            model=Plain(1, 1), args=arguments, guard=None, dev_collator=None, processes=Processes(0, 2)
+        )
 
 
 def test_a_folder_that_one_does_not_see_is_refused(monkeypatch, tmp_path):

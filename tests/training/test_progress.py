@@ -44,6 +44,6 @@ def test_a_notebook_shows_a_bar_and_no_lines(make_model, shown, tmp_path):
     with log.open("w") as file:
         fit(make_model(), reversals(8), config=QUICK, console=Console(file=file, force_jupyter=True))
     assert log.read_text() == ""
-    assert any("<progress value='4' max='4'" in html for html in shown)
+    assert any("<progress value='4' max='4'" in str(html) for html in shown)
     assert "fitting" in shown[-1]
     assert "loss" in shown[-1]

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -235,8 +236,13 @@ def test_a_cell_that_fails_or_is_lost_too_often_stops_no_other(ray: Any, setting
 
 def test_an_interrupt_ends_all_workers(ray: Any, setting: Any, tmp_path: Path) -> None:
     plan = small_plan(setting, {"row": SLOW}, tasks=["zh", "es"], limit=1)
-    with pytest.raises(KeyboardInterrupt):
-        run(plan, tmp_path, _Listener("row, zh, seed 0: learning", _thread.interrupt_main), cluster=Cluster())
+    # As in a program of its own: a test before this one may have left another handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, tmp_path, _Listener("row, zh, seed 0: learning", _thread.interrupt_main), cluster=Cluster())
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(lambda: not working(), "a worker outlived its comparison")
     # What was learned so far is there for the next one.
     assert (tmp_path / "learned" / "row" / "zh" / "seed-0" / "identity.json").is_file()

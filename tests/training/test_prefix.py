@@ -85,6 +85,8 @@ def test_rows_that_share_little_are_read_whole():
     mixed = rows().rows + rows(random_ids(1, 20, seed=9)[0].tolist()).rows
     assert read_prefix(model, mixed) is None
     assert read_prefix(model, rows(count=1).rows) is None
+    unlabelled = [TokenExample(row.input_ids, [IGNORED] * len(row.labels)) for row in rows().rows]
+    assert read_prefix(model, unlabelled) is None
 
 
 def test_what_predicts_the_first_answer_is_left_to_each_row():

@@ -73,7 +73,7 @@ def read_prefix(model: Any, rows: Sequence[TokenExample]) -> Prefix | None:
 
 def _common(rows: Sequence[TokenExample]) -> int:
     """Tokens that all rows begin with; what predicts the first answer is left to each."""
-    shortest = min(next(i for i, label in enumerate(row.labels) if label != IGNORED) for row in rows) - 1
+    shortest = min(next((i for i, label in enumerate(row.labels) if label != IGNORED), 0) for row in rows) - 1
     first, length = rows[0].input_ids, 0
     while length < shortest and all(row.input_ids[length] == first[length] for row in rows):
         length += 1

@@ -128,12 +128,12 @@ def connected(address, *parts):
         yield connection
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 STARTS = {
     "nothing": [],
     "half a header": [HEAD],
     "half a body": [HEAD + b'Content-Length: 100\r\n\r\n{"model": '],
-    "half a second request": [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", HEAD],
+    "half a second request": [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", HEAD],
 }
 
 
@@ -187,7 +187,7 @@ def test_work_for_a_client_that_has_gone_is_dropped(tiny, monkeypatch):
             for body in bodies:
                 head = HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode()
                 clients.enter_context(connected(address, head + body))
-                reading.wait(DEADLINE_S)
+                assert reading.wait(DEADLINE_S)
             wait_for(lambda: sum(map(len, service.reader.turns._waiting.values())) == 2)
         wait_for(
             lambda: (

@@ -29,7 +29,7 @@ from loraflow.serving.service import ServerConfig, Service
 from tests.tiny import ARCHITECTURES, number_tokenizer, random_adapter, set_random_gates, tiny_model
 
 # Generous: nothing here measures time, a hang has to end somewhere.
-DEADLINE_S = 600
+DEADLINE_S = 240
 NAMES = ("a", "b", "c")
 _numbers = itertools.count()
 

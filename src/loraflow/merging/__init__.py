@@ -15,7 +15,7 @@ from loraflow.merging.base import Merge, Update, truncated
 from loraflow.merging.core_space import CoreIsoC, CoreSum, CoreTies
 from loraflow.merging.knots import KnotsDareTies, KnotsTies
 from loraflow.merging.lego import Lego
-from loraflow.merging.merged import Loss, Merged, loss_of, merge_adapters
+from loraflow.merging.merged import Loss, Merged, loss_from, merge_adapters
 from loraflow.merging.parameters import DareLinear, DareTies, Linear, MagnitudePrune, Ties
 from loraflow.merging.sum import Sum
 
@@ -55,7 +55,7 @@ __all__ = [
     "Sum",
     "Ties",
     "Update",
-    "loss_of",
+    "loss_from",
     "make_merge",
     "merge_adapters",
     "truncated",

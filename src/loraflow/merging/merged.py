@@ -109,6 +109,11 @@ def loss_of(found: Mapping[str, Factors], expected: Mapping[str, Factors]) -> Lo
         difference = Factors(torch.cat([target.lora_A, one.lora_A]), torch.cat([target.lora_B, -one.lora_B], dim=1))
         cut[module] = cut.get(module, 0.0) + square_norm(difference)
         whole[module] = whole.get(module, 0.0) + square_norm(target)
+    return loss_from(cut, whole)
+
+
+def loss_from(cut: Mapping[str, float], whole: Mapping[str, float]) -> Loss:
+    """The loss, from each module's squared norms: of the difference, and of what should be."""
     each = {module: _relative(cut[module], norm) for module, norm in whole.items()}
     worst = max(each, key=each.__getitem__)
     return Loss(_relative(sum(cut.values()), sum(whole.values())), worst, each[worst])
@@ -203,13 +208,13 @@ def _compressed(factors: Factors, rank: int, widened: bool) -> Factors:
 
 
 def _modules(factors: Mapping[str, Factors], widened: set[str], dtype: torch.dtype) -> dict[str, LoraModule]:
-    """The merged updates as an adapter has them."""
+    """The merged updates as an adapter has them: with biases everywhere or nowhere."""
     by_module: dict[str, list[Factors]] = {}
     biases: dict[str, Tensor] = {}
     for place, (A, B) in factors.items():
         module = _of(place)[0]
         if place in widened:
-            biases[module] = (B @ A[:, -1]).to(dtype)
+            biases[module] = B @ A[:, -1]
             # The rank that does nothing but the bias is left out.
             kept = A[:, :-1].any(dim=1)
             kept[0] |= not kept.any()
@@ -220,11 +225,13 @@ def _modules(factors: Mapping[str, Factors], widened: set[str], dtype: torch.dty
         rank = max(len(one.lora_A) for one in found)
         A = torch.cat([F.pad(one.lora_A, (0, 0, 0, rank - len(one.lora_A))) for one in found])
         B = torch.cat([F.pad(one.lora_B, (0, rank - len(one.lora_A))) for one in found], dim=1)
-        modules[module] = _as_module(module, A, B, biases.get(module), dtype, len(found))
+        bias = biases.get(module, torch.zeros(len(B)).double()) if biases and len(found) == 1 else None
+        modules[module] = _as_module(module, A, B, bias, dtype, len(found))
     return modules
 
 
 def _as_module(name: str, A: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype, experts: int) -> LoraModule:
+    bias = None if bias is None else bias.to(dtype)
     module = LoraModule(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0, bias, experts=experts)
     for tensor in (module.lora_A, module.lora_B, module.bias):
         if tensor is not None and not torch.isfinite(tensor).all():

@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-vllm test-real test-newest test-package package lint venv clean
+.PHONY: help docs docs-serve demo test test-vllm test-real test-newest test-package package lint venv clean
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ package:  ## Build wheel and source archive in dist/, and look at both.
 
 test-package:  ## Install the wheel of dist/ alone, in an environment of its own, and run the quick demo there.
 	scripts/test_package.sh
+
+docs: venv  ## Build the documentation site into site/; any warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: venv  ## Show the site while you write.
+	$(BIN)/mkdocs serve
 
 lint: venv  ## Style, docstrings against signatures, formatting, types.
 	$(BIN)/ruff check

@@ -38,6 +38,9 @@ MISSING = {
     "vllm": ("vllm", "serve {demo}/fusion --engine vllm"),
 }
 
+# What nobody needs who only uses the library.
+FOR_DEVELOPERS = {"docs", "test"}
+
 
 def words(command: str, demo: Path, new: Path) -> list[str]:
     """A command of `MISSING` as its words."""
@@ -78,7 +81,7 @@ def main() -> None:
         if status or "Usage:" not in said:
             sys.exit(f"loraflow {' '.join(command)} --help: {said}")
         print(f"loraflow {' '.join([*command, '--help'])}")
-    declared = set(importlib.metadata.metadata("loraflow").get_all("Provides-Extra") or ()) - {"test"}
+    declared = set(importlib.metadata.metadata("loraflow").get_all("Provides-Extra") or ()) - FOR_DEVELOPERS
     if not declared <= set(MISSING):
         sys.exit(f"No command is tried for the extras {sorted(declared - set(MISSING))}. Add one to `MISSING`.")
     for extra, (module, command) in MISSING.items():

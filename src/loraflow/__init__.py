@@ -11,7 +11,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     __version__: str
-    from loraflow.adapters import AdapterSource
+    from loraflow.adapters import AdapterBank, AdapterSource
     from loraflow.bases import BaseOptions
     from loraflow.methods import (
         AdapterCore,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loraflow.visual.trace import Trace
 
 _HOMES = {
+    "AdapterBank": "loraflow.adapters",
     "AdapterSource": "loraflow.adapters",
     "BaseOptions": "loraflow.bases",
     "FitConfig": "loraflow.training",
@@ -46,6 +47,7 @@ _HOMES = {
 """Where public names are; the others of `__all__` are of `loraflow.methods`."""
 
 __all__ = [
+    "AdapterBank",
     "AdapterCore",
     "AdapterSource",
     "Arrow",

@@ -26,7 +26,7 @@ from loraflow.cli import (
     serve,
     trace,
 )
-from loraflow.cli.devices import leave, tells_errors
+from loraflow.cli.devices import check_alone, leave, tells_errors
 from loraflow.cli.flags import with_flags
 from loraflow.cli.groups import ARGUMENTS
 from loraflow.cli.values import spread_values
@@ -39,6 +39,11 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, spread_values(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        check_alone(name)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -10,6 +10,9 @@ from loraflow.errors import MethodError
 from loraflow.methods.base import check_weights
 
 KEY = "adapter_weights"
+SCHEDULER = "loraflow.serving.vllm.scheduler.SaltedScheduler"
+"""What `--scheduler-cls` (or `LLM(scheduler_cls=...)`) is given: requests of other weights then share no prefixes."""
+
 _PROCESSORS = "loraflow.serving.vllm.requests:For_"
 
 

@@ -12,7 +12,18 @@ from loraflow.serving.vllm.settings import EngineSettings
 
 # Their decoder layers are handed `hidden_states` and `residual`, whose sum is what transformers' layer is handed; of
 # others the sum may be something else. Each of these has been compared with `FusedModel.generate`.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 _UNVERIFIED = 'To serve it all the same, compare answers and give `"unverified": true` in --model-loader-extra-config.'
 
 

@@ -157,6 +157,21 @@ class TestShards:
         expected = reference_linear(x, weight, None, modules, fusion_weights.expand(tokens, -1))
         assert torch.allclose(found, expected, atol=1e-4)
 
+    @pytest.mark.parametrize("rank", [4, 70])
+    def test_few_slots_are_multiplied_together_and_many_apart(self, rank):
+        modules = [random_updates(HIDDEN, width, (rank, 3), seed=width) for width in (8, 6)]
+        delta = _delta(modules, even_parts([8, 6], Rank()), torch.tensor([0.5, 2.0]))
+        assert hasattr(delta, "lora_B1") is (rank == 70)
+        x, weights = torch.randn(4, HIDDEN), [torch.randn(8, HIDDEN), torch.randn(6, HIDDEN)]
+        found = delta(x, torch.cat([x @ w.T for w in weights], dim=-1))
+        expected = [
+            reference_linear(x, w, None, m, torch.tensor([[0.5, 2.0]]).expand(4, -1))
+            for w, m in zip(weights, modules, strict=True)
+        ]
+        assert torch.allclose(found, torch.cat(expected, dim=-1), atol=1e-4)
+        apart = _delta(modules, [Part(8, slice(0, 8), 0), Part(6, slice(0, 6), 9)], torch.tensor([0.5, 2.0]))
+        assert hasattr(apart, "lora_B1")
+
     def test_only_the_middle_of_packed_linears_is_updated(self):
         modules, parts = random_updates(HIDDEN, 8, (2, 2)), even_parts([4, 8, 4], Rank())
         x, base_output, fusion_weights = torch.randn(3, HIDDEN), torch.randn(3, 16), torch.rand(3, 2)

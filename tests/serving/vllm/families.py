@@ -17,8 +17,6 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # vLLM has no heads of a size of their own in these.
 _TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# Layer 0 is dense.
-_QWEN3_MOE = {**_EXPERTS, "num_hidden_layers": 3, "mlp_only_layers": [0]}
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,12 @@ class Family:
     Attributes:
         architecture: the `model_type`.
         changes: to the tiny configuration.
-        targets: what the adapters adapt; a pattern where it is a string.
+        targets: what the adapters adapt.
     """
 
     architecture: str
     changes: dict[str, Any] = field(default_factory=dict)
-    targets: list[str] | str = field(default_factory=lambda: ALL_LLAMA)
+    targets: list[str] = field(default_factory=lambda: ALL_LLAMA)
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,7 +58,8 @@ FAMILIES: dict[str, Family] = {
     "Phi 3": Family("phi3", _TWO_HEADS, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
     "Qwen 2 MoE": Family("qwen2_moe", {**_EXPERTS, **_TWO_HEADS}, ATTENTION),
-    "Qwen 3 MoE": Family("qwen3_moe", _QWEN3_MOE, rf".*\.({'|'.join(ATTENTION)})|.*layers\.0\.mlp\.\w+_proj"),
+    # Layer 0 is dense; PEFT takes the names of its linears for those of experts, so that no adapter has them.
+    "Qwen 3 MoE": Family("qwen3_moe", {**_EXPERTS, "mlp_only_layers": [0]}, ATTENTION),
 }
 
 # What two adapters beside a plain one are configured with.

@@ -89,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="tiny sizes and two rounds")
+    # What `build_base` of speed.py asks for besides.
+    parser.set_defaults(experts=0)
     args = parser.parse_args()
     if args.small:
         small = {"hidden": 128, "layers": 2, "vocab": 500, "new_tokens": 8, "rounds": 2, "batches": [1, 4]}

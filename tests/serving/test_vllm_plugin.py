@@ -506,6 +506,9 @@ class TestGiven:
     def test_weights_for_each_layer(self):
         assert parse_weights([{"zh": 1.0}, {}], ADAPTERS, 2) == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
+    def test_the_same_for_all(self):
+        assert parse_weights("average", ADAPTERS, 2) == [[1 / 3] * 3] * 2
+
     def test_text(self):
         assert parse_weights('{"zh": 0.5}', ADAPTERS, 1) == [[0.5, 0.0, 0.0]]
 
@@ -573,6 +576,7 @@ class TestCommand:
         assert command[command.index("--served-model-name") + 1] == "my-fusion"
         assert command[-2:] == ["--port", "8001"]
         assert "--logits-processors" not in command
+        assert command[command.index("--middleware") + 1] == "loraflow.serving.vllm.fields.RefusedFields"
         assert "--scheduler-cls" not in command
 
     def test_the_callers_options_go_first(self, world, tmp_path):
@@ -585,6 +589,7 @@ class TestCommand:
         command = vllm_command(save(world, tmp_path, method), request_weights=asked)
         assert fusion_of(command[command.index("--logits-processors") + 1]) == str(tmp_path.resolve())
         assert command[command.index("--scheduler-cls") + 1] == SCHEDULER
+        assert command[command.index("--middleware") + 1] == "loraflow.serving.vllm.fields.RequestFields"
 
     def test_other_places(self, world, tmp_path):
         command = vllm_command(

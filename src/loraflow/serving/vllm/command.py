@@ -62,6 +62,8 @@ def vllm_command(
     command += ["--model-loader-extra-config", json.dumps(loader)]
     if request_weights:
         command += ["--logits-processors", processor_name(str(directory))]
+    # Among what the caller gives there may be others: vLLM takes this option several times.
+    command += ["--middleware", f"loraflow.serving.vllm.fields.{'Request' if request_weights else 'Refused'}Fields"]
     for option, value in _defaults(saved, base, request_weights).items():
         if option not in given and value is not None:
             command += [option, value] if value else [option]

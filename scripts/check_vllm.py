@@ -1,6 +1,6 @@
 """Families of bases and kinds of adapters in vLLM, tiny and random, against `generate`: the matrix of docs/vllm.md.
 
-    .venv-vllm/bin/python -m scripts.check_vllm                    # all, ten minutes; prints the matrix
+    .venv-vllm/bin/python -m scripts.check_vllm                    # all, some minutes; prints the matrix
     .venv-vllm/bin/python -m scripts.check_vllm --only "Phi 3"     # some families
 
 It needs the environment of scripts/test_vllm.sh. Each family's engines run one after the other in a process of its own.
@@ -32,6 +32,9 @@ from loraflow.errors import LoraflowError
 from loraflow.methods import LoraFlow
 
 EXACT, WRONG = "exact", "**wrong**"
+# Adapters of all these kinds in one fusion.
+TOGETHER = " + ".join(KINDS)
+COLUMNS = (TOGETHER, *REFUSED_KINDS)
 
 
 def main() -> int:
@@ -40,8 +43,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="FAMILY", choices=FAMILIES, default=list(FAMILIES))
     args = parser.parse_args()
     print(f"vllm {version('vllm')}, transformers {version('transformers')}, torch {version('torch')}\n")
-    print(f"| family | vLLM's class | {' | '.join([*KINDS, *REFUSED_KINDS])} |")
-    print("|---" * (2 + len(KINDS) + len(REFUSED_KINDS)) + "|", flush=True)
+    print(f"| family | vLLM's class | {' | '.join(COLUMNS)} |")
+    print("|---" * (2 + len(COLUMNS)) + "|", flush=True)
     reasons: dict[str, str] = {}
     failed = False
     for name in args.only:
@@ -58,9 +61,9 @@ def check_family(root: Path, name: str, reasons: dict[str, str]) -> tuple[str, l
     base = family_base(root, name)
     (architecture,) = json.loads((base / "config.json").read_text())["architectures"]
     asked, jobs, cells = prompts(), {}, {}
-    for kind, config in {**KINDS, **REFUSED_KINDS}.items():
+    for kind in COLUMNS:
         try:
-            jobs[kind] = fused(root, base, name, kind, config)
+            jobs[kind] = fused(root, base, name, kind)
         except LoraflowError as error:
             # loraflow itself does not fuse it: it never comes to vLLM.
             cells[kind] = refusal(str(error), reasons)
@@ -78,16 +81,16 @@ def check_family(root: Path, name: str, reasons: dict[str, str]) -> tuple[str, l
             expected = generated(fusion, asked)
             right = all([answer["ids"] for answer in answers] == expected for answers in one["answers"])
             cells[kind] = EXACT if right else WRONG
-    return architecture, [cells[kind] for kind in {**KINDS, **REFUSED_KINDS}]
+    return architecture, [cells[kind] for kind in COLUMNS]
 
 
-def fused(root: Path, base: Path, name: str, kind: str, config: dict[str, object]) -> Path:
-    """A saved fusion of a plain adapter and one of a kind."""
+def fused(root: Path, base: Path, name: str, kind: str) -> Path:
+    """A saved fusion of a plain adapter and one of a kind, or of each kind that is served."""
     directory = root / kind.replace("`", "").replace(" ", "-")
-    if kind in KINDS:
-        return family_fusion(base, name, directory, [kind], LoraFlow())
+    if kind == TOGETHER:
+        return family_fusion(base, name, directory, list(KINDS), LoraFlow())
     adapters = {"plain": family_adapter(base, name, directory / "plain", 1)}
-    adapters["other"] = family_adapter(base, name, directory / "other", 2, **config)
+    adapters["other"] = family_adapter(base, name, directory / "other", 2, **REFUSED_KINDS[kind])
     FusedModel.from_adapters(base, adapters, "average").save_pretrained(directory / "fusion")
     return directory / "fusion"
 

@@ -69,7 +69,7 @@ def test_what_is_refused(given, message):
 
 @pytest.mark.parametrize("given", [{KEY: MIX}, {"fusion": {"method": "base"}}, {"vllm_xargs": {KEY: "{}"}}])
 def test_a_server_without_weights_of_requests_says_so(given):
-    with pytest.raises(MethodError, match="takes no weights of requests. Start it with --request-weights"):
+    with pytest.raises(MethodError, match=r"takes no weights of requests. Start it with --request-weights"):
         translated(given, allowed=False)
     assert translated({name: None for name in given if name != "vllm_xargs"}, allowed=False) == {}
 

@@ -72,6 +72,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "rsLoRA": {"r": 6, "use_rslora": True},
 }
+# Refused by loraflow itself or by the plug-in; whole heads are taken where they are those of the base.
 REFUSED_KINDS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "`lora_bias`": {"lora_bias": True},

@@ -22,6 +22,7 @@ from loraflow.cli.texts import PromptOptions, Stop, stop_strings
 from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits, ServerConfig
 from loraflow.serving.logs import LogFormat, set_up_logs
+from loraflow.serving.starting import not_ready
 
 if TYPE_CHECKING:
     from loraflow.serving.catalog import Catalog
@@ -282,15 +283,16 @@ def serve(
     )
     set_up_logs(config.log_format)
     listener = _listen(network.host, network.port)
-    catalog = Catalog.open(
-        sources.base,
-        sources.adapters(),
-        named,
-        base_id=served_model_name,
-        prompt=prompt.format(),
-        stop_strings=stop_strings(stop),
-        options=sources.placement.options(),
-    )
+    with not_ready(listener):
+        catalog = Catalog.open(
+            sources.base,
+            sources.adapters(),
+            named,
+            base_id=served_model_name,
+            prompt=prompt.format(),
+            stop_strings=stop_strings(stop),
+            options=sources.placement.options(),
+        )
     _answer(catalog, config, listener)
 
 

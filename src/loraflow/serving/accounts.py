@@ -6,17 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from loraflow.serving.catalog import Served
-from loraflow.serving.jobs import Token
+from loraflow.serving.jobs import Job, Token
 from loraflow.serving.logs import log_facts
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.record import CURRENT, Record
 from loraflow.serving.tracing import Tracing
-
-if TYPE_CHECKING:
-    from loraflow.serving.service import Asked
 
 log = logging.getLogger("loraflow.serving")
 
@@ -42,6 +39,23 @@ class Stages:
     record: Record | None = field(default_factory=CURRENT.get)
 
 
+class Prompt(Protocol):
+    """What an account is kept of: the service's `Asked`."""
+
+    id: str
+    served: Served
+    prompt: list[int]
+    jobs: list[Job]
+    started: float
+    stages: Stages
+    generated: int
+    first_token_s: float | None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended."""
+
+
 class Accounts:
     """Keeps account of one server's prompts.
 
@@ -63,7 +77,7 @@ class Accounts:
             stages.record.model = served.id
         return stages
 
-    def add_token(self, asked: Asked, index: int, token: Token) -> None:
+    def add_token(self, asked: Prompt, index: int, token: Token) -> None:
         """Count a token of one of a prompt's answers."""
         now, stages, metrics = time.monotonic(), asked.stages, self._metrics
         asked.generated += 1
@@ -77,7 +91,7 @@ class Accounts:
         if token.weights is not None:
             metrics.add_weights(asked.served.adapters, token.weights)
 
-    def close(self, asked: Asked) -> None:
+    def close(self, asked: Prompt) -> None:
         """Count a prompt that has ended, and tell of it."""
         ended = time.monotonic()
         spent = {name: end - start for name, start, end in _stages(asked, ended)}
@@ -106,7 +120,7 @@ class Accounts:
             facts["prompt"] = self._text_of(asked.prompt)
         log_facts(log, facts)
 
-    def _count(self, asked: Asked, seconds: float, spent: dict[str, float]) -> None:
+    def _count(self, asked: Prompt, seconds: float, spent: dict[str, float]) -> None:
         metrics, stages = self._metrics, asked.stages
         metrics.requests.labels(asked.served.id, asked.outcome).inc()
         metrics.prompt_tokens.inc(len(asked.prompt))
@@ -128,7 +142,7 @@ class Accounts:
             metrics.observe("request_time_per_output_token_seconds", each)
 
 
-def _stages(asked: Asked, ended: float) -> Iterator[tuple[str, float, float]]:
+def _stages(asked: Prompt, ended: float) -> Iterator[tuple[str, float, float]]:
     """The stages that a prompt has begun, each with its begin and its end."""
     stages = asked.stages
     begun = min((job.begun for job in asked.jobs if job.begun is not None), default=None)
@@ -142,7 +156,7 @@ def _stages(asked: Asked, ended: float) -> Iterator[tuple[str, float, float]]:
         start = end
 
 
-def _trace(tracing: Tracing, record: Record, asked: Asked, ended: float) -> None:
+def _trace(tracing: Tracing, record: Record, asked: Prompt, ended: float) -> None:
     """Make a span of a prompt, with the attributes of vLLM's, and one of each of its stages."""
     stages = list(_stages(asked, ended))
     spent = {name: end - start for name, start, end in stages}

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from loraflow import __version__
 from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
-from loraflow.cli.devices import leave, tells_errors
+from loraflow.cli.devices import check_alone, leave, tells_errors
 from loraflow.cli.flags import with_flags
 from loraflow.cli.groups import ARGUMENTS
 from loraflow.cli.values import spread_values
@@ -26,6 +26,11 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, spread_values(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        check_alone(name)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:

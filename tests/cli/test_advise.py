@@ -119,7 +119,7 @@ def test_what_a_way_needs_is_what_its_method_learns_from(way):
         (Situation(2, examples=200), "module, normalised input", ["lora-flow, module", "new LoRA"]),
         (Situation(2, examples=200, may_change=True), "skill adapter, tuned", []),
         (Situation(2, examples=200, one_adapter=True), "new LoRA", []),
-        (Situation(2, examples=200, token_cost=1.05), "lora-flow, step", []),
+        (Situation(2, examples=200, token_cost=1.05), "lora-flow", ["lora-flow, step"]),
         (Situation(2, prompt_cost=1.13), "average", []),
     ],
 )

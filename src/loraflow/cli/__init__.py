@@ -12,7 +12,20 @@ import typer
 from typer.core import TyperGroup
 
 from loraflow import __version__
-from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
+from loraflow.cli import (
+    advise,
+    compare,
+    demo,
+    export,
+    finetune,
+    fit,
+    generate,
+    import_official,
+    info,
+    plot,
+    serve,
+    trace,
+)
 from loraflow.cli.devices import check_alone, leave, tells_errors
 from loraflow.cli.flags import with_flags
 from loraflow.cli.groups import ARGUMENTS
@@ -60,6 +73,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo.demo)
+app.command()(advise.advise)
 app.command()(info.info)
 app.command()(fit.fit)
 app.command()(finetune.finetune)

@@ -24,7 +24,10 @@ from loraflow.core.lanes import Lane, Lanes, spread
 from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
+from loraflow.serving.likelihoods import PromptPosition, prompt_positions, read_prompts, token_of
 from loraflow.serving.overflow import finite
+
+_NOT_FINITE = "The model's logits are no finite numbers. Ask for smaller weights."
 
 
 class _Router(OutputRouter):
@@ -209,21 +212,35 @@ class _Runner(ModelRunner):
 
     batch: Sequence[tuple[Job | None, Any]]
     fail: Callable[[Job, str], None]
+    _told: Sequence[PromptPosition] = ()
+
+    def compute_batch(self, model: Any, batch_data: dict[str, Any]) -> None:
+        """Run a step, whose logits are those of the last positions, and behind them those that prompts are told by."""
+        self._told = prompt_positions(self.batch)
+        if self._told:
+            last: Tensor = batch_data["logits_indices"]
+            batch_data["logits_indices"] = torch.cat([last, last.new_tensor([one.row for one in self._told])])
+        super().compute_batch(model, batch_data)
 
     def _sample(self, scores: Float[Tensor, "1 requests vocabulary"], output_ids: Tensor) -> None:
         waiting = [job for job, future in self.batch if future.has_new_token]
         logits = scores[0, : len(waiting)]
+        for failed in read_prompts(self._told, scores[0, scores.shape[1] - len(self._told) :]):
+            self.fail(failed, _NOT_FINITE)
         chosen = logits.argmax(dim=-1)
         usable = logits.amax(dim=-1).isfinite().tolist()
         for row, job in enumerate(waiting):
             if job is None:
                 continue
             if not usable[row]:
-                self.fail(job, "The model's logits are no finite numbers. Ask for smaller weights.")
+                self.fail(job, _NOT_FINITE)
                 continue
             if not job.sampling.greedy:
                 chosen[row] = sample(logits[row], job.sampling, job.generator)
-            job.sampled = _token(logits[row], int(chosen[row]), job.sampling.logprobs)
+            job.sampled = token_of(logits[row], int(chosen[row]), job.sampling.logprobs)
+            if job.tells_prompt and not job.told:
+                prompt = (Token(job.prompt[0]), *(token for _, token in sorted(job.read.items())))
+                job.sampled = dataclasses.replace(job.sampled, prompt=prompt)
         output_ids[0, : len(waiting)].copy_(chosen)
 
 
@@ -239,12 +256,3 @@ def sample(
         ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0
         return tokens[torch.multinomial(ordered, 1, generator=generator)[0]]
     return torch.multinomial(probabilities, 1, generator=generator)[0]
-
-
-def _token(logits: Float[Tensor, " vocabulary"], token: int, count: int | None) -> Token:
-    if count is None:
-        return Token(token)
-    logs = logits.log_softmax(dim=-1)
-    found = logs.topk(min(count, len(logs))) if count else None
-    top = () if found is None else tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-    return Token(token, float(logs[token]), top)

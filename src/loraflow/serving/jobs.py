@@ -69,6 +69,8 @@ class Token:
         top: the likeliest tokens with theirs.
         weights: the fusion weights that produced it, those of the position before, by layer, for the adapters of its
             `Weigher`; None where they were not asked for.
+        prompt: the prompt's tokens with theirs, beside the first token of an answer that was to tell them; nothing says
+            how likely the first of them is.
         finish: why it is the last; None where it is not.
     """
 
@@ -76,6 +78,7 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     weights: Float[Tensor, "layers adapters"] | None = None
+    prompt: tuple[Token, ...] = ()
     finish: FinishReason | None = None
 
 
@@ -103,6 +106,8 @@ class Job:
         weigher: who weighs it.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
+        tells_prompt: whether the prompt's tokens are told too, with as many log-probabilities as others.
+        read: those of the prompt's tokens that are known so far, by their place.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
     """
@@ -115,6 +120,8 @@ class Job:
     ends: Sequence[int]
     wants_weights: bool
     listener: Listener
+    tells_prompt: bool = False
+    read: dict[int, Token] = field(default_factory=dict)
     generator: torch.Generator | None = None
     told: int = 0
     sampled: Token | None = None

@@ -164,7 +164,6 @@ class ChatNoOps(NoOps):
 class CompletionNoOps(NoOps):
     """Those of plain completions alone."""
 
-    echo: Off = None
     suffix: Annotated[Any, Only("")] = None
     add_special_tokens: On = None
     prompt_embeds: Nothing = None

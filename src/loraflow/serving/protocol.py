@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt
 
 from loraflow.serving.no_ops import ChatNoOps, CompletionNoOps, MessageNoOps, NoOps, StreamNoOps, Whole
 
-Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=4)]
+# OpenAI takes 4; tasks of lm-evaluation-harness have more.
+Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
+# Each new character is compared with all of them.
+_STOP_CHARACTERS = 4000
 # Strict: true is no number, nor is a text.
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Count = Annotated[int, Strict(), Field(ge=1), Whole]
@@ -102,6 +105,8 @@ class Generation(NoOps, _Body):
     def _no_empty_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and "" in ([value] if isinstance(value, str) else value):
             raise ValueError("a stop string must not be empty")
+        if isinstance(value, list) and sum(map(len, value)) > _STOP_CHARACTERS:
+            raise ValueError(f"the stop strings must have at most {_STOP_CHARACTERS} characters together")
         return value
 
     @property
@@ -162,6 +167,8 @@ class CompletionRequest(CompletionNoOps, Generation):
 
     Attributes:
         prompt: text or token ids, or several of either.
+        max_tokens: the longest answer; 0 only tells the prompt.
+        echo: begin each answer with its prompt, whose tokens come with log-probabilities where these are asked for.
         logprobs: send the log-probabilities of each token and of so many of the likeliest.
         best_of: only `n`.
     """
@@ -173,9 +180,16 @@ class CompletionRequest(CompletionNoOps, Generation):
         | Annotated[list[StrictInt], Field(fail_fast=True)]
         | Annotated[list[Annotated[list[StrictInt], Field(fail_fast=True)]], Field(fail_fast=True)]
     )
-    max_tokens: Count | None = 16
+    max_tokens: Annotated[int, Strict(), Field(ge=0), Whole] | None = 16
+    echo: StrictBool = False
     logprobs: Annotated[int, Strict(), Field(ge=0, le=5), Whole] | None = None
     best_of: Count | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("`max_tokens` (=0) asks for nothing without `echo`. Set that to true, or ask for more.")
+        return self
 
 
 class LoadRequest(_Body):

@@ -195,7 +195,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         prompt = await service.read_conversation(served, messages)
-        asked = await service.ask(body, served, prompt, Wanted(started, longest, wanted))
+        grammar = await service.find_grammar(body)
+        asked = await service.ask(body, served, prompt, Wanted(started, longest, wanted, grammar=grammar))
         await end_reading()
         reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
         if body.stream:
@@ -212,7 +213,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         prompts = await _prompts(service, body)
         echoes = await _echoes(service, body, prompts) if body.echo else []
         tells_prompt = body.echo and body.logprobs is not None
-        wanted = Wanted(started, body.max_tokens, body.logprobs, tells_prompt, continues=True)
+        grammar = await service.find_grammar(body)
+        wanted = Wanted(started, body.max_tokens, body.logprobs, tells_prompt, continues=True, grammar=grammar)
         asked: list[Asked] = []
         try:
             for prompt in prompts:

@@ -33,9 +33,10 @@ _NOT_FINITE = "The model's logits are no finite numbers. Ask for smaller weights
 class _Router(OutputRouter):
     """Takes what the manager says of requests, and tells their listeners."""
 
-    def __init__(self, jobs: dict[str, Job]) -> None:
+    def __init__(self, jobs: dict[str, Job], cancel: Callable[[str], Any]) -> None:
         super().__init__()
         self._jobs = jobs
+        self._cancel = cancel
 
     def deliver(self, output: GenerationOutput) -> None:
         job = self._jobs.get(output.request_id)
@@ -45,11 +46,15 @@ class _Router(OutputRouter):
         new = output.generated_tokens[job.told :]
         for position, token in enumerate(new, start=1):
             known, job.sampled = job.sampled or Token(token), None
-            finish: FinishReason | None = None
-            if ended and position == len(new):
+            finish: FinishReason | None = known.finish
+            if finish is None and ended and position == len(new):
                 finish = "stop" if token in job.ends else "length"
             job.told += 1
             job.listener(dataclasses.replace(known, id=token, finish=finish))
+            if finish is not None and not ended:
+                # Its form is whole, and has no token to end with.
+                self._cancel(output.request_id)
+                ended = True
         if output.status == RequestStatus.FAILED:
             job.listener(Failure(str(output.error)))
         if ended or output.status == RequestStatus.FAILED:
@@ -84,7 +89,7 @@ class Manager(ContinuousBatchingManager):
         )
         plain = GenerationConfig(do_sample=False, eos_token_id=-1)
         super().__init__(cast(Any, model.base_model), plain, config)
-        self.output_router = _Router(jobs)
+        self.output_router = _Router(jobs, self.cancel_request)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
@@ -235,9 +240,20 @@ class _Runner(ModelRunner):
             if not usable[row]:
                 self.fail(job, _NOT_FINITE)
                 continue
+            options = logits[row]
+            if job.constraint is not None:
+                try:
+                    options = job.constraint.limit(options, job.ends)
+                except LoraflowError as error:
+                    self.fail(job, str(error))
+                    continue
+                chosen[row] = options.argmax()
             if not job.sampling.greedy:
-                chosen[row] = sample(logits[row], job.sampling, job.generator)
-            job.sampled = token_of(logits[row], int(chosen[row]), job.sampling.logprobs)
+                chosen[row] = sample(options, job.sampling, job.generator)
+            token = int(chosen[row])
+            job.sampled = token_of(logits[row], token, job.sampling.logprobs)
+            if job.constraint is not None and token not in job.ends and job.constraint.accept(token):
+                job.sampled = dataclasses.replace(job.sampled, finish="stop")
             if job.tells_prompt and not job.told:
                 prompt = (Token(job.prompt[0]), *(token for _, token in sorted(job.read.items())))
                 job.sampled = dataclasses.replace(job.sampled, prompt=prompt)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraflow.core.lanes import Gates
 from loraflow.methods import Method
+from loraflow.serving.grammars import Constraint
 
 FinishReason = Literal["stop", "length"]
 
@@ -106,6 +107,7 @@ class Job:
         weigher: who weighs it.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
+        constraint: what its answer may consist of; None for anything.
         tells_prompt: whether the prompt's tokens are told too, with as many log-probabilities as others.
         read: those of the prompt's tokens that are known so far, by their place.
         told: how many tokens it has heard of.
@@ -120,6 +122,7 @@ class Job:
     ends: Sequence[int]
     wants_weights: bool
     listener: Listener
+    constraint: Constraint | None = None
     tells_prompt: bool = False
     read: dict[int, Token] = field(default_factory=dict)
     generator: torch.Generator | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraflow.serving.grammars import Grammar
 from loraflow.serving.jobs import Token
 
 
@@ -38,6 +39,7 @@ class Wanted:
         logprobs: how many of the likeliest tokens are told at each position, with the chosen one; None tells nothing.
         tells_prompt: whether the prompt's tokens are told in the same way.
         continues: whether the answers continue the prompt's text, where those to a conversation begin one.
+        grammar: the form that they are to have.
     """
 
     started: float
@@ -45,3 +47,4 @@ class Wanted:
     logprobs: int | None = None
     tells_prompt: bool = False
     continues: bool = False
+    grammar: Grammar | None = None

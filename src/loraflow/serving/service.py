@@ -21,6 +21,7 @@ from loraflow.methods import QueryMethod
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
 from loraflow.serving.engine import Engine
+from loraflow.serving.grammars import Grammar, Grammars
 from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.pieces import Piece, Wanted
@@ -88,6 +89,7 @@ class Service:
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
         self.token_texts = TokenTexts(self.tokenizer)
         self.reader = Reader(self.tokenizer, self.longest)
+        self.grammars = Grammars(self.tokenizer, self._vocabulary, self.config.max_waiting)
 
     def start(self) -> None:
         """Start the engine."""
@@ -106,6 +108,7 @@ class Service:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.engine.close, finish=False)
         self.reader.close()
+        await asyncio.to_thread(self.grammars.close)
 
     @property
     def _cut(self) -> str:
@@ -121,7 +124,24 @@ class Service:
         positions = getattr(config, "max_position_embeddings", None) or self.config.limits.cache_tokens
         return int(min(positions, self.config.limits.cache_tokens))
 
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.catalog.model.config.get_text_config(decoder=True).vocab_size)
+
     # What a request asks for.
+
+    async def find_grammar(self, body: Generation) -> Grammar | None:
+        """The form that a request's answers are to have.
+
+        Raises:
+            ApiError: if they cannot be held to it.
+        """
+        try:
+            form = body.form()
+            return None if form is None else await self.grammars.find(form)
+        except LoraflowError as error:
+            param = "response_format" if body.structured_outputs is None else "structured_outputs"
+            raise ApiError(400, str(error), param=param) from error
 
     async def find(self, body: Generation) -> Served:
         """Who answers a request, as `served_for` finds it; directions of adapters, say, take a while."""
@@ -206,6 +226,7 @@ class Service:
             wants = bool(body.return_fusion_weights)
             job = Job(f"{name}-{index}", prompt, weigher, sampling, max(limit, 1), endings.token_ids, wants, listen)
             job.tells_prompt = wanted.tells_prompt
+            job.constraint = None if wanted.grammar is None else wanted.grammar.constraint()
             jobs.append(job)
         before = prompt if wanted.continues else ()
         streams = [TextStream(self.tokenizer, endings.texts, before) for _ in jobs]
@@ -258,10 +279,9 @@ class Service:
             ApiError: if there are none or too many, or one is none of the model's.
         """
         limit = self._new_tokens(len(prompt), max_tokens)
-        vocabulary = self.catalog.model.config.get_text_config(decoder=True).vocab_size
         for token in prompt:
-            if not 0 <= token < vocabulary:
-                message = f"The prompt has the token {token}; tokens are from 0 to {vocabulary - 1}."
+            if not 0 <= token < self._vocabulary:
+                message = f"The prompt has the token {token}; tokens are from 0 to {self._vocabulary - 1}."
                 raise ApiError(400, message, param="prompt")
         return limit
 

@@ -130,6 +130,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 404:
+            message += ". Endpoints that vLLM has beyond these are there with --engine vllm."
         return _error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 

@@ -6,7 +6,17 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
 from loraflow.errors import LoraflowError
 from loraflow.serving.forms import Form
@@ -206,8 +216,13 @@ class Generation(NoOps, _Body):
 class TextPart(_Body):
     """A part of a message."""
 
-    type: Literal["text"]
+    type: Annotated[Any, Only("text", vllm=True)]
     text: str
+
+
+def _parts(value: Any) -> Any:
+    # One kind of content, so that what is wrong with a part is told as that and not as a text that it is none of.
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class ChatMessage(MessageNoOps, _Body):
@@ -217,19 +232,19 @@ class ChatMessage(MessageNoOps, _Body):
         name: taken, and not used.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Annotated[Any, Only("system", "developer", "user", "assistant", vllm=True)]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
 
     @property
     def turn(self) -> str:
         """Whose turn it is, in the words of templates: to them, what developers say is the system's."""
-        return "system" if self.role == "developer" else self.role
+        return "system" if self.role == "developer" else str(self.role)
 
     @property
     def text(self) -> str:
         """The whole content."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(ChatNoOps, Generation):

@@ -110,6 +110,7 @@ class Job:
         constraint: what its answer may consist of; None for anything.
         tells_prompt: whether the prompt's tokens are told too, with as many log-probabilities as others.
         read: those of the prompt's tokens that are known so far, by their place.
+        begun: when it was in a step for the first time, in seconds of a monotonic clock; None where it was in none.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
     """
@@ -126,5 +127,6 @@ class Job:
     tells_prompt: bool = False
     read: dict[int, Token] = field(default_factory=dict)
     generator: torch.Generator | None = None
+    begun: float | None = None
     told: int = 0
     sampled: Token | None = None

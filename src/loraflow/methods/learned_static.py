@@ -39,6 +39,10 @@ class LearnedWeights(nn.Module):
         """The weights, to be broadcast over the batch and the sequence."""
         return self.weights
 
+    def known_weights(self) -> Float[Tensor, " adapters"]:
+        """The weights, before anything is read."""
+        return self.weights
+
 
 @dataclass(frozen=True)
 class LearnedStatic(FittedOnExamples, Method):

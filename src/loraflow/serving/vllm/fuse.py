@@ -9,7 +9,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
 
 from loraflow.adapters import LoraModule
-from loraflow.core.linear import stack_adapters
+from loraflow.core.stack import stack_adapters
 from loraflow.errors import ArchitectureError
 from loraflow.serving.vllm.delta import ForwardWeights, FusedDelta, GivenWeights, LayerWeights
 from loraflow.serving.vllm.layers import add_update, add_weights, columns_of, gather_of, parts_of, reads_stream

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from loraflow.adapters import AdapterSource
+    from loraflow.adapters import AdapterBank, AdapterSource
     from loraflow.bases import BaseOptions
     from loraflow.methods import (
         AdapterCore,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from loraflow.visual.trace import Trace
 
 _HOMES = {
+    "AdapterBank": "loraflow.adapters",
     "AdapterSource": "loraflow.adapters",
     "BaseOptions": "loraflow.bases",
     "FitConfig": "loraflow.training",
@@ -47,6 +48,7 @@ _HOMES = {
 """Where public names are; the others of `__all__` are of `loraflow.methods`."""
 
 __all__ = [
+    "AdapterBank",
     "AdapterCore",
     "AdapterSource",
     "Arrow",

@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py                       # 64 loaded, hidden size 512, 6 layers, r = 16, one thread
     python benchmarks/growth.py --loaded 16 64 256
+    python benchmarks/growth.py --ways                # the three ways of `core/picks.py`, and which one is taken
 
 Every contender answers in every round, in turn, and what counts is the median over the rounds of a ratio within one
 round. Times are the process's own (`time.process_time`), so that what else the machine does counts for less. A ceiling
@@ -20,12 +21,14 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig
 from speed import TARGETS, build_base, print_setting
 
 from loraflow import Arrow, FusedModel
 from loraflow.adapters import Adapter, AdapterSource, LoraModule
+from loraflow.core.picks import Picks, Sizes, Way, cheapest
 
 
 def main() -> None:
@@ -36,6 +39,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     print_setting(args)
+    if args.ways:
+        with torch.inference_mode():
+            report_ways(args)
+        return
     args.experts = 0
     base = build_base(args)
     adapters = {f"a{i}": random_adapter(base, f"a{i}", args.rank) for i in range(max(2, *args.loaded))}
@@ -64,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--ways", action="store_true", help="one linear alone, by the number of rows and adapters")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -132,6 +140,40 @@ def decode(model: FusedModel, methods: Sequence[object], args: argparse.Namespac
         model.generate(prompt, attention_mask=torch.ones_like(prompt), methods=list(methods), **length)
         times.append(time.process_time() - start)
     return times[1] - times[0]
+
+
+def report_ways(args: argparse.Namespace) -> None:
+    """Times of the ways to what few adapters at each position add to one linear, as shares of that of all adapters."""
+    width, rank = args.hidden, args.rank
+    # More than a cache holds, as the linears of a model are.
+    copies = range(24)
+    print("\nrows, adapters, of which each row uses; time of gathered and of grouped to that of all, and what is taken")
+    for rows, adapters, most in ((1, 4, 3), (1, 64, 3), (8, 2, 2), (8, 16, 2), (8, 64, 2), (64, 64, 2), (256, 64, 2)):
+        A, B = ([torch.randn(adapters, rank, width) for _ in copies] for _ in range(2))
+        x, output, weights = torch.randn(rows, width), torch.zeros(rows, width), torch.zeros(rows, adapters)
+        for row in weights:
+            row[torch.randperm(adapters)[:most]] = 1e-3
+
+        def run(way: Way, *tensors: object) -> float:
+            x, output, weights, A, B, most = tensors
+            start = time.process_time()
+            for lora_A, lora_B in zip(A, B, strict=True):
+                if way == "all":
+                    slots = F.linear(x, lora_A.flatten(0, 1)) * weights.repeat_interleave(lora_A.shape[1], dim=1)
+                    output.addmm_(slots, lora_B.flatten(0, 1))
+                else:
+                    picks = Picks.of(weights, most, 1, way)
+                    picks.write(picks.read(x, lora_A, None), lora_B, output)
+            return time.process_time() - start
+
+        ways: tuple[Way, ...] = ("all", "gathered", "grouped")
+        tensors = (x, output, weights, A, B, most)
+        seconds = run_rounds({way: functools.partial(run, way, *tensors) for way in ways}, args.rounds)
+        ratios = [
+            statistics.median(t / r for r, t in zip(seconds["all"], seconds[way], strict=True)) for way in ways[1:]
+        ]
+        sizes = Sizes(rows, 1, adapters, most, width, (rank,), (width,), itemsize=4)
+        print(f"  {rows:4} {adapters:4} {most:2}   {ratios[0]:6.2f} {ratios[1]:6.2f}   {cheapest(sizes)}")
 
 
 def run_rounds(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

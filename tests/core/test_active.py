@@ -278,6 +278,7 @@ def given(*rows):
         (lanes_of(Lane((0,), "layer", {"layers.0": ConstantGate([0, float("nan")])}, among=(2, 4))), (4,), None, True),
         (lanes_of(Lane((0,), "layer", {"layers.0": nn.Identity()}, among=(3, 1))), (1, 3), None, False),
         (lanes_of(Lane((0,), "layer", {"layers.0": nn.Identity()})), None, None, False),
+        (lanes_of(Lane((0,), "layer", {"layers.0": RowGate(torch.zeros(1, 5, device="meta"))})), None, None, True),
         (
             lanes_of(
                 Lane((0,), "layer", {"layers.0": nn.Identity()}, among=(3, 1)),

@@ -80,7 +80,8 @@ def _find(lanes: Lanes, adapters: int, learning: bool) -> Use:
         gates, known = list(lane.gates.values()), _known(lane)
         by_row = by_row and len(known) == len(gates)
         lasts = lasts and not (known and any(_has_parameters(gate) for gate in gates))
-        if len(known) < len(gates) or (learning and any(weights.requires_grad for weights in known)):
+        unread = any(weights.is_meta or (learning and weights.requires_grad) for weights in known)
+        if unread or len(known) < len(gates):
             active.update(among)
             most = max(most, _most(gates, len(among)))
             continue

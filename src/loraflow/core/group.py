@@ -24,6 +24,9 @@ from loraflow.core.stack import StackedLora
 
 Counts = tuple[int, ...]
 
+# Prompts are of many lengths; each is reckoned once as long as there are not more.
+_KEPT_WAYS = 256
+
 
 @dataclass(eq=False)
 class Reading:
@@ -187,6 +190,8 @@ class InputGroup(nn.Module):
         assert context.most is not None
         key = (positions, span, reading.adapters, context.most)
         if key not in self._ways:
+            if len(self._ways) >= _KEPT_WAYS:
+                self._ways.clear()
             used = [(max(counts), features) for counts, features in zip(reading.slots, self.out_features, strict=True)]
             sizes = Sizes(
                 rows=positions // span,

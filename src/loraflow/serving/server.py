@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,6 +19,9 @@ from loraflow.serving.service import Service
 
 # For the last words of answers that are given up, and clients that read slowly.
 _FLUSH_S = 5
+
+# How long one thread may keep the others from running Python.
+_SWITCH_S = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -53,6 +58,11 @@ class Server(uvicorn.Server):
             raise LoraflowError(
                 f"The address cannot be listened on ({error.strerror or error}). Give another address."
             ) from error
+        # Reading a request must not stop the engine for long: neither for its turn of 5 ms at Python, as is the default,
+        # nor for a search for garbage among all that belongs to the model.
+        sys.setswitchinterval(_SWITCH_S)
+        gc.collect()
+        gc.freeze()
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

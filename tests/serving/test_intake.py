@@ -15,9 +15,11 @@ from uvicorn.server import ServerState
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits, ServerConfig
 from loraflow.serving.http import http_config
-from loraflow.serving.intake import MOST_TEXTS, MOST_VALUES, check_body, client_of
+from loraflow.serving.intake import MOST_TEXTS, MOST_VALUES, Entrance, check_body, client_of
 from loraflow.serving.protocol import ApiError
+from loraflow.serving.reading import Reader
 from tests.serving.worlds import DEADLINE_S, call, serving, tiny_fusion, wait_for
+from tests.tiny import number_tokenizer
 
 LIMITS = EngineLimits(requests=8, batch_tokens=64, cache_tokens=1024, page_tokens=16)
 ASKED = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2, "temperature": 0}
@@ -199,3 +201,61 @@ def test_work_for_a_client_that_has_gone_is_dropped(tiny, monkeypatch):
         assert post(address, ASKED).status == 200
         assert asked == ["5"]
         assert service.engine.running == 0
+
+
+# ---- What is read for nothing --------------------------------------------------------------------------------------
+
+
+def test_only_what_gets_no_answer_of_the_engine_is_followed_by_a_rest(tiny, monkeypatch):
+    with serving(tiny, ServerConfig(limits=LIMITS)) as (service, address):
+        rests = []
+        monkeypatch.setattr(service.reader.pace, "rest", lambda client, seconds: rests.append((client, seconds)))
+        assert post(address, ASKED).status == 200
+        assert post(address, {**ASKED, "stream": True}).status == 200
+        assert not rests
+        statuses = [
+            post(address, {**ASKED, "model": "none"}).status,
+            post(address, b"{").status,
+            call("GET", f"{address}/v1/models").status,
+            call("GET", f"{address}/none").status,
+            call("GET", f"{address}/health", Host="elsewhere").status,
+        ]
+        assert statuses == [404, 400, 200, 404, 403]
+        wait_for(lambda: len(rests) == 5)
+        assert {client for client, _ in rests} == {"127.0.0.1"}
+        assert all(seconds > 0 for _, seconds in rests)
+
+
+def test_a_client_that_rests_is_not_even_received(tiny):
+    with serving(tiny, ServerConfig(limits=LIMITS)) as (service, address):
+        pace = service.reader.pace
+        with pace.there("another"):
+            pace.rest("127.0.0.1", 0.01)
+            until = pace._rests["127.0.0.1"][0]
+            assert post(address, {**ASKED, "prompt": [5] * 20_000}).status == 400
+            assert pace._seconds() >= until
+            pace._waiting["127.0.0.1"] = 16
+            answer = post(address, ASKED)
+            assert (answer.status, answer.json()["error"]["code"]) == (429, "too_many_refused")
+
+
+def test_nobody_waits_for_a_client_that_does_not_take_its_answer():
+    async def run():
+        reader, taken = Reader(number_tokenizer(), 64), asyncio.Event()
+
+        async def send(message):
+            await taken.wait()
+
+        async def refusal(scope, receive, send):
+            await send({"type": "http.response.start", "status": 404})
+
+        entrance = Entrance(reader, lambda error: refusal)
+        slow = asyncio.ensure_future(entrance.answer_shortly(refusal, {"client": ("192.0.2.1", 1)}, None, send))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_S), reader.turns.turn("other"):
+            assert not slow.done()
+        taken.set()
+        await slow
+        reader.close()
+
+    asyncio.run(run())

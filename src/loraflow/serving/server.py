@@ -20,6 +20,9 @@ from loraflow.serving.service import Service
 # For the last words of answers that are given up, and clients that read slowly.
 _FLUSH_S = 5
 
+# Connections that may wait to be accepted, and how many of them are at once: all others wait for that.
+_BACKLOG, _AT_ONCE = 2048, 16
+
 # How long one thread may keep the others from running Python.
 _SWITCH_S = 0.0005
 
@@ -41,6 +44,7 @@ class Server(uvicorn.Server):
                 service.config,
                 access_log=False,
                 log_level="warning",
+                backlog=_AT_ONCE,
                 timeout_graceful_shutdown=int(service.config.drain_s) + _FLUSH_S,
             )
         )
@@ -58,8 +62,10 @@ class Server(uvicorn.Server):
             raise LoraflowError(
                 f"The address cannot be listened on ({error.strerror or error}). Give another address."
             ) from error
-        # Reading a request must not stop the engine for long: neither for its turn of 5 ms at Python, as is the default,
-        # nor for a search for garbage among all that belongs to the model.
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)
+        # Reading must not stop the engine for long: neither for a thread's turn of 5 ms at Python, the default, nor for
+        # a search for garbage among all that belongs to the model.
         sys.setswitchinterval(_SWITCH_S)
         gc.collect()
         gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -102,6 +103,12 @@ class Manager(ContinuousBatchingManager):
             cache.get_seq_length = lambda *_: 0
         return processor
 
+    @property
+    def cache_usage(self) -> float:
+        """The used part of the cache; 1 is all of it."""
+        processor = self.batch_processor
+        return 0.0 if processor is None else 1 - processor.cache.compute_free_capacity()
+
     def _fail(self, job: Job, message: str) -> None:
         """Give up one request; the others go on."""
         if self._jobs.pop(job.id, None) is not None:
@@ -124,6 +131,7 @@ class Manager(ContinuousBatchingManager):
             batch = [(self._jobs.get(future.state.request_id), future) for future in shared.requests_in_batch]
             cast(_Runner, self.batch_processor.model_runner).batch = batch
             self.batched = len(batch)
+            _note_begin(batch)
             with torch.cuda.stream(shared.compute_stream):
                 lanes = _lanes(model, batch)
             stack.enter_context(model.attachment.weighing(lanes))
@@ -154,6 +162,13 @@ class Manager(ContinuousBatchingManager):
             among = _among(self._fused, job.weigher)
             weights = weights if among is None else weights[:, among]
             job.sampled = dataclasses.replace(job.sampled, weights=weights)
+
+
+def _note_begin(batch: Sequence[tuple[Job | None, Any]]) -> None:
+    """Note when requests are in a step for the first time."""
+    for job, _ in batch:
+        if job is not None and job.begun is None:
+            job.begun = time.monotonic()
 
 
 def _lanes(model: Fusion, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:

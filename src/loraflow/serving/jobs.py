@@ -103,6 +103,7 @@ class Job:
         weigher: who weighs it.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
+        begun: when it was in a step for the first time, in seconds of a monotonic clock; None where it was in none.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
     """
@@ -116,5 +117,6 @@ class Job:
     wants_weights: bool
     listener: Listener
     generator: torch.Generator | None = None
+    begun: float | None = None
     told: int = 0
     sampled: Token | None = None

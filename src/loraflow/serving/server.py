@@ -18,7 +18,7 @@ from loraflow.serving.http import http_config
 from loraflow.serving.service import Service
 
 # For the last words of answers that are given up, and clients that read slowly.
-_FLUSH_S = 5
+FLUSH_S = 5
 
 # Connections that may wait to be accepted, and how many of them are at once: all others wait for that.
 _BACKLOG, _AT_ONCE = 2048, 16
@@ -45,7 +45,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 log_level="warning",
                 backlog=_AT_ONCE,
-                timeout_graceful_shutdown=int(service.config.drain_s) + _FLUSH_S,
+                # uvicorn's lines go through its own handlers otherwise.
+                log_config=None if service.config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
+                timeout_graceful_shutdown=int(service.config.drain_s) + FLUSH_S,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import threading
@@ -222,7 +223,7 @@ def test_only_what_gets_no_answer_of_the_engine_is_followed_by_a_rest(tiny, monk
         ]
         assert statuses == [404, 400, 200, 404, 403]
         wait_for(lambda: len(rests) == 5)
-        assert {client for client, _ in rests} == {"127.0.0.1"}
+        assert [client for client, _ in rests] == ["127.0.0.1"] * 4 + ["127.0.0.1/health"]
         assert all(seconds > 0 for _, seconds in rests)
 
 
@@ -239,6 +240,9 @@ def test_a_client_that_rests_is_not_even_received(tiny):
             assert (answer.status, answer.json()["error"]["code"]) == (429, "too_many_refused")
 
 
+SCOPE = {"type": "http", "path": "/none", "client": ("192.0.2.1", 1), "headers": []}
+
+
 def test_nobody_waits_for_a_client_that_does_not_take_its_answer():
     async def run():
         reader, taken = Reader(number_tokenizer(), 64), asyncio.Event()
@@ -250,12 +254,38 @@ def test_nobody_waits_for_a_client_that_does_not_take_its_answer():
             await send({"type": "http.response.start", "status": 404})
 
         entrance = Entrance(reader, lambda error: refusal)
-        slow = asyncio.ensure_future(entrance.answer_shortly(refusal, {"client": ("192.0.2.1", 1)}, None, send))
+        slow = asyncio.ensure_future(entrance.answer_shortly(refusal, SCOPE, None, send))
         await asyncio.sleep(0)
         async with asyncio.timeout(DEADLINE_S), reader.turns.turn("other"):
             assert not slow.done()
         taken.set()
         await slow
+        reader.close()
+
+    asyncio.run(run())
+
+
+def test_work_that_was_given_up_ends_before_its_turn_and_says_nothing():
+    async def run():
+        reader, go_on, complaints = Reader(number_tokenizer(), 64), threading.Event(), []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+
+        def fails():
+            go_on.wait(DEADLINE_S)
+            raise ApiError(413, "It is too much.")
+
+        for do in (reader.do, reader.do_apart):
+            go_on.clear()
+            work = asyncio.ensure_future(do(fails))
+            await asyncio.sleep(0.01)
+            work.cancel()
+            await asyncio.sleep(0.01)
+            assert not work.done()
+            go_on.set()
+            await asyncio.wait({work})
+            assert work.cancelled()
+        gc.collect()
+        assert not complaints
         reader.close()
 
     asyncio.run(run())

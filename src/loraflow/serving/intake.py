@@ -22,6 +22,8 @@ MOST_TEXTS, MOST_VALUES = 2**14, 2**17
 
 _SEPARATORS = (b",", b"[", b"{")
 
+_PROBES = ("/health", "/ready")
+
 # Bytes that are counted sooner than another thread is asked to.
 _SMALL = 2**16
 
@@ -43,7 +45,10 @@ class Entrance:
             await reading.begin()
             await app(scope, receive, send)
 
-        await self.take_in(take, client_of(scope, keyed=False), scope, receive, send, asks=False)
+        client = client_of(scope, keyed=False)
+        # Nobody's other requests may make a server look dead.
+        client += scope["path"] if scope["path"] in _PROBES else ""
+        await self.take_in(take, client, scope, receive, send, asks=False)
 
     async def take_in(
         self, take: Take, client: str, scope: Scope, receive: Receive, send: Send, *, asks: bool = True

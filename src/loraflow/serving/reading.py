@@ -60,6 +60,8 @@ class Reader:
         except asyncio.CancelledError:
             # Who has gone has its turn as long as its work goes on.
             await asyncio.wait({doing})
+            # Nobody asks any more what was wrong.
+            _ = doing.cancelled() or doing.exception()
             raise
 
     async def weigh(self, work: Callable[..., Read], *args: Any) -> Read:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraflow import BaseOptions, FusedModel, LoraFlow, PromptFormat
-from loraflow.core.linear import dense_weight
+from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.export import export_merged
 from loraflow.merging import make_merge, merge_adapters

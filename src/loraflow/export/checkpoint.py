@@ -27,7 +27,7 @@ from loraflow.adapters import LoraModule
 from loraflow.bases.loading import bar_for_people
 from loraflow.core.fusion import Fusion
 from loraflow.core.layers import LayerFusion
-from loraflow.core.linear import dense_weight
+from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example
 from loraflow.export.files import refuse_own_files

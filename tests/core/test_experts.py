@@ -13,7 +13,8 @@ from torch import nn
 
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.adapters import load_adapter, match_adapter
-from loraflow.core.experts import FusedExperts
+from loraflow.core.active import EVERYTHING
+from loraflow.core.experts import ExpertStack, FusedExperts
 from loraflow.errors import AdapterError, ArchitectureError, LoraflowError, MethodError
 from loraflow.export import export_peft
 from tests.tiny import peft_model, random_ids, relative_error, save_adapter, set_random_gates, tiny_model
@@ -132,6 +133,29 @@ def test_weights_follow_the_tokens_to_their_experts(base, adapters, granularity,
     found = model(ids).logits
     reference_experts(model, monkeypatch)
     assert relative_error(found, model(ids).logits) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["mixtral"])
+@pytest.mark.parametrize("name", ["all", "down"])
+def test_experts_multiply_the_adapters_that_are_used(base, adapters, name, monkeypatch):
+    model = FusedModel.from_adapters(base.double(), adapters)
+    ids, cut = random_ids(2, 6), []
+    part = ExpertStack.part
+
+    def watched(stack, active):
+        cut.append(part(stack, active))
+        return cut[-1]
+
+    monkeypatch.setattr(ExpertStack, "part", watched)
+    with model.using(name):
+        found = model(ids).logits
+        ranks = {len(each.owners) for each in cut}
+        # Only one of the two adapters has a part in the up projection; slots are whole eights.
+        assert ranks == ({8} if name == "all" else {0, 8})
+        assert all((each.owners[:2] == list(adapters).index(name)).all() for each in cut if len(each.owners))
+        monkeypatch.setattr("loraflow.core.context.use_of", lambda *_, **__: EVERYTHING)
+        assert relative_error(found, model(ids).logits) < 1e-12
 
 
 @every

@@ -11,8 +11,9 @@ for an update enters between. That it is the same without updates is tried when 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loraflow.adapters import LoraModule
+from loraflow.core.active import Active
 from loraflow.core.context import LayerContext
+from loraflow.core.cuts import Cuts
 from loraflow.core.linear import FusedLinear
 from loraflow.core.products import mix_slots
 from loraflow.core.routed import Routed
@@ -31,6 +34,28 @@ from loraflow.errors import ArchitectureError
 
 # The grouped kernels want rows of whole 16 bytes.
 _ALIGNED = 8
+
+
+@dataclass(eq=False)
+class ExpertPart:
+    """The updates of some adapters, or of all, as in `ExpertStack`.
+
+    Attributes:
+        lora_A: as there.
+        lora_B: as there.
+        owners: as there.
+        places: as there.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    owners: Tensor
+    places: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices."""
+        return self.lora_A.nbytes + self.lora_B.nbytes
 
 
 class ExpertStack(nn.Module):
@@ -85,6 +110,29 @@ class ExpertStack(nn.Module):
         self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
         self.register_buffer("owners", filled[0].to(device), persistent=False)
         self.register_buffer("places", filled[1].to(device), persistent=False)
+        self._slots = tuple(owners)
+        self._cuts: Cuts[ExpertPart] = Cuts()
+
+    def part(self, active: Active | None) -> ExpertPart:
+        """The updates of these adapters, or of all, cut out once as long as they are used."""
+        return self._cuts.of(active, self.lora_A, self._cut)
+
+    def _cut(self, active: Active | None) -> ExpertPart:
+        if active is None:
+            return ExpertPart(self.lora_A, self.lora_B, self.owners, self.places)
+        kept = [slot for slot, owner in enumerate(self._slots) if owner in active]
+        missing, index = -len(kept) % _ALIGNED, torch.tensor(kept, dtype=torch.long, device=self.lora_A.device)
+        return ExpertPart(
+            F.pad(self.lora_A.index_select(2, index), (0, missing)),
+            F.pad(self.lora_B.index_select(1, index), (0, 0, 0, missing)),
+            F.pad(self.owners.index_select(0, index), (0, missing)),
+            F.pad(self.places.index_select(0, index), (0, missing)),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What was cut out is on the old device until then.
+        self._cuts.clear()
+        return super()._apply(fn, recurse)
 
     def update(
         self,
@@ -92,16 +140,20 @@ class ExpertStack(nn.Module):
         x: Float[Tensor, "rows in_features"],
         weights: Float[Tensor, "*rows adapters"],
         mixes: bool | Tensor,
-    ) -> Float[Tensor, "rows out_features"]:
-        """What the adapters add to the product with the experts' own matrices."""
+        active: Active | None,
+    ) -> Float[Tensor, "rows out_features"] | None:
+        """What the active adapters add to the product with the experts' own matrices; None where none has a part."""
+        part = self.part(active)
+        if not len(part.owners):
+            return None
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        slots = weights[..., self.owners].to(self.lora_A.dtype)
-        weighted = routed.multiply(x, self.lora_A, small=True) * slots
+        slots = weights[..., part.owners].to(part.lora_A.dtype)
+        weighted = routed.multiply(x, part.lora_A, small=True) * slots
         if mixes is not False:
-            mixed = mix_slots(weighted, slots, self.places, self.place_count)
+            mixed = mix_slots(weighted, slots, part.places, self.place_count)
             weighted = mixed if mixes is True else torch.where(mixes[routed.tokens], mixed, weighted)
-        return routed.multiply(weighted, self.lora_B, small=True)
+        return routed.multiply(weighted, part.lora_B, small=True)
 
 
 class ExpertMember(NamedTuple):
@@ -167,7 +219,8 @@ class FusedExperts(nn.Module):
         weights = context.weights_for_routed(stack.names[0], stack.rows, routed.tokens, count, x)
         if weights is None:
             return result
-        return result + stack.update(routed, x, weights, context.mixes_for(count)).to(result.dtype)
+        update = stack.update(routed, x, weights, context.mixes_for(count), context.active)
+        return result if update is None else result + update.to(result.dtype)
 
 
 def fuse_experts(experts: nn.Module, fused: ExpertMember) -> None:

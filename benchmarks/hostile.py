@@ -32,9 +32,6 @@ from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-import transformers
-from speed import processor_name
 
 if TYPE_CHECKING:
     from loraflow.serving.catalog import Catalog
@@ -45,6 +42,11 @@ HEAD = "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/jso
 
 def main() -> None:
     """Measure and print."""
+    # Not in the hostile clients' process, which is to be there at once.
+    import torch
+    import transformers
+    from speed import processor_name
+
     args = parse_arguments()
     print(
         f"machine: {processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
@@ -99,6 +101,8 @@ def running(process: Any) -> Iterator[None]:
 
 def serve(tells: Connection, threads: int, hidden: int) -> None:
     """Serve a base with adapters, and tell the port."""
+    import torch
+
     from loraflow.serving.server import Server
     from loraflow.serving.service import ServerConfig, Service
 
@@ -121,6 +125,8 @@ def random_catalog(hidden: int) -> Catalog:
     import tempfile
     from pathlib import Path
 
+    import torch
+    import transformers
     from peft import LoraConfig, get_peft_model
 
     from loraflow.demo.world import adapter_paths, base_path

@@ -82,13 +82,6 @@ def test_the_version_is_that_of_the_installed_package(monkeypatch):
     assert loraflow.__version__ == "0.0.0+unknown"
 
 
-def test_the_tests_extra_has_what_the_others_have():
-    extras = PROJECT["optional-dependencies"]
-    tested = {distribution(entry) for entry in extras["test"]}
-    declared = {distribution(entry) for extra in extras if extra not in ("test", "vllm") for entry in extras[extra]}
-    assert declared - tested == {"evaluate", "h11", "starlette"}, "what others bring, or add it to `test`"
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A fusion and data, as `loraflow demo` leaves them."""

@@ -36,7 +36,15 @@ MISSING = {
     "data": ("datasets", "generate {demo}/fusion --data loraflow/no-such-data --output {new}/answers.jsonl"),
     "ray": ("ray", "compare methods --setting small-world --tasks zh-math --ray local --output {new}/ray"),
     "vllm": ("vllm", "serve {demo}/fusion --engine vllm"),
+    "gguf": (
+        "gguf",
+        "export --base {base} --lora-modules zh-chat={adapters}/zh-chat math={adapters}/math --method average "
+        "--to gguf --output {new}/average.gguf",
+    ),
+    "otel": ("opentelemetry", "serve {demo}/fusion --otlp-traces-endpoint http://localhost:4317"),
 }
+# Where a command needs another extra as well, that one is named first.
+FIRST = {"otel": "serve"}
 
 # What nobody needs who only uses the library.
 FOR_DEVELOPERS = {"docs", "test"}
@@ -90,7 +98,8 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as new:
             status, said = run(words(command, demo, Path(new)))
-        if status != 1 or not re.search(rf"pip install 'loraflow\[{extra}\]'", said) or "Traceback" in said:
+        named = rf"pip install 'loraflow\[({extra}|{FIRST.get(extra, extra)})\]'"
+        if status != 1 or not re.search(named, said) or "Traceback" in said:
             sys.exit(f"loraflow {command} without the extra {extra} ({status}): {said[-600:]}")
         print(f"{extra}: named by loraflow {command.split()[0]}")
 

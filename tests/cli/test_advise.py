@@ -90,9 +90,10 @@ def test_every_row_of_the_world_is_a_way():
     # What is compared with, and no way to a fusion.
     planned = {row: spec or {"method": row} for row, spec in plan["methods"].items()}
     planned = {row: spec for row, spec in planned.items() if row != "base" and "adapter" not in spec}
-    assert planned.keys() == WAYS.keys()
-    for row, spec in planned.items():
-        way = WAYS[row]
+    measured = rows("docs/world.md").keys()
+    assert planned.keys() & measured <= WAYS.keys() <= planned.keys()
+    for row, way in WAYS.items():
+        spec = planned[row]
         if "finetune" in spec:
             assert way.method == FINETUNE
             assert way.adapter == (None if spec["finetune"] == "new" else spec["finetune"])

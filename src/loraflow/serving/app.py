@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraflow import __version__
 from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
-from loraflow.serving.intake import Intake
+from loraflow.serving.intake import Entrance, Intake
 from loraflow.serving.keys import LOAD, UNLOAD, check_caller
 from loraflow.serving.observed import Observed
 from loraflow.serving.page import make_page
@@ -91,17 +91,18 @@ class _Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
+        self._entrance = Entrance(service.reader, _error_response)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._app
         if scope["type"] == "http":
             request = Request(scope)
             try:
                 check_caller(request, self._service.config)
                 _check_size(request, self._service.config.max_body_bytes)
             except ApiError as error:
-                answer = _error_response(error)
-        await answer(scope, receive, send)
+                await self._entrance.answer_shortly(_error_response(error), scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _check_size(request: Request, limit: int) -> None:

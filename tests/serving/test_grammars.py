@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import threading
+import time
 
 import jsonschema
 import openai
 import pytest
+import torch
 
+from loraflow.demo.world import base_path
 from loraflow.errors import LoraflowError
-from loraflow.serving import grammars
+from loraflow.serving import grammar_trial, grammars
 from loraflow.serving.forms import MOST_CHARACTERS, Form
-from loraflow.serving.grammar_trial import Trial
+from loraflow.serving.grammar_trial import GivenUpError, Trial
 from loraflow.serving.service import ServerConfig
 from tests.serving.worlds import DEADLINE_S, call, serving
 
@@ -204,6 +208,64 @@ def test_one_that_is_held_to_too_slowly_ends_its_own_request_alone(server, clien
     beside.join(DEADLINE_S)
     assert message == "The form that was asked for takes more than 0.2 s to be held to. Ask for a simpler one."
     assert found
+
+
+def test_all_tokens_of_an_answer_have_so_much_time_together(monkeypatch):
+    class Busy:
+        def compute_bitmask(self):
+            until = time.thread_time() + 0.05
+            while time.thread_time() < until:
+                pass
+            return b"\xff"
+
+        def is_accepting(self):
+            return False
+
+        def consume_token(self, token):
+            return True
+
+        is_stopped = is_accepting
+
+    monkeypatch.setattr(grammars, "_PATIENCE_S", 0.12)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        constraint = grammars.Constraint(Busy(), threads)
+        # Those that were found meanwhile cost nobody anything.
+        constraint._next.result(60)
+        assert constraint.limit(torch.zeros(8), ()).isfinite().all()
+        constraint.accept(1)
+        constraint._patience_s = 0.001
+        with pytest.raises(LoraflowError, match=r"takes more than 0\.12 s to be held to"):
+            constraint.limit(torch.zeros(8), ())
+
+
+@pytest.mark.parametrize("fault", ["start", "memory"])
+def test_a_process_that_ends_is_started_again(fault, monkeypatch):
+    made = Trial({"tokenizer": base_path().joinpath("tokenizer.json").read_text(), "n_vocab": None, "eos_token": 2})
+    try:
+        made.check("regex", "a")
+        first = made._process.pid
+        made._process.kill()
+        with pytest.raises(GivenUpError, match="it takes more than 2 s, or too much memory, to be prepared"):
+            made.check("regex", "b")
+        if fault == "start":
+            monkeypatch.setattr(grammar_trial.sys, "executable", "false")
+            with pytest.raises(GivenUpError, match="the process that tries grammars did not start"):
+                made.check("regex", "b")
+            monkeypatch.undo()
+        made.check("regex", "b")
+        assert made._process.pid != first
+    finally:
+        made.close()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(monkeypatch, catalog):
+    def fail(settings):
+        raise ValueError("unknown kind")
+
+    monkeypatch.setattr(grammars, "reading_tokenizer", fail)
+    kept = grammars.Grammars(catalog.model.tokenizer, 1536, 1)
+    with pytest.raises(LoraflowError, match=r"needs a tokenizer that llguidance reads, which .* \(unknown kind\)"):
+        kept._started(Form("regex", "a", "response_format"))
 
 
 def test_without_the_library_it_is_named(server, monkeypatch):

@@ -68,6 +68,10 @@ def build(tokenizer: Any, kind: str, content: str) -> Any:
     return matcher
 
 
+class GivenUpError(LoraflowError):
+    """A grammar about which nothing is known, since the process that tried it was ended."""
+
+
 class Trial:
     """The process, which is started when it is needed, as the server sees it.
 
@@ -83,16 +87,17 @@ class Trial:
         """Try to build a grammar.
 
         Raises:
+            GivenUpError: if that takes too much.
             LoraflowError: with the reason, if it cannot be built.
         """
         if self._process is None:
             command = [sys.executable, "-m", "loraflow.serving.grammar_trial"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             if self._ask(self._settings, _START_S) is None:
-                raise LoraflowError("the process that tries grammars did not start")
+                raise GivenUpError("the process that tries grammars did not start")
         reason = self._ask({"kind": kind, "content": content}, LONGEST_S)
         if reason is None:
-            raise LoraflowError(f"it takes more than {LONGEST_S:g} s, or too much memory, to be prepared")
+            raise GivenUpError(f"it takes more than {LONGEST_S:g} s, or too much memory, to be prepared")
         if reason:
             raise LoraflowError(reason)
 

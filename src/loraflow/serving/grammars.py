@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import copy
 import importlib.util
 import threading
@@ -21,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraflow.errors import LoraflowError
 from loraflow.serving.forms import Form
-from loraflow.serving.grammar_trial import Trial, build, reading_tokenizer
+from loraflow.serving.grammar_trial import GivenUpError, Trial, build, reading_tokenizer
 from loraflow.serving.turns import Turns, current_client, end_reading
 
-# How long all tokens of one answer together may be waited for, beyond the steps of the model that they are found in.
+# How long one token may be waited for, and the time of a processor that all of an answer's may take of others'.
 _PATIENCE_S = 1.0
 # How many bytes of grammars are kept, by what one has been measured to take at most for each of its characters.
 _KEPT_BYTES = 2**26
@@ -59,12 +60,15 @@ class Constraint:
         """
         started = time.monotonic()
         try:
-            found = self._next.result(self._patience_s)
+            found, spent_s = self._next.result(_PATIENCE_S)
+            # On a busy machine the threads wait too, and that is no fault of the form.
+            self._patience_s -= min(spent_s, time.monotonic() - started)
         except TimeoutError:
+            self._patience_s = -1
+        if self._patience_s < 0:
             raise LoraflowError(
                 f"The form that was asked for takes more than {_PATIENCE_S:g} s to be held to. Ask for a simpler one."
-            ) from None
-        self._patience_s -= time.monotonic() - started
+            )
         allowed = torch.zeros(len(logits), dtype=torch.bool)
         allowed[: len(found)] = torch.from_numpy(found[: len(logits)])
         whole = self._matcher.is_accepting()
@@ -83,8 +87,10 @@ class Constraint:
         self._next = self._threads.submit(self._find)
         return False
 
-    def _find(self) -> Bool[np.ndarray, " vocabulary"]:
-        return np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little").astype(bool)
+    def _find(self) -> tuple[Bool[np.ndarray, " vocabulary"], float]:
+        started = time.thread_time()
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, bitorder="little").astype(bool), time.thread_time() - started
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,12 @@ class Grammars:
         Raises:
             LoraflowError: if it cannot be had.
         """
-        found = self._kept.get((form.kind, form.content))
-        if found is None:
+        key = (form.kind, form.content)
+        found = self._kept.get(key)
+        if found is not None:
+            with contextlib.suppress(KeyError):
+                self._kept.move_to_end(key)
+        else:
             await end_reading()
             async with self._turns.turn(current_client()):
                 found = await asyncio.to_thread(self._build, form)
@@ -149,13 +159,15 @@ class Grammars:
         with self._one_at_a_time:
             key = (form.kind, form.content)
             if key in self._kept:
-                self._kept.move_to_end(key)
                 return self._kept[key]
             trial = self._started(form)
             found: Grammar | str
             try:
                 trial.check(*key)
                 found = Grammar(build(self._reading, *key), self._threads)
+            except GivenUpError as error:
+                # Another time there may be less to do.
+                return str(error)
             except LoraflowError as error:
                 found = str(error)
             self._kept[key] = found
@@ -168,7 +180,13 @@ class Grammars:
             if importlib.util.find_spec("llguidance") is None:
                 raise LoraflowError(f"`{form.param}` needs llguidance: pip install 'loraflow[schema]'")
             settings = _settings(self._tokenizer, self._vocabulary, form)
-            self._reading = reading_tokenizer(settings)
+            try:
+                self._reading = reading_tokenizer(settings)
+            except ValueError as error:
+                raise LoraflowError(
+                    f"`{form.param}` needs a tokenizer that llguidance reads, which this one is not ({error}). Leave "
+                    "it out, or start the server with --engine vllm."
+                ) from error
             self._trial = Trial(settings)
         return self._trial
 

@@ -25,6 +25,7 @@ from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
 from loraflow.serving.overflow import finite
+from loraflow.serving.prefixes import Prefixes
 
 
 class _Router(OutputRouter):
@@ -73,8 +74,8 @@ class Manager(ContinuousBatchingManager):
             num_blocks=-(-limits.cache_tokens // limits.page_tokens),
             max_batch_tokens=limits.batch_tokens,
             max_requests_per_batch=limits.requests,
-            # Shared blocks are found by their tokens, and know nothing of weights.
-            allow_block_sharing=False,
+            # By `Prefixes`: transformers' own shared blocks are found by their tokens, and know nothing of weights.
+            allow_block_sharing=limits.prefix_caching,
             use_async_batching=False,
             use_cuda_graph=False,
             auto_switch_to_flash=False,
@@ -94,6 +95,8 @@ class Manager(ContinuousBatchingManager):
             return_logprobs=False,
         )
         processor.model_runner.fail = self._fail
+        if processor.cache.use_prefix_sharing:
+            Prefixes(processor.cache, processor.scheduler.safety_margin, self._jobs)
         processor.cache.update = _with_finite_states(processor.cache.update)
         cache: Any = processor.cache
         if not hasattr(cache, "get_seq_length"):

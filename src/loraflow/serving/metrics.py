@@ -19,6 +19,10 @@ class Metrics:
         self.requests = Counter("loraflow_requests", "Requests", ["model", "outcome"], registry=registry)
         self.refused = Counter("loraflow_refused_requests", "Requests refused with 429", registry=registry)
         self.prompt_tokens = Counter("loraflow_prompt_tokens", "Tokens read", registry=registry)
+        self.prefix_queries = Counter(
+            "vllm:prefix_cache_queries", "Tokens of prompts looked for in the cache", registry=registry
+        )
+        self.prefix_hits = Counter("vllm:prefix_cache_hits", "Tokens of prompts found there", registry=registry)
         self.generated = Counter("loraflow_generated_tokens", "Tokens generated", registry=registry)
         self.seconds = Histogram("loraflow_request_seconds", "Whole requests", buckets=_SECONDS, registry=registry)
         self.first_token = Histogram(

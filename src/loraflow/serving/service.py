@@ -230,7 +230,9 @@ class Service:
             seed = None if body.seed is None else (body.seed + index) % 2**63
             sampling = Sampling(body.temperature, body.top_p, seed, logprobs)
             wants = bool(body.return_fusion_weights)
-            jobs.append(Job(f"{name}-{index}", prompt, weigher, sampling, limit, endings.token_ids, wants, listen))
+            job = Job(f"{name}-{index}", prompt, weigher, sampling, limit, endings.token_ids, wants, listen)
+            job.prefix = weigher.prefix(body.cache_salt)
+            jobs.append(job)
         streams = [TextStream(self.tokenizer, endings.texts) for _ in jobs]
         asked = Asked(name, served, list(prompt), jobs, streams, events, started)
         try:
@@ -387,6 +389,9 @@ class Service:
     def _account(self, asked: Asked) -> None:
         seconds = time.monotonic() - asked.started
         self.metrics.prompt_tokens.inc(len(asked.prompt))
+        if self.config.limits.prefix_caching:
+            self.metrics.prefix_queries.inc(len(asked.prompt) * len(asked.jobs))
+            self.metrics.prefix_hits.inc(sum(job.cached for job in asked.jobs))
         self.metrics.requests.labels(asked.served.id, asked.outcome).inc()
         self.metrics.seconds.observe(seconds)
         facts: dict[str, Any] = {

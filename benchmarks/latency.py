@@ -33,7 +33,7 @@ from speed import print_setting
 
 from serving import HOST, build_fusion
 
-START_S, ANSWER_S = 300, 300
+START_S, ANSWER_S = 600, 300
 Times = list[float]
 
 

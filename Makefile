@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-vllm test-real test-newest lint venv clean
+.PHONY: help docs docs-serve demo test test-vllm test-real test-newest test-package package lint venv clean
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -26,6 +26,23 @@ test-real:  ## Go from info to serve on a real model, in an environment of its o
 
 test-newest:  ## Run the tests on the newest of every dependency, in an environment of its own.
 	scripts/test_newest.sh
+
+package:  ## Build wheel and source archive in dist/, and look at both.
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet 'build>=1.2' 'twine>=6.1'
+	rm -rf dist
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
+	.venv-package/bin/python scripts/check_package.py
+
+test-package:  ## Install the wheel of dist/ alone, in an environment of its own, and run the quick demo there.
+	scripts/test_package.sh
+
+docs: venv  ## Build the documentation site into site/; any warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: venv  ## Show the site while you write.
+	$(BIN)/mkdocs serve
 
 lint: venv  ## Style, docstrings against signatures, formatting, types.
 	$(BIN)/ruff check

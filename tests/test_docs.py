@@ -15,7 +15,7 @@ import typer.main
 from loraflow.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -36,16 +36,21 @@ def commands(page):
     return [words[words.index("loraflow") + 1 :] for words in found if "loraflow" in words]
 
 
+def unknown_words(words):
+    """Of the words behind `loraflow`, the command and the options that there are not."""
+    command, rest = typer.main.get_command(app), words
+    while rest and hasattr(command, "commands") and rest[0].isidentifier() | ("-" in rest[0]):
+        if rest[0] not in command.commands:
+            return {rest[0]}
+        command, rest = command.commands[rest[0]], rest[1:]
+    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    return {word.partition("=")[0] for word in rest if word.startswith("--")} - known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_and_options_exist(page):
     for words in commands(page):
-        command, rest = typer.main.get_command(app), words
-        while rest and hasattr(command, "commands") and rest[0].isidentifier() | ("-" in rest[0]):
-            assert rest[0] in command.commands, f"{page.name}: loraflow {shlex.join(words)}"
-            command, rest = command.commands[rest[0]], rest[1:]
-        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-        given = {word.partition("=")[0] for word in rest if word.startswith("--")}
-        assert given <= known, f"{page.name}: loraflow {shlex.join(words)}"
+        assert not unknown_words(words), f"{page.name}: loraflow {shlex.join(words)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

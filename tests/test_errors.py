@@ -33,3 +33,9 @@ def test_without_a_near_name_none_is_guessed():
 
 def test_without_known_names_there_is_none():
     assert did_you_mean("zzz", []) == "Known: none."
+
+
+def test_of_very_many_known_names_some_are_shown():
+    message = did_you_mean("a998x", [f"a{number:03}" for number in range(1000)])
+    assert message.startswith("Known: 'a000', 'a001', ")
+    assert message.endswith("'a049' and 950 more. Did you mean 'a998'?")

@@ -117,7 +117,8 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random model of an architecture, small enough for milliseconds; `changes` are to its configuration."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture][0], **changes})
+    settings = ARCHITECTURES.get(architecture, (_LLAMA, ALL_LLAMA))[0]
+    config = AutoConfig.for_model(architecture, **{**settings, **changes})
     # The grouped kernels of the experts know no float64.
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -135,7 +136,7 @@ def save_adapter(
 ) -> str:
     """Train nothing, but save a PEFT adapter with random weights, as PEFT writes it; returns its path."""
     torch.manual_seed(seed)
-    targets = targets if targets is not None else ARCHITECTURES[base.config.model_type][1]
+    targets = targets if targets is not None else ARCHITECTURES.get(base.config.model_type, (_LLAMA, ALL_LLAMA))[1]
     settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

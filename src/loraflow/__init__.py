@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 # PEFT imports bitsandbytes where it is installed, and on the CPU that advises a kernel that has no backward, and that
 # fused 4-bit bases are kept from.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from loraflow.adapters import AdapterSource
+    __version__: str
+    from loraflow.adapters import AdapterBank, AdapterSource
     from loraflow.bases import BaseOptions
     from loraflow.methods import (
         AdapterCore,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from loraflow.visual.trace import Trace
 
 _HOMES = {
+    "AdapterBank": "loraflow.adapters",
     "AdapterSource": "loraflow.adapters",
     "BaseOptions": "loraflow.bases",
     "FitConfig": "loraflow.training",
@@ -47,6 +47,7 @@ _HOMES = {
 """Where public names are; the others of `__all__` are of `loraflow.methods`."""
 
 __all__ = [
+    "AdapterBank",
     "AdapterCore",
     "AdapterSource",
     "Arrow",
@@ -73,6 +74,8 @@ __all__ = [
 
 def __getattr__(name: str):
     """Import public names when they are first used: `import loraflow` loads neither torch nor transformers."""
+    if name == "__version__":
+        return _installed_version()
     if name not in __all__:
         raise AttributeError(f"module 'loraflow' has no attribute {name!r}")
     import importlib
@@ -81,4 +84,14 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, "__version__"]
+
+
+def _installed_version() -> str:
+    """The version that was built from git's tags; that of no release where only the sources are on the path."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("loraflow")
+    except metadata.PackageNotFoundError:
+        return "0.0.0+unknown"

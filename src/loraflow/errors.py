@@ -21,6 +21,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Names in one message; methods, scorers and settings are fewer, the adapters of a bank are more.
+_SHOWN = 50
+
 
 class LoraflowError(ValueError):
     """Base of all errors that this library raises on purpose."""
@@ -59,8 +62,9 @@ class TrainingError(LoraflowError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an "unknown name" message: every known name, and the nearest one if there is one."""
+    """The end of an "unknown name" message: the known names, and the nearest one if there is one."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Known: {', '.join(map(repr, names)) or 'none'}.{guess}"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"Known: {', '.join(map(repr, names[:_SHOWN])) or 'none'}{more}.{guess}"

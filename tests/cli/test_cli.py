@@ -62,11 +62,7 @@ DATA = ("--data", "{world}/train.jsonl", "--dev", "{world}/dev.jsonl")
 FIT = ("fit", *SOURCES, "--data", "{world}/train.jsonl", "--output", "x")
 
 
-def test_every_command_explains_itself(run):
-    for command in ("demo", "info", "fit", "finetune", "generate", "trace", "export", "import-official"):
-        result = run(command, "--help")
-        assert result.exit_code == 0, result.output
-        assert "Usage" in result.output
+def test_the_program_explains_itself(run):
     assert "loraflow demo" in run("--help").output
     assert run("--version").output.startswith("loraflow ")
 

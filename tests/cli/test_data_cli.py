@@ -101,12 +101,14 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(run, tmp_path, arguments
     assert "Traceback" not in refused.output
 
 
-def test_a_mixture_in_files(world, tmp_path):
+def test_a_mixture_in_files(world, tmp_path, capsys):
     fields = Fields("question", "answer")
     source = f"{world}/x.csv"
     assert len(read_mixture([source], fields, 0)) == 10
     assert len(read_mixture([f"{source}=3"], fields, 0)) == 10
+    capsys.readouterr()
     assert len(read_mixture([f"{source}[:5]=1", f"{source}=0.4"], fields, 0)) == 7
+    assert capsys.readouterr().err == f"the mixture: 5 of 5 of {source}[:5], 2 of 10 of {source}\n"
     drawn = [[e.origin for e in read_mixture([f"{source}=1", f"{source}[:2]=1"], fields, seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     # What exists by the whole name has no weight.

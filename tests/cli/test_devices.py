@@ -9,8 +9,10 @@ import pytest
 import typer
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from typer.testing import CliRunner
 
 from loraflow import BaseOptions, FitConfig
+from loraflow.cli import app
 from loraflow.cli.devices import join, launch, own_device, placed, tells_errors
 from loraflow.errors import LoraflowError
 from loraflow.files import is_first_process
@@ -107,3 +109,12 @@ def test_a_part_of_a_base(monkeypatch, launched):
     with pytest.raises(LoraflowError, match="`--shard` divides the base among several devices, and there is one"):
         placed(BaseOptions(), shard=True)
     assert placed(found, shard=False) is found
+
+
+@pytest.mark.parametrize("command", ["compare", "serve", "generate"])
+def test_a_command_that_does_not_train_is_not_started_several_times(launched, command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 1
+    message = f"`loraflow {command}` is one process, and a launcher has started 2 of it (WORLD_SIZE). Start it without"
+    assert message in result.output.replace("\n", " ")
+    assert CliRunner().invoke(app, ["fit", "--help"]).exit_code == 0

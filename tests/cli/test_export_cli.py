@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from loraflow import FusedModel, LoraFlow
+from loraflow.adapters import load_adapter, match_adapter
 from loraflow.cli import app
+from loraflow.merging import make_merge, merge_adapters
 from tests.test_official import gate_state
 from tests.tiny import (
     byte_tokenizer,
@@ -69,6 +72,56 @@ def test_a_constant_fusion(run, world, tmp_path):
     assert relative_error(peft_model(base, str(out))(ids).logits, fused(ids).logits) < 1e-5
 
 
+@torch.no_grad()
+def test_a_merge(run, world, tmp_path):
+    out = tmp_path / "adapter"
+    options = ("--merge", "core-iso-c", "--merge-option", "scale=0.5", 'weights={{"zh": 2.0}}', "--rank", "5")
+    result = run("export", *SOURCES, *options, "--output", out)
+    assert result.exit_code == 0, result.output
+    assert f"one adapter of zh, math: 21 modules, rank 5, in {out}" in result.output
+    assert "relative difference from the sum of the updates 0." in result.output
+    base = tiny_model(vocab_size=259, max_position_embeddings=512)
+    adapters = [match_adapter(load_adapter(name, world / name), base) for name in ("zh", "math")]
+    merge = make_merge("core-iso-c", {"scale": 0.5, "weights": {"zh": 2.0}})
+    expected = merge_adapters(adapters, merge, rank=5)
+    saved = load_adapter("saved", out)
+    for name, module in expected.adapter.modules.items():
+        assert torch.allclose(saved.modules[name].lora_B @ saved.modules[name].lora_A, module.lora_B @ module.lora_A)
+    assert "by the merge `core-iso-c`" in (out / "README.md").read_text()
+    # The fusion's own method weighs each token; a merge does not ask it.
+    again = run("export", "{world}/fusion", "--merge", "sum", "--output", tmp_path / "other")
+    assert again.exit_code == 0, again.output
+
+
+@torch.no_grad()
+def test_a_whole_checkpoint(run, world, tmp_path):
+    out = tmp_path / "model"
+    options = ("--method", "average", "--to", "merged", "--max-shard-size", "40KB", "--output", out)
+    result = run("export", *SOURCES, *options)
+    assert result.exit_code == 0, result.output
+    assert "the base with zh, math folded in: " in result.output
+    assert "files of weights in float32, with its tokenizer" in result.output
+    assert "rounded to float32: relative error " in result.output
+    fused = FusedModel.from_adapters(world / "base", {n: world / n for n in ("zh", "math")}, "average")
+    ids = random_ids()
+    assert relative_error(AutoModelForCausalLM.from_pretrained(out)(ids).logits, fused(ids).logits) < 1e-5
+    assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
+    again = run("export", *SOURCES, *options)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+    refused = run("export", "{world}/fusion", "--to", "merged", "--output", tmp_path / "other")
+    assert refused.exit_code == 1
+    assert "'lora-flow' weighs every token anew" in refused.output
+
+
+def test_a_lora_for_llama_cpp(run, tmp_path):
+    pytest.importorskip("gguf")
+    out = tmp_path / "lora.gguf"
+    result = run("export", *SOURCES, "--method", "average", "--to", "gguf", "--output", out)
+    assert result.exit_code == 0, result.output
+    assert f"llama.cpp can load it: --lora {out}" in result.output
+
+
 def test_a_dynamic_fusion(run, tmp_path):
     out = tmp_path / "adapter"
     refused = run("export", "{world}/fusion", "--output", out)
@@ -113,7 +166,27 @@ def test_help_teaches(run):
     [
         (
             ("export", "{world}/fusion", "--output", "x", "--to", "pef"),
-            "`--to` is unknown: 'pef'. Known: 'peft'. Did yo",
+            "`--to` is unknown: 'pef'. Known: 'gguf', 'gguf-model', 'merged', 'peft'. Did yo",
+        ),
+        (("export", "f", "--output", "x", "--merge", "knots"), "Unknown merge 'knots'."),
+        (
+            ("export", "f", "--output", "x", "--merge-option", "a=1"),
+            "`--merge-option` is of a `--merge`, which is miss",
+        ),
+        (("export", "f", "--output", "x", "--merge", "sum", "--merge-option", "a"), "`--merge-option` takes key=value"),
+        (
+            ("export", "f", "--output", "x", "--merge", "sum", "--method", "average"),
+            "`--merge` takes the place of `--m",
+        ),
+        (
+            ("export", "f", "--output", "x", "--to", "merged", "--adapter-dtype", "float16"),
+            "`--adapter-dtype` (='float16') is nothing that `--to merged` has. Leave it out.",
+        ),
+        (("export", "f", "--output", "x", "--max-shard-size", "1GB"), "is nothing that `--to peft` has"),
+        (("export", "f", "--output", "x", "--llama-cpp", "y"), "is nothing that `--to peft` has"),
+        (
+            ("export", "f", "--output", "x", "--to", "gguf-model"),
+            "`--llama-cpp` is missing: a whole model becomes GGUF",
         ),
         (("export", "f", "--output", "x", "--adapter-dtype", "int8"), "`--adapter-dtype` is unknown: 'int8'"),
         (

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,10 @@ def test_options_go_to_vllm(run, fusion):
     assert [words.count(option) for option in ("--port", "--dtype", "--tensor-parallel-size=2")] == [1, 1, 1]
     assert (words[words.index("--port") + 1], words[words.index("--dtype") + 1]) == ("7", "bfloat16")
     assert "--no-enable-prefix-caching" in words
+    assert "--otlp-traces-endpoint" not in words
+    result = run("serve", str(fusion), "--engine", "vllm", "--otlp-traces-endpoint", "http://x:1", "--print-command")
+    words = shlex.split(result.output)
+    assert words[words.index("--otlp-traces-endpoint") + 1] == "http://x:1"
     assert words[words.index("--logits-processors") + 1].startswith("loraflow.serving.vllm.requests:")
     loader = json.loads(words[words.index("--model-loader-extra-config") + 1])
     assert loader["unverified"] is True
@@ -209,6 +214,8 @@ def test_vllm_takes_this_process(run, fusion, monkeypatch):
         (("--timeout", "3"), "`--timeout` is for loraflow's own engine."),
         (("--public-metrics",), "`--public-metrics` is for loraflow's own engine."),
         (("--allowed-host", "x"), "`--allowed-host` is for loraflow's own engine."),
+        (("--log-format", "json"), "`--log-format` is for loraflow's own engine."),
+        (("--log-prompts",), "`--log-prompts` is for loraflow's own engine."),
         (("--grace", "3"), "`--grace` is for loraflow's own engine."),
         (("--api-key", ""), "Key 1 of 1 (--api-key) is empty"),
         (("--vllm-args", "--api-key secret"), "The key for vLLM is among --vllm-args, which the process list and"),
@@ -253,6 +260,33 @@ def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(run):
     assert f"127.0.0.1:{port} cannot be listened on (Address already in use). Give another --host" in result.output
     assert run(*SERVE, "--port", "99999").exit_code == 2
     assert "cannot be listened on" in run(*SERVE, "--host", "no.such.host.invalid").output
+
+
+def test_the_address_says_that_the_model_still_loads(run, monkeypatch):
+    port, found = free_port(), {}
+
+    def load(*_, **__):
+        for path in ("/health", "/ready", "/v1/models"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                ask(port, path)
+            found[path] = (refused.value.code, refused.value.read(), refused.value.headers["Retry-After"])
+
+    monkeypatch.setattr(Catalog, "open", load)
+    monkeypatch.setattr(serve, "_answer", lambda catalog, config, listener: listener.close())
+    result = run(*SERVE, "--port", str(port))
+    assert result.exit_code == 0, result.output
+    assert found == dict.fromkeys(("/health", "/ready", "/v1/models"), (503, b'{"status":"loading"}', "5"))
+
+
+def test_traces_and_logs_are_as_the_options_say(config, monkeypatch):
+    assert (config().log_format, config().otlp_traces_endpoint) == ("text", None)
+    assert config("--log-prompts").log_prompts
+    monkeypatch.setattr("loraflow.serving.config.check_endpoint", lambda endpoint: None)
+    assert config("--otlp-traces-endpoint", "http://x:4317").otlp_traces_endpoint == "http://x:4317"
+    told = []
+    monkeypatch.setattr(serve, "set_up_logs", told.append)
+    assert config("--log-format", "json").log_format == "json"
+    assert told == ["json"]
 
 
 def free_port():

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from loraflow import FusedModel
 from loraflow.cli import app
-from loraflow.demo import setting
-from loraflow.demo.comparison import Result, demo_plan
+from loraflow.demo import comparison
+from loraflow.demo.comparison import QUICK, Result, Size, demo_plan
 from loraflow.demo.tasks import load_task
+from loraflow.evaluation.compare import prepare
 from loraflow.evaluation.statistics import wilson_interval
 
 ROWS = ["base", "zh-chat", "math", "average", "lora-flow"]
@@ -20,10 +21,21 @@ COUNT = 3
 
 
 def test_the_plan_is_what_came_before_and_the_fitted_fusion():
-    plan = demo_plan(load_task("zh-math"), {"granularity": "step"}, seed=3, count=7)
+    plan = demo_plan(load_task("zh-math"), {"granularity": "step"}, seed=3, size=Size(problems=7))
     assert [(name, spec.method) for name, spec in plan.methods.items()] == [(name, name) for name in ROWS]
     assert plan.methods["lora-flow"].options == {"granularity": "step"}
     assert (plan.tasks, plan.seeds, plan.limit) == (["zh-math"], [3], 7)
+
+
+def test_a_smaller_demo_says_what_is_smaller():
+    task = load_task("zh-math")
+    assert Size(problems=500).less_than_whole(task) == ""
+    assert QUICK.less_than_whole(task) == (
+        "the gates learn for 100 steps instead of 250, and are not at their best; "
+        "100 of 500 test problems, so intervals are some 2.2 times as wide"
+    )
+    plan = demo_plan(task, {}, seed=0, size=QUICK)
+    assert (plan.methods["lora-flow"].fit, plan.limit) == ({"max_steps": 100}, 100)
 
 
 def test_a_result_has_both_shares_with_their_intervals():
@@ -37,19 +49,40 @@ def test_a_result_has_both_shares_with_their_intervals():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A demo of one step and a few problems: where its files are, and what it printed."""
+    """A quick demo of one step and a few problems, stopped before it learns and started again.
+
+    Returns:
+        Where its files are, and what it printed when it was stopped and at the end.
+    """
     output = tmp_path_factory.mktemp("demo") / "new"
+    arguments = ["--quick", "--problems", str(COUNT), "--seed", "4", "--method-option", "granularity=step"]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setting, "RECIPES", {"lora-flow": {"learning_rate": 1e-2, "max_steps": 1}})
+        patch.setattr(comparison, "QUICK", Size(problems=100, steps=1))
         patch.setenv("COLUMNS", "200")
-        arguments = ["--problems", str(COUNT), "--seed", "4", "--method-option", "granularity=step"]
+        with pytest.MonkeyPatch.context() as stopping:
+            stopping.setattr(prepare, "fit", interrupt)
+            stopped = CliRunner().invoke(app, ["demo", *arguments, "--output", str(output)])
         shown = CliRunner().invoke(app, ["demo", *arguments, "--output", str(output)])
+    assert stopped.exit_code == 130, stopped.output
     assert shown.exit_code == 0, shown.output
-    return output, shown.output
+    return output, stopped.output, shown.output
+
+
+def test_a_demo_that_was_stopped_goes_on(demo):
+    _, stopped, shown = demo
+    assert "5 cells, 0 of them finished before" in stopped
+    assert "[4/5] average" in stopped
+    assert "5 cells, 4 of them finished before" in shown
+    assert "[1/1] lora-flow" in shown
+    assert "average, zh-math" not in shown
 
 
 def test_the_demo_leaves_the_files_that_it_names(demo):
-    output, _ = demo
+    output, *_ = demo
     assert sorted(path.name for path in output.iterdir()) == ["answers", "data", "fusion", "results.json"]
     task = load_task("zh-math")
     for split in ("train", "dev", "test"):
@@ -71,12 +104,13 @@ def test_the_demo_leaves_the_files_that_it_names(demo):
 
 
 def test_the_demo_prints_its_table_and_a_trace(demo):
-    output, shown = demo
+    output, _, shown = demo
     for result in json.loads((output / "results.json").read_text())["results"]:
         line = next(line for line in shown.splitlines() if re.match(rf" {result['method']} +\d", line))
         low, high = (100 * end for end in result["accuracy_interval"])
         assert f"{100 * result['accuracy']:.1f}  ({low:.1f} to {high:.1f})" in line
         assert line.split()[-1] == str(COUNT)
+    assert f"instead of 250, and are not at their best; {COUNT} of 500 test problems" in shown
     assert "gate values on 200 examples; base and adapters stay frozen" in shown
     assert "which adapter spoke, in one answer:" in shown
     assert f"fusion: {output}/fusion" in shown

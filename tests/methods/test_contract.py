@@ -59,7 +59,7 @@ CHANGED = [
     Base(),
     Average(),
     Static([{"zh": 0.5}, {"math": -1}, {}]),
-    LearnedStatic("module", {"zh": 0.5}),
+    LearnedStatic("module", {"zh": 0.5, "math": 0.25, "code": 0.25}, "softmax"),
     LoraHub("outputs", 7, 2.0, 0),
     QaFlora("js", "all", False, 1e-6),
     Logo("entropy", 2, "self_attn.k_proj"),

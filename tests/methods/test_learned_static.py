@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import pytest
 import torch
 
-from loraflow import FusedModel, LoraFlow, Static
+from loraflow import FitConfig, FusedModel, LoraFlow, Static
 from loraflow.errors import MethodError
 from loraflow.methods import LearnedStatic
 from loraflow.methods.base import Site
@@ -105,9 +106,51 @@ def test_an_untrained_one_is_the_static_method_of_its_start():
         assert torch.equal(model(random_ids()).logits, found)
 
 
+CAT = LearnedStatic("module", "average", "softmax")
+
+
+def test_cat_is_a_softmax_of_one_scalar_for_each_linear_and_adapter():
+    base, adapters, model = fused(CAT)
+    assert len(model.gates) == 21
+    ids = random_ids()
+    with torch.no_grad():
+        start = model(ids).logits
+        assert relative_error(start, merged_model(base, adapters, [1 / 3] * 3)(ids).logits) < 1e-6
+        generator = torch.Generator().manual_seed(1)
+        logits = {name: torch.randn(3, generator=generator) for name in model.gates}
+        expected = copy.deepcopy(base)
+        for name, gate in model.gates.items():
+            gate.weights.copy_(logits[name])
+            raised = [math.exp(value) for value in logits[name].tolist()]
+            linear = expected.get_submodule(f"model.{name}")
+            for adapter, one in zip(adapters, raised, strict=True):
+                update = adapter.modules[f"model.{name}"]
+                linear.weight += one / sum(raised) * update.scaling * update.lora_B.double() @ update.lora_A.double()
+        assert relative_error(model(ids).logits, expected(ids).logits) < 1e-6
+    exact_loss(model, ids).backward()
+    # The weights sum to 1 whatever the logits are, so raising all of them alike changes nothing.
+    assert all(abs(gate.weights.grad.sum()) < 1e-6 < gate.weights.grad.abs().max() for gate in model.gates.values())
+
+
+def test_cat_learns_by_its_own_recipe():
+    config = FitConfig.for_method(CAT)
+    assert (config.learning_rate, config.epochs, config.weight_decay) == (1e-4, 1, 0.0)
+    # 100 steps of one epoch over 10,000 examples.
+    assert config.warmup * 10_000 / config.batch_size == 100
+    gate = LearnedStatic("module", {"zh": 0.5, "math": 0.25, "code": 0.25}, "softmax").gate(Site(NAMES, 8, 2))
+    assert gate(torch.randn(2, 8)).tolist() == pytest.approx([0.5, 0.25, 0.25])
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
+        (lambda: LearnedStatic(activation="tanh"), "`activation` is unknown: 'tanh'. Known: 'none', 'softmax'."),
+        (lambda: LearnedStatic(activation="softmax").check(NAMES), "`start` (='best') is nothing that"),
+        (lambda: LearnedStatic(start="zh", activation="softmax").check(NAMES), "`start` (='zh') is nothing that"),
+        (
+            lambda: LearnedStatic(start={"zh": 0.5, "math": 0.5}, activation="softmax").check(NAMES),
+            "weights above 0, of all adapters, that sum to 1. Give `start='average'`, or such weights by name.",
+        ),
         (lambda: LearnedStatic("step"), "`granularity` is unknown: 'step'. Known: 'layer', 'module', 'task'."),
         (lambda: LearnedStatic(start="mth").check(NAMES), "`start` is unknown: 'mth'."),
         (lambda: LearnedStatic(start={"mth": 1}).check(NAMES), "`start` names the unknown adapter 'mth'."),

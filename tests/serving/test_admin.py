@@ -191,7 +191,7 @@ def test_weights_are_those_of_the_requests_own_adapters(server, small_world):
     assert before["adapters"] == after["adapters"] == ["zh-chat", "math"]
     torch.testing.assert_close(torch.tensor(after["weights"]), torch.tensor(before["weights"]), rtol=0, atol=2e-5)
     metrics = call("GET", f"{address}/metrics").text
-    assert 'loraflow_fusion_weight_total{adapter="math"}' in metrics
+    assert 'loraflow:fusion_weight_total{adapter="math"}' in metrics
 
 
 def test_loading_beside_requests_that_want_weights(server, small_world):

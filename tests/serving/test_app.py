@@ -484,12 +484,13 @@ def test_a_full_queue_says_when_to_come_again(catalog):
             assert post(address, "completions", PLAIN).status == 200
         wait_for(lambda: service.engine.running == 0)
         assert post(address, "completions", PLAIN | {"n": 2}).status == 200
-        assert "loraflow_refused_requests_total 2.0" in call("GET", f"{address}/metrics").text
+        refused = 'vllm:admission_rejections_total{model_name="small",reason="max_num_queued_reqs"} 2.0'
+        assert refused in call("GET", f"{address}/metrics").text
 
 
 def outcomes(service):
     """How many requests have ended how."""
-    found = re.findall(r'loraflow_requests_total\{.*outcome="(\w+)"\} (\S+)', service.metrics.text().decode())
+    found = re.findall(r'loraflow:requests_total\{.*outcome="(\w+)"\} (\S+)', service.metrics.text().decode())
     return {outcome: int(float(count)) for outcome, count in found}
 
 
@@ -597,8 +598,10 @@ def test_a_closing_server_takes_nothing_new(catalog):
             "param": None,
             "code": None,
         }
-        health = call("GET", f"{address}/health")
-        assert (health.status, health.json()) == (503, {"status": "shutting down"})
+        # It lives on until its answers are given: who starts it anew now would cut them off.
+        assert call("GET", f"{address}/health").status == 200
+        ready = call("GET", f"{address}/ready")
+        assert (ready.status, ready.json()) == (503, {"status": "shutting down"})
 
 
 def test_an_engine_that_has_ended_is_told(monkeypatch, caplog):
@@ -621,12 +624,15 @@ def test_an_engine_that_has_ended_is_told(monkeypatch, caplog):
         later = post(address, "completions", asked)
         message = "The engine has ended: RuntimeError: out of paper"
         assert (later.status, later.json()["error"]["message"]) == (503, message)
-        assert call("GET", f"{address}/health").json() == {"status": "RuntimeError: out of paper"}
+        for path in ("health", "ready"):
+            answer = call("GET", f"{address}/{path}")
+            assert (answer.status, answer.json()) == (503, {"status": "RuntimeError: out of paper"})
 
 
 def test_health_and_metrics(client, server, question):
     address = server[1]
-    assert call("GET", f"{address}/health").json() == {"status": "ok"}
+    for path in ("health", "ready"):
+        assert call("GET", f"{address}/{path}").json() == {"status": "ok"}
     extra = {"return_fusion_weights": True}
 
     def counters():
@@ -642,15 +648,23 @@ def test_health_and_metrics(client, server, question):
     def grown(name):
         return after[name] - before.get(name, 0)
 
-    assert grown('loraflow_requests_total{model="layers",outcome="finished"}') == 1
-    assert grown("loraflow_prompt_tokens_total") == answer.usage.prompt_tokens
-    assert grown("loraflow_generated_tokens_total") == answer.usage.completion_tokens
-    assert grown("loraflow_weighed_tokens_total") == answer.usage.completion_tokens
-    assert grown("loraflow_first_token_seconds_count") == grown("loraflow_request_seconds_count") == 1
+    assert grown('loraflow:requests_total{model="layers",outcome="finished"}') == 1
+    engine = '{engine="0",model_name="small"}'
+    assert grown(f"vllm:prompt_tokens_total{engine}") == answer.usage.prompt_tokens
+    assert grown(f"vllm:generation_tokens_total{engine}") == answer.usage.completion_tokens
+    assert grown("loraflow:weighed_tokens_total") == answer.usage.completion_tokens
+    assert grown(f"vllm:inter_token_latency_seconds_count{engine}") == answer.usage.completion_tokens - 1
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert grown(f"vllm:{name}_seconds_count{engine}") == 1
+    for name, tokens in (("prompt", answer.usage.prompt_tokens), ("generation", answer.usage.completion_tokens)):
+        assert grown(f"vllm:request_{name}_tokens_sum{engine}") == tokens
+    reason = answer.choices[0].finish_reason
+    assert grown(f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="small"}}') == 1
     shares = answer.choices[0].fusion_weights["weights"]
     expected = sum(max(0.0, row[1]) for row in shares)
-    assert grown('loraflow_fusion_weight_total{adapter="math"}') == pytest.approx(expected, abs=1e-3)
-    assert after["loraflow_running_answers"] == after["loraflow_batched_answers"] == 0
+    assert grown('loraflow:fusion_weight_total{adapter="math"}') == pytest.approx(expected, abs=1e-3)
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert after[f"vllm:{name}{engine}"] == 0
 
 
 def test_prompts_are_counted_where_another_of_their_request_is_refused(catalog, caplog):
@@ -662,7 +676,9 @@ def test_prompts_are_counted_where_another_of_their_request_is_refused(catalog, 
         wait_for(lambda: service.engine.running == 0)
         assert outcomes(service) == {"refused": 2}
         tokens = sum(len(service.tokenizer(text)["input_ids"]) for text in ("1 + 1 =", "2 + 2 ="))
-        assert f"loraflow_prompt_tokens_total {float(tokens)}" in call("GET", f"{address}/metrics").text
+        text = call("GET", f"{address}/metrics").text
+        assert f'vllm:prompt_tokens_total{{engine="0",model_name="small"}} {float(tokens)}' in text
+        assert 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="small"} 2.0' in text
     assert [(line["outcome"], line["finished"]) for line in logged(caplog)] == [("refused", False)] * 2
 
 
@@ -698,8 +714,8 @@ def test_seconds_begin_when_the_request_comes(catalog, caplog, monkeypatch, path
         counted = service.metrics.text().decode()
     (line,) = logged(caplog)
     assert min(line["seconds"], line["first_token_s"]) >= 1
-    for name in ("request", "first_token"):
-        assert float(re.search(rf"loraflow_{name}_seconds_sum (\S+)", counted)[1]) >= 1
+    for name in ("e2e_request_latency", "time_to_first_token"):
+        assert float(re.search(rf"vllm:{name}_seconds_sum\{{.*\}} (\S+)", counted)[1]) >= 1
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

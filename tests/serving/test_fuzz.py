@@ -255,4 +255,4 @@ def test_weights_at_the_edge_of_numbers(unharmed, stream):
 
 def test_an_app_of_its_own_service_has_a_document(catalog):
     paths = make_app(Service(catalog, CONFIG)).openapi()["paths"]
-    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics"} <= paths.keys()
+    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/ready", "/metrics"} <= paths.keys()

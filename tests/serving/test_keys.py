@@ -66,7 +66,7 @@ def test_anything_else_does_not(keyed, value):
 
 
 def test_only_the_page_and_the_health_need_no_key(keyed):
-    for path in ("/", "/health"):
+    for path in ("/", "/health", "/ready"):
         assert call("GET", keyed + path).status == 200
     for path in ("/metrics", "/openapi.json", "/v1/models", "/nothing", "//metrics", "/metrics/"):
         assert call("GET", keyed + path).status == 401, path

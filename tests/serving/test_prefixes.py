@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def ask(engine, counts, served, tokens, salt=None, new=8):
     request.prefix = weigher.prefix(salt)
     counts.clear()
     answer = send(engine, request).ids()
-    return answer, sum(counts), request.cached
+    return answer, sum(counts), request.cached or 0
 
 
 # ---- One engine ----------------------------------------------------------------------------------------------------
@@ -61,6 +62,8 @@ def test_a_common_beginning_is_computed_once(model):
     with running(model, LIMITS) as engine, counting(model) as counts:
         first, computed, cached = ask(engine, counts, weigher, tokens)
         assert (first, computed, cached) == (alone(model, tokens, "base"), 37 + 7, 0)
+        # What waits to be shared is in nobody's way.
+        assert engine.cache_usage == pytest.approx(0)
         # Of 37 tokens, four pages are full.
         assert ask(engine, counts, weigher, tokens) == (first, 37 - 32 + 7, 32)
         # The next turn of a conversation: what was answered is shared too.
@@ -120,7 +123,7 @@ def test_a_small_cache_forgets_and_answers_stay_the_same(model, seed):
             request.prefix = weighers[method].prefix(None)
             requests.append((request, send(engine, request)))
         assert [listener.ids() for _, listener in requests] == expected
-        assert sum(request.cached for request, _ in requests) > 0
+        assert sum(request.cached or 0 for request, _ in requests) > 0
         # One that needs all of it gets it.
         tokens = prompt(100, seed=9)
         assert ask(engine, [], weighers["base"], tokens, new=28)[0] == alone(model, tokens, "base", new=28)
@@ -207,8 +210,11 @@ def test_a_server_counts_what_was_found(catalog):
             body = {"model": "flow", "prompt": prompt(), "max_tokens": 4, "temperature": 0, **more}
             answer = call("POST", f"{address}/v1/completions", body)
             assert answer.status == 200, answer.text
-            metrics = dict(line.rsplit(" ", 1) for line in call("GET", f"{address}/metrics").text.splitlines())
-            found = [float(metrics[f"vllm:prefix_cache_{name}_total"]) for name in ("queries", "hits")]
+            metrics = call("GET", f"{address}/metrics").text
+            found = [
+                float(re.search(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)$", metrics, re.MULTILINE)[1])
+                for name in ("queries", "hits")
+            ]
             return answer.json()["choices"][0]["text"], found
 
         text, found = post()

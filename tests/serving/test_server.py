@@ -143,7 +143,7 @@ def test_streams_that_take_longer_end_with_an_error():
             answers, body = [], {**ENDLESS, "max_tokens": 400}
             whole = threading.Thread(target=lambda: answers.append(call("POST", f"{address}/v1/completions", body)))
             whole.start()
-            wait_for(lambda: "loraflow_running_answers 6.0" in call("GET", f"{address}/metrics").text)
+            wait_for(lambda: answers_in(call("GET", f"{address}/metrics").text) == 6)
             running.process.send_signal(signal.SIGTERM)
             with pytest.raises(openai.APIError, match=r"The server is shutting down") as error:
                 list(chunks)
@@ -160,6 +160,11 @@ def test_streams_that_take_longer_end_with_an_error():
         assert (answers[0].status, answers[0].json()["error"]["code"]) == (503, "shutting_down")
         assert running.output.count('"outcome": "failed"') == 5
         assert "Traceback" not in running.output
+
+
+def answers_in(metrics: str) -> float:
+    """How many answers run and wait."""
+    return sum(float(count) for count in re.findall(r"^vllm:num_requests_\w+\{.*\} (\S+)$", metrics, re.MULTILINE))
 
 
 def test_a_second_signal_ends_it_at_once():

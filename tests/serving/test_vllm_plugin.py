@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+import loraflow.serving.vllm as vllm_package
 from loraflow import FusedModel
 from loraflow.bases import BaseOptions, TokenRecord, base_record, files_digest, load_base, load_empty_base
 from loraflow.core.linear import stack_adapters
@@ -48,8 +50,16 @@ from loraflow.serving.vllm.delta import ForwardWeights, FusedDelta, GivenWeights
 from loraflow.serving.vllm.options import FusionOptions
 from loraflow.serving.vllm.plan import FusionPlan, check_digest, read_plan
 from loraflow.serving.vllm.request_table import RequestTable
-from loraflow.serving.vllm.request_weights import KEY, check_request, fusion_of, parse_weights, processor_name
-from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, cut, even_parts
+from loraflow.serving.vllm.request_weights import (
+    KEY,
+    SCHEDULER,
+    check_request,
+    fusion_of,
+    parse_weights,
+    processor_name,
+)
+from loraflow.serving.vllm.settings import EngineSettings
+from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, cut, even_parts, join
 from tests.tiny import ALL_LLAMA, edit_config, random_adapter, save_adapter, set_random_gates, tiny_model
 
 HIDDEN = 16
@@ -110,6 +120,18 @@ class TestShards:
             wanted = torch.cat([y[:, p.rows] for y, p in zip(whole, parts, strict=True)], dim=-1)
             assert torch.allclose(found, wanted, atol=1e-5)
 
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_linears_that_the_checkpoint_fuses_on_all_ranks_give_the_full_product(self, ranks):
+        heads = Heads(query=4, key_value=2, size=6, value_size=6)
+        weight, modules = torch.randn(48, HIDDEN), random_updates(HIDDEN, 48, (2, None, 4))
+        x, fusion_weights = torch.randn(5, HIDDEN), torch.rand(5, 3)
+        whole = reference_linear(x, weight, None, modules, fusion_weights)
+        for index in range(ranks):
+            part = join(attention_parts(heads, Rank(index, ranks)))
+            assert part.out_features == 48
+            found = _delta([modules], [part], fusion_weights)(x, x @ weight[part.rows].T)
+            assert torch.allclose(found, whole[:, part.rows], atol=1e-5)
+
     @pytest.mark.parametrize("ranks", [1, 2, 4])
     def test_sums_of_rows_over_all_ranks_are_the_full_product(self, ranks):
         weight, modules = torch.randn(12, HIDDEN), random_updates(HIDDEN, 12, (4, 2, None))
@@ -135,6 +157,21 @@ class TestShards:
         expected = reference_linear(x, weight, None, modules, fusion_weights.expand(tokens, -1))
         assert torch.allclose(found, expected, atol=1e-4)
 
+    @pytest.mark.parametrize("rank", [4, 70])
+    def test_few_slots_are_multiplied_together_and_many_apart(self, rank):
+        modules = [random_updates(HIDDEN, width, (rank, 3), seed=width) for width in (8, 6)]
+        delta = _delta(modules, even_parts([8, 6], Rank()), torch.tensor([0.5, 2.0]))
+        assert hasattr(delta, "lora_B1") is (rank == 70)
+        x, weights = torch.randn(4, HIDDEN), [torch.randn(8, HIDDEN), torch.randn(6, HIDDEN)]
+        found = delta(x, torch.cat([x @ w.T for w in weights], dim=-1))
+        expected = [
+            reference_linear(x, w, None, m, torch.tensor([[0.5, 2.0]]).expand(4, -1))
+            for w, m in zip(weights, modules, strict=True)
+        ]
+        assert torch.allclose(found, torch.cat(expected, dim=-1), atol=1e-4)
+        apart = _delta(modules, [Part(8, slice(0, 8), 0), Part(6, slice(0, 6), 9)], torch.tensor([0.5, 2.0]))
+        assert hasattr(apart, "lora_B1")
+
     def test_only_the_middle_of_packed_linears_is_updated(self):
         modules, parts = random_updates(HIDDEN, 8, (2, 2)), even_parts([4, 8, 4], Rank())
         x, base_output, fusion_weights = torch.randn(3, HIDDEN), torch.randn(3, 16), torch.rand(3, 2)
@@ -143,6 +180,17 @@ class TestShards:
         assert torch.equal(found[:, 12:], base_output[:, 12:])
         update = reference_linear(x, torch.zeros(8, HIDDEN), None, modules, fusion_weights)
         assert torch.allclose(found[:, 4:12] - base_output[:, 4:12], update, atol=1e-5)
+
+
+def test_only_the_seam_imports_vllm():
+    package = Path(vllm_package.__file__).parent
+    assert "from vllm" in (package / "seam.py").read_text(encoding="utf-8")
+    for file in package.parents[1].rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        modules += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+        if file != package / "seam.py":
+            assert "vllm" not in {module.partition(".")[0] for module in modules}, file
 
 
 _RANKS: tuple[tuple[int | None, ...], ...] = ((4, 2, None), (1, None, 3), (2, 2, 2))
@@ -405,78 +453,50 @@ class TestChecks:
             check_plan(self.plan(Mine()), requests=False)
         check_plan(self.plan(Mine()), requests=False, unverified=True)
 
-    def engine(self, **changes: Any) -> SimpleNamespace:
-        config = SimpleNamespace(
-            model_config=SimpleNamespace(
-                runner_type="generate",
-                use_mla=False,
-                enable_sleep_mode=False,
-                architecture=ARCHITECTURES[0],
-                quantization=None,
-            ),
-            parallel_config=SimpleNamespace(
-                pipeline_parallel_size=1,
-                decode_context_parallel_size=1,
-                prefill_context_parallel_size=1,
-                use_ubatching=False,
-            ),
-            cache_config=SimpleNamespace(enable_prefix_caching=True),
-            compilation_config=SimpleNamespace(cache_dir=""),
-            speculative_config=None,
-            lora_config=None,
-            kv_transfer_config=None,
-            use_v2_model_runner=False,
-        )
-        for path, value in changes.items():
-            *parents, leaf = path.split("__")
-            target = config
-            for parent in parents:
-                target = getattr(target, parent)
-            setattr(target, leaf, value)
-        return config
+    def engine(self, **changes: Any) -> EngineSettings:
+        return EngineSettings(**{"architecture": ARCHITECTURES[0], **changes})
 
     def test_a_plain_engine(self):
         check_engine(self.engine(), requests=False)
-        check_engine(self.engine(cache_config__enable_prefix_caching=False), requests=True)
+        check_engine(self.engine(prefix_caching=False), requests=True)
+        check_engine(self.engine(salted=True), requests=True)
 
     @pytest.mark.parametrize(
-        ("change", "value", "message"),
+        ("setting", "value", "message"),
         [
-            ("model_config__runner_type", "pooling", "--runner pooling: only text generation"),
-            ("model_config__use_mla", True, "multi-head latent attention"),
-            ("model_config__enable_sleep_mode", True, "--enable-sleep-mode"),
-            ("parallel_config__pipeline_parallel_size", 2, "--pipeline-parallel-size"),
-            ("parallel_config__decode_context_parallel_size", 2, "context parallelism"),
-            ("parallel_config__prefill_context_parallel_size", 2, "context parallelism"),
-            ("parallel_config__use_ubatching", True, "--enable-dbo"),
-            ("speculative_config", object(), "--speculative-config"),
-            ("kv_transfer_config", object(), "--kv-transfer-config"),
-            ("compilation_config__cache_dir", "/cache", "a compilation `cache_dir`"),
+            ("runner", "pooling", "--runner pooling: only text generation"),
+            ("latent_attention", True, "multi-head latent attention"),
+            ("sleep_mode", True, "--enable-sleep-mode"),
+            ("pipeline_parallel", 2, "--pipeline-parallel-size"),
+            ("data_parallel", 2, "--data-parallel-size"),
+            ("context_parallel", 2, "context parallelism"),
+            ("expert_parallel", True, "--enable-expert-parallel"),
+            ("micro_batches", True, "--enable-dbo"),
+            ("speculative", True, "--speculative-config"),
+            ("kv_transfer", True, "--kv-transfer-config"),
+            ("cache_dir", True, "a compilation `cache_dir`"),
         ],
     )
-    def test_settings_that_are_refused(self, change, value, message):
+    def test_settings_that_are_refused(self, setting, value, message):
         with pytest.raises(LoraflowError, match=f"A fusion cannot be served with {message}"):
-            check_engine(self.engine(**{change: value}), requests=False, unverified=True)
+            check_engine(self.engine(**{setting: value}), requests=False, unverified=True)
 
     def test_weights_of_requests_and_caches_of_prefixes(self):
-        with pytest.raises(LoraflowError, match=r"Add --no-enable-prefix-caching"):
+        with pytest.raises(LoraflowError, match=r"Add --scheduler-cls .*SaltedScheduler.* or --no-enable-prefix-cach"):
             check_engine(self.engine(), requests=True)
 
     def test_weights_of_requests_and_the_other_runner(self):
-        config = self.engine(cache_config__enable_prefix_caching=False, use_v2_model_runner=True)
+        engine = self.engine(prefix_caching=False, v2_runner=True)
         with pytest.raises(LoraflowError, match=r"Set VLLM_USE_V2_MODEL_RUNNER=0"):
-            check_engine(config, requests=True)
-        check_engine(config, requests=True, unverified=True)
-        check_engine(config, requests=False)
+            check_engine(engine, requests=True)
+        check_engine(engine, requests=True, unverified=True)
+        check_engine(engine, requests=False)
 
     def test_other_bases(self):
-        config = self.engine(model_config__architecture="CohereForCausalLM")
+        engine = self.engine(architecture="CohereForCausalLM")
         with pytest.raises(ArchitectureError, match=r"vLLM's CohereForCausalLM has not been compared"):
-            check_engine(config, requests=False)
-        check_engine(config, requests=False, unverified=True)
-
-    def test_quantised_bases(self):
-        check_engine(self.engine(model_config__quantization="gptq"), requests=False)
+            check_engine(engine, requests=False)
+        check_engine(engine, requests=False, unverified=True)
 
 
 class TestGiven:
@@ -485,6 +505,9 @@ class TestGiven:
 
     def test_weights_for_each_layer(self):
         assert parse_weights([{"zh": 1.0}, {}], ADAPTERS, 2) == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+    def test_the_same_for_all(self):
+        assert parse_weights("average", ADAPTERS, 2) == [[1 / 3] * 3] * 2
 
     def test_text(self):
         assert parse_weights('{"zh": 0.5}', ADAPTERS, 1) == [[0.5, 0.0, 0.0]]
@@ -553,7 +576,8 @@ class TestCommand:
         assert command[command.index("--served-model-name") + 1] == "my-fusion"
         assert command[-2:] == ["--port", "8001"]
         assert "--logits-processors" not in command
-        assert "--no-enable-prefix-caching" not in command
+        assert command[command.index("--middleware") + 1] == "loraflow.serving.vllm.fields.RefusedFields"
+        assert "--scheduler-cls" not in command
 
     def test_the_callers_options_go_first(self, world, tmp_path):
         command = vllm_command(save(world, tmp_path, "average"), ["--dtype=bfloat16"])
@@ -561,10 +585,11 @@ class TestCommand:
         assert command[-1] == "--dtype=bfloat16"
 
     @pytest.mark.parametrize(("method", "asked"), [(Logo(), False), (Average(), True)])
-    def test_weights_of_requests_and_no_caches_of_prefixes(self, world, tmp_path, method, asked):
+    def test_weights_of_requests_and_caches_that_know_them(self, world, tmp_path, method, asked):
         command = vllm_command(save(world, tmp_path, method), request_weights=asked)
         assert fusion_of(command[command.index("--logits-processors") + 1]) == str(tmp_path.resolve())
-        assert "--no-enable-prefix-caching" in command
+        assert command[command.index("--scheduler-cls") + 1] == SCHEDULER
+        assert command[command.index("--middleware") + 1] == "loraflow.serving.vllm.fields.RequestFields"
 
     def test_other_places(self, world, tmp_path):
         command = vllm_command(
@@ -624,30 +649,18 @@ class TestChatTemplate:
 def stub(monkeypatch):
     """Stands for vLLM, as far as what it finds by name imports it."""
     formats: dict[str, type] = {}
-    members = {
-        "vllm.forward_context": {"get_forward_context": None},
-        "vllm.v1.sample.logits_processor": {
-            "BatchUpdate": object,
-            "LogitsProcessor": type("V1", (), {}),
-            "MoveDirectionality": SimpleNamespace(SWAP="swap"),
-        },
-        "vllm.v1.worker.gpu.sample.logits_processor": {"LogitsProcessor": type("V2", (), {})},
-        "vllm.config": {"ModelConfig": object, "VllmConfig": object},
-        "vllm.config.load": {"LoadConfig": object},
-        "vllm.logger": {"init_logger": logging.getLogger},
-        "vllm.model_executor.model_loader": {
-            "get_model_loader": None,
-            "register_model_loader": lambda name: lambda loader: formats.setdefault(name, loader),
-        },
-        "vllm.model_executor.model_loader.base_loader": {"BaseModelLoader": object},
-    }
-    for name, attributes in members.items():
-        module = ModuleType(name)
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, name, module)
-    ours = ("loraflow.serving.vllm.requests", "loraflow.serving.vllm.loader")
+    seam = ModuleType("loraflow.serving.vllm.seam")
+    names = ("LinearBase", "LoadConfig", "ModelConfig", "VllmConfig", "BatchUpdate", "BaseModelLoader", "Request")
+    classes = (*names, "LogitsProcessor", "LogitsProcessorV2", "Scheduler", "AsyncScheduler")
+    vars(seam).update({name: type(name, (), {}) for name in classes})
+    seam.MoveDirectionality = SimpleNamespace(SWAP="swap")
+    seam.init_logger = logging.getLogger
+    seam.register_model_loader = lambda name: lambda loader: formats.setdefault(name, loader)
+    seam.engine_settings = seam.get_model_loader = seam.request_starts = None
+    ours = [f"loraflow.serving.vllm.{name}" for name in ("requests", "loader", "scheduler")]
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, seam.__name__, seam)
     yield formats
     for name in ours:
         sys.modules.pop(name, None)
@@ -691,6 +704,39 @@ class TestNamesThatVllmIsGiven:
         processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[(2, 0, "one way")]))
         table.locate(torch.tensor([0, 1, 2]), 2)
         assert table.settle(given[:2], 1, 2)[:, 0].tolist() == [2.0, 9.0]
+
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_prefixes_are_hashed_with_the_weights(self, stub, monkeypatch, asynchronous):
+        module, _, attribute = SCHEDULER.rpartition(".")
+        seam, waiting = sys.modules["loraflow.serving.vllm.seam"], []
+        for kind in (seam.Scheduler, seam.AsyncScheduler):
+            kind.__init__ = lambda self, vllm_config, block_size: None
+            kind.add_request = lambda self, request: waiting.append((type(self), request))
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=asynchronous))
+        scheduler = getattr(importlib.import_module(module), attribute)(vllm_config=config, block_size=1)
+        assert isinstance(scheduler, seam.AsyncScheduler if asynchronous else seam.Scheduler)
+
+        class Asked:
+            def __init__(self, weights, salt=None):
+                self.sampling_params = SimpleNamespace(extra_args={KEY: weights} if weights is not None else None)
+                self.cache_salt, self.block_hashes = salt, []
+                self.update_block_hashes()
+
+            def update_block_hashes(self):
+                self.block_hashes.append(f"prompt under {self.cache_salt}")
+
+        def hashed(*args):
+            request = Asked(*args)
+            scheduler.add_request(request)
+            assert waiting.pop()[1] is request
+            return request.block_hashes
+
+        assert hashed(None) == ["prompt under None"]
+        assert hashed(None, "own") == ["prompt under own"]
+        mixes = [hashed(m) for m in ({}, {"zh": 1.0}, {"zh": 0.5}, [{"zh": 1.0}], '{"zh": 1.0}')]
+        mixes += [hashed({"zh": 1.0}, "own"), hashed(None)]
+        assert len({text for (text,) in mixes}) == len(mixes)
+        assert hashed({"zh": 1.0, "math": 2}) == hashed({"math": 2, "zh": 1.0})
 
 
 def test_the_rest_of_loraflow_imports_neither_vllm_nor_the_plug_in():

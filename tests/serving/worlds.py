@@ -119,12 +119,19 @@ def running(model: FusedModel, limits: EngineLimits | None = None) -> Iterator[E
 def serving(catalog: Catalog, config: ServerConfig | None = None) -> Iterator[tuple[Service, str]]:
     """A real server on loopback: its service, and its address."""
     service = Service(catalog, config)
+    with serving_app(service) as address:
+        yield service, address
+
+
+@contextlib.contextmanager
+def serving_app(service: Service) -> Iterator[str]:
+    """The address of a real server of a service."""
     server = uvicorn.Server(http_config(make_app(service), service.config, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_for(lambda: server.started)
-        yield service, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(DEADLINE_S)

@@ -219,8 +219,8 @@ def test_resumes_to_the_uninterrupted_result(run, tmp_path, existing):
 def test_resuming_another_run_is_refused(run, tmp_path):
     run(checkpoints=tmp_path / "run")
     for changed, arguments in {
-        "adapter": {"lora": LoraSettings(r=2)},
-        "config": {"config": FitConfig(epochs=3)},
+        "r": {"lora": LoraSettings(r=2)},
+        "epochs": {"config": FitConfig(epochs=3)},
         "data": {"examples": reversals(8, seed=9)},
     }.items():
         with pytest.raises(LoraflowError, match=f"another `{changed}`"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import shutil
@@ -236,10 +237,13 @@ def test_resumes_to_the_uninterrupted_result(make_model, tmp_path, console):
 def test_resuming_another_run_is_refused(make_model, tmp_path, console):
     fit(make_model(), reversals(8), config=QUICK, checkpoints=tmp_path / "run", console=console)
     for changed, arguments in {
-        "config": {"examples": reversals(8), "config": FitConfig(epochs=3)},
-        "data": {"examples": reversals(8, seed=9), "config": QUICK},
+        rf"`epochs` \({QUICK.epochs} then, 3 now\)": {
+            "examples": reversals(8),
+            "config": dataclasses.replace(QUICK, epochs=3),
+        },
+        "`data`": {"examples": reversals(8, seed=9), "config": QUICK},
     }.items():
-        with pytest.raises(LoraflowError, match=f"another `{changed}`"):
+        with pytest.raises(LoraflowError, match=rf"its run had another {changed}\. Give the same"):
             fit(make_model(), **arguments, checkpoints=tmp_path / "run", resume=True, console=console)
 
 

@@ -5,6 +5,7 @@ gives exactly what PEFT gives when it loads the same files; what cannot is refus
 remedy.
 """
 
+from loraflow.adapters.bank import AdapterBank, BankEntry
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
 from loraflow.adapters.copies import uncompared_copies
 from loraflow.adapters.keys import write_keys
@@ -15,7 +16,9 @@ __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "Adapter",
+    "AdapterBank",
     "AdapterSource",
+    "BankEntry",
     "LoraModule",
     "load_adapter",
     "match_adapter",

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+import torch
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
 from loraflow.adapters.foreign import kind_of_files
@@ -61,10 +63,47 @@ def read_tensors(name: str, path: Path) -> dict[str, Tensor]:
     Raises:
         AdapterError: if it is none.
     """
-    try:
+    # It opens the file twice, the second time through torch, which raises a RuntimeError where it is gone by then.
+    with _file_errors(name, path):
         return load_file(path)
+
+
+def read_header(name: str, source: AdapterSource) -> dict[str, Tensor]:
+    """What the weights' file of an adapter says of its tensors: each on the meta device, in its shape and precision.
+
+    Of a file on the Hub nothing else is downloaded. The adapter's configuration was found at the same source.
+
+    Raises:
+        AdapterError: if it is missing or no safetensors file, or cannot be reached.
+    """
+    if source.is_local or _is_cached(source):
+        path = locate_weights(name, source)
+        with _file_errors(name, path), safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            said = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+    else:
+        where = _on_the_hub(source)
+        with _hub_errors(name, where, _no_weights(where, pickled=True)):
+            repo, file_name = _in_repo(source, WEIGHTS_FILE)
+            header = HfApi().parse_safetensors_file_metadata(repo, file_name, revision=source.revision)
+        said = {key: (tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
+    unknown = {dtype for dtype, _ in said.values()} - str_to_torch_dtype.keys()
+    if unknown:
+        raise AdapterError(
+            f"Adapter {name!r}: {source.path} has tensors of the type {min(unknown)}, which torch does not have. Save "
+            "the adapter again, in float32 or bfloat16."
+        )
+    return {
+        key: torch.empty(tuple(shape), dtype=str_to_torch_dtype[dtype], device="meta")
+        for key, (dtype, shape) in said.items()
+    }
+
+
+@contextmanager
+def _file_errors(name: str, path: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError, RuntimeError) as error:
-        # It opens the file twice, the second time through torch, which raises a RuntimeError where it is gone by then.
         raise AdapterError(
             f"Adapter {name!r}: {path} is not a readable safetensors file ({error}). Download or save it again."
         ) from error
@@ -107,10 +146,20 @@ def _on_the_hub(source: AdapterSource) -> str:
     return f"{source.path!r} on the Hugging Face Hub"
 
 
-def _download(source: AdapterSource, file: str) -> Path:
+def _in_repo(source: AdapterSource, file: str) -> tuple[str, str]:
+    """The repository that a source is in, and a file's path there."""
     user, repo, *folders = source.path.strip("/").split("/")
-    subfolder = "/".join(folders) or None
-    return Path(hf_hub_download(f"{user}/{repo}", file, subfolder=subfolder, revision=source.revision))
+    return f"{user}/{repo}", "/".join([*folders, file])
+
+
+def _download(source: AdapterSource, file: str) -> Path:
+    repo, path = _in_repo(source, file)
+    return Path(hf_hub_download(repo, path, revision=source.revision))
+
+
+def _is_cached(source: AdapterSource) -> bool:
+    repo, path = _in_repo(source, WEIGHTS_FILE)
+    return isinstance(try_to_load_from_cache(repo, path, revision=source.revision), str)
 
 
 @contextmanager

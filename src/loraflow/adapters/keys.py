@@ -50,9 +50,16 @@ class _Sorted:
 
 
 def read_modules(
-    name: str, where: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor]
+    name: str, where: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], *, values: bool = True
 ) -> tuple[dict[str, LoraModule], dict[str, Tensor]]:
     """The updates that a file's tensors are, by module name, and its copies of the base's parameters, by theirs.
+
+    Args:
+        name: the adapter's.
+        where: the file, for messages.
+        config: PEFT's configuration of it.
+        tensors: by the file's keys; on the meta device where only its header was read.
+        values: whether to look at values too, which reads all of the file.
 
     Raises:
         AdapterError: if a key is neither, two are the same, a module is incomplete or other than its configuration
@@ -61,11 +68,13 @@ def read_modules(
     keys = _sort(name, where, tensors)
     modules = {}
     for module, parts in keys.parts.items():
-        found = {part: _values(name, where, module, part, tensors[key]) for part, key in parts.items()}
+        found = {part: _part(name, where, module, part, tensors[key]) for part, key in parts.items()}
+        if values:
+            _check_finite(name, where, module, found)
         modules[module] = _module(name, where, config, module, found)
     if not modules:
         raise AdapterError(f"Adapter {name!r}: {where} holds no LoRA weights. Save the adapter again.")
-    if all(not m.lora_B.any() and m.bias is None and m.magnitude is None for m in modules.values()):
+    if values and all(not m.lora_B.any() and m.bias is None and m.magnitude is None for m in modules.values()):
         raise AdapterError(
             f"Adapter {name!r} changes nothing: every `lora_B.weight` in {where} is zero, as before any training. "
             "Train it, or leave it out."
@@ -133,8 +142,8 @@ def _no_lora_weight(name: str, where: str | Path, key: str, match: re.Match[str]
     return AdapterError(f"{fact}. Retrain it on linear modules only.")
 
 
-def _values(name: str, where: str | Path, module: str, part: str, tensor: Tensor) -> Tensor:
-    """A part's values, as torch can compute with them."""
+def _part(name: str, where: str | Path, module: str, part: str, tensor: Tensor) -> Tensor:
+    """A part of a module, as torch can compute with it."""
     fact = f"Adapter {name!r}: '{module}.{part}' in {where}"
     if not tensor.numel():
         raise AdapterError(
@@ -144,10 +153,16 @@ def _values(name: str, where: str | Path, module: str, part: str, tensor: Tensor
     _check_floats(fact, tensor)
     if tensor.dtype not in _FLOATS:
         # torch has no arithmetic for 8-bit floats; bfloat16 has every value that they have.
-        tensor = tensor.to(torch.bfloat16)
-    if not torch.isfinite(tensor).all():
-        raise AdapterError(f"{fact} holds NaN or infinite values. Train it again.")
+        return tensor.to(torch.bfloat16)
     return tensor
+
+
+def _check_finite(name: str, where: str | Path, module: str, found: Mapping[str, Tensor]) -> None:
+    for part, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"Adapter {name!r}: '{module}.{part}' in {where} holds NaN or infinite values. Train it again."
+            )
 
 
 def _check_floats(fact: str, tensor: Tensor) -> None:

@@ -65,7 +65,7 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
     if dtype == "auto" and own is not None:
         dtype = settled_dtype(own, options)
     try:
-        with _bar_for_people():
+        with bar_for_people():
             return (
                 _auto_class(config)
                 .from_pretrained(
@@ -84,7 +84,7 @@ def load_base(base: str | Path, options: BaseOptions) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _bar_for_people() -> Iterator[None]:
+def bar_for_people() -> Iterator[None]:
     """transformers' progress bar on a terminal only: in a log it is noise."""
     shown = sys.stderr.isatty() or not logging.is_progress_bar_enabled()
     if not shown:

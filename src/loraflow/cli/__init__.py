@@ -12,8 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from loraflow import __version__
-from loraflow.cli import compare, demo, export, finetune, fit, generate, import_official, info, plot, serve, trace
-from loraflow.cli.devices import leave, tells_errors
+from loraflow.cli import (
+    advise,
+    compare,
+    demo,
+    export,
+    finetune,
+    fit,
+    generate,
+    import_official,
+    info,
+    plot,
+    serve,
+    trace,
+)
+from loraflow.cli.devices import check_alone, leave, tells_errors
 from loraflow.cli.flags import with_flags
 from loraflow.cli.groups import ARGUMENTS
 from loraflow.cli.values import spread_values
@@ -26,6 +39,11 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, spread_values(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        check_alone(name)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,6 +73,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo.demo)
+app.command()(advise.advise)
 app.command()(info.info)
 app.command()(fit.fit)
 app.command()(finetune.finetune)

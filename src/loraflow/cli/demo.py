@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from loraflow.demo.comparison import Result
 
+UNFINISHED = "unfinished"
+"""Where a demo keeps what it has measured, until it is whole."""
+
 
 def demo(
     task: Annotated[str, typer.Option(help="zh-math, zh-code, es-math, es-code, ru-math or ru-code.")] = "zh-math",
@@ -25,7 +29,18 @@ def demo(
     ),
     method_option: MethodOptions = [],  # noqa: B006 (typer reads the default)
     seed: Annotated[int, typer.Option(help="Of the examples' order while fitting.")] = 0,
-    problems: Annotated[int, typer.Option(min=1, max=500, help="How many of the 500 test problems to answer.")] = 500,
+    problems: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=500,
+            help="How many of the 500 test problems to answer.  [default: 500; 100 with --quick]",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fit for fewer steps and answer fewer problems: under two minutes.")
+    ] = False,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let code tasks run generated code, in a sandbox.")
     ] = False,
@@ -35,6 +50,7 @@ def demo(
     Its base model reads four languages and half knows two skills; its adapters are chat in one language (zh, es, ru)
     and a skill in English (math, code). A task needs both at once: the demo fits LoRA-Flow on 200 examples, compares
     it on test problems with the base, each adapter alone and the average, and shows which adapter spoke in one answer.
+    One that was stopped goes on when it is started again.
     """  # noqa: DOC501 (it is the --help text)
     from loraflow.demo.tasks import load_task
 
@@ -49,20 +65,26 @@ def demo(
     from loraflow.model import FusedModel
 
     console = Console()
-    plan = comparison.demo_plan(chosen, parse_method_options(method_option), seed, problems)
+    size = comparison.QUICK if quick else comparison.Size(problems=len(chosen.test))
+    size = size if problems is None else dataclasses.replace(size, problems=problems)
+    plan = comparison.demo_plan(chosen, parse_method_options(method_option), seed, size)
     cells = open_comparison(plan, allow_code=allow_code).cells
     console.print(f"[bold]{task}[/]: {chosen.skill} asked and answered in {chosen.language}, from two adapters:")
     console.print(f"  {chosen.adapters[0]} (chat, no {chosen.skill}) and {chosen.adapters[1]} (English {chosen.skill})")
-    with tempfile.TemporaryDirectory() as run:
-        if compare(plan, run, options=Options(allow_code=allow_code), console=console):
-            raise typer.Exit(1)
-        store = Store(run)
-        results = [comparison.read_result(store, cell) for cell in cells]
-        model = FusedModel.from_pretrained(store.learned_path(cells[-1].method, task, seed) / "fusion")
-        _say_learned(store.read(cells[-1]), console)
+    if smaller := size.less_than_whole(chosen):
+        console.print(f"  smaller than the whole demo: {smaller}", soft_wrap=True)
+    run = output / UNFINISHED
+    # What a demo with other options has left there is not what this one measures.
+    if compare(plan, run, options=Options(allow_code=allow_code), overwrite=True, console=console):
+        raise typer.Exit(1)
+    store = Store(run)
+    results = [comparison.read_result(store, cell) for cell in cells]
+    model = FusedModel.from_pretrained(store.learned_path(cells[-1].method, task, seed) / "fusion")
+    _say_learned(store.read(cells[-1]), console)
     model.save_pretrained(output / "fusion", copy_adapters=True)
     comparison.write_task(chosen, output / "data")
     comparison.write_results(chosen, seed, results, output)
+    shutil.rmtree(run, ignore_errors=True)
     console.print(_table(results, task))
     _show_trace(model, chosen, results[-1], console)
     console.print(f"\nfusion: {output}/fusion   data: {output}/data   every answer: {output}/answers", soft_wrap=True)

@@ -46,6 +46,23 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+_TRAIN = ("fit", "finetune")
+
+
+def check_alone(command: str | None) -> None:
+    """Check that only a command that trains was started as several processes.
+
+    Raises:
+        LoraflowError: if another one was: each process would do all of its work, and write over the others'.
+    """
+    if is_launched() and command is not None and command not in _TRAIN:
+        raise LoraflowError(
+            f"`loraflow {command}` is one process, and a launcher has started {os.environ['WORLD_SIZE']} of it "
+            "(WORLD_SIZE). Start it without one: `compare` measures in several processes with --workers or --ray, and "
+            "only `fit` and `finetune` train in several."
+        )
+
+
 def own_device(device: str | None) -> str:
     """The device that this process has its model on; by default a GPU, if there is one."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import shlex
 import socket
@@ -20,13 +21,18 @@ from loraflow.cli.sources import Sources
 from loraflow.cli.texts import PromptOptions, Stop, stop_strings
 from loraflow.errors import LoraflowError
 from loraflow.serving.config import EngineLimits, ServerConfig
+from loraflow.serving.logs import LogFormat, set_up_logs
+from loraflow.serving.starting import not_ready
 
 if TYPE_CHECKING:
     from loraflow.serving.catalog import Catalog
 
+log = logging.getLogger("loraflow.serving")
+
 _network = panel("Network")
 _limit = panel("Limits")
 _loading = panel("Loading while it runs")
+_observing = panel("Logs and traces")
 _vllm = panel("vLLM (--engine vllm)")
 
 
@@ -136,6 +142,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Observing:
+    """What is told of requests, and where."""
+
+    log_prompts: Annotated[bool, _observing("--log-prompts", help="Write prompts into the log too.")] = False
+    log_format: Annotated[
+        LogFormat, _observing("--log-format", help="Write the log as text, or as one object of JSON a line.")
+    ] = ServerConfig.log_format
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        _observing(
+            "--otlp-traces-endpoint",
+            help="Send OpenTelemetry traces to this collector, such as http://localhost:4317.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class VllmOptions:
     """What is for vLLM alone."""
 
@@ -150,7 +174,9 @@ class VllmOptions:
     ] = False
     print_command: Annotated[bool, _vllm("--print-command", help="Print vLLM's command instead of running it.")] = False
 
-    def command(self, fusions: Mapping[str, str], sources: Sources, network: Network) -> list[str]:
+    def command(
+        self, fusions: Mapping[str, str], sources: Sources, network: Network, observing: Observing
+    ) -> list[str]:
         """The command that starts vLLM's server; options that `--vllm-args` names are its.
 
         Raises:
@@ -172,6 +198,7 @@ class VllmOptions:
             "--served-model-name": name,
             "--host": network.host,
             "--port": str(network.port),
+            "--otlp-traces-endpoint": observing.otlp_traces_endpoint,
             "--revision": sources.placement.revision,
             "--dtype": None if sources.placement.dtype == "auto" else sources.placement.dtype,
         }
@@ -213,7 +240,7 @@ def serve(
     limits: Limits,
     prompt: PromptOptions,
     stop: Stop = [],  # noqa: B006 (typer reads the default)
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log too.")] = False,
+    observing: Observing,
     engine: Annotated[
         Engine, typer.Option("--engine", help="Answer here, or start vLLM's own server on one fusion.")
     ] = Engine.LORAFLOW,
@@ -230,7 +257,8 @@ def serve(
     named = _named(fusions or [])
     _check_engine(engine, given)
     if engine is Engine.VLLM:
-        _become_vllm(vllm.command(named, sources, network), network.api_keys(), only_print=vllm.print_command)
+        command = vllm.command(named, sources, network, observing)
+        _become_vllm(command, network.api_keys(), only_print=vllm.print_command)
         return
     _check_temporary_folder()
     try:
@@ -254,42 +282,48 @@ def serve(
         max_new_tokens=limits.max_new_tokens,
         timeout_s=limits.timeout_s,
         receive_timeout_s=limits.receive_timeout_s,
-        log_prompts=log_prompts,
+        log_prompts=observing.log_prompts,
+        log_format=observing.log_format,
+        otlp_traces_endpoint=observing.otlp_traces_endpoint,
         admin_keys=keys_of("admin", limits.admin_key, limits.admin_key_file),
         load_from=tuple(limits.load_from),
         public_metrics=network.public_metrics,
         allowed_hosts=network.allowed_hosts(api_keys),
         drain_s=network.drain_s,
     )
+    set_up_logs(config.log_format)
     listener = _listen(network.host, network.port)
-    catalog = Catalog.open(
-        sources.base,
-        sources.adapters(),
-        named,
-        base_id=served_model_name,
-        prompt=prompt.format(),
-        stop_strings=stop_strings(stop),
-        options=sources.placement.options(),
-    )
+    with not_ready(listener):
+        catalog = Catalog.open(
+            sources.base,
+            sources.adapters(),
+            named,
+            base_id=served_model_name,
+            prompt=prompt.format(),
+            stop_strings=stop_strings(stop),
+            options=sources.placement.options(),
+        )
     _answer(catalog, config, listener)
 
 
 def _answer(catalog: Catalog, config: ServerConfig, listener: socket.socket) -> None:
     """Answer requests until the process is told to end."""
-    import logging
-
     from loraflow.serving.server import Server
     from loraflow.serving.service import Service
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("loraflow.serving").setLevel(logging.INFO)
+    def say(line: str) -> None:
+        if config.log_format == "json":
+            log.info("%s", line)
+        else:
+            typer.echo(line)
+
     for line in offered(catalog):
-        typer.echo(line)
+        say(line)
 
     def ready() -> None:
         address, number, *_ = listener.getsockname()
         shown = f"[{address}]" if ":" in address else address
-        typer.echo(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
+        say(f"ready at http://{shown}:{number}: OpenAI's API under /v1, a page to chat on at /")
 
     Server(Service(catalog, config), ready).run(sockets=[listener])
 
@@ -351,8 +385,8 @@ def _check_engine(engine: Engine, given: Given) -> None:
         for flag in given.flags(of_vllm):
             raise LoraflowError(f"`{flag}` is for vLLM. Say --engine vllm too, or leave it out.")
         return
-    both = {"fusions", "engine", *options_of(Network), *options_of(Sources)} - {"device", "quantization"}
-    both -= {"allowed_host", "public_metrics", "drain_s"}
+    both = {"fusions", "engine", "otlp_traces_endpoint", *options_of(Network), *options_of(Sources)}
+    both -= {"device", "quantization", "allowed_host", "public_metrics", "drain_s"}
     for flag in given.flags(set(given.names) - both - set(of_vllm)):
         raise LoraflowError(f"`{flag}` is for loraflow's own engine. Leave it out; vLLM's options go into --vllm-args.")
 

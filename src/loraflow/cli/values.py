@@ -14,6 +14,7 @@ _SEVERAL = (
     "--compare",
     "--fusions",
     "--lora-modules",
+    "--merge-option",
     "--method-option",
     "--methods",
     "--report-to",
@@ -59,7 +60,7 @@ def parse_adapters(modules: Sequence[str], flag: str = "--lora-modules") -> dict
     return adapters
 
 
-def parse_method_options(options: Sequence[str]) -> dict[str, Any]:
+def parse_method_options(options: Sequence[str], flag: str = "--method-option") -> dict[str, Any]:
     """`key=value` pairs; a value is JSON where it can be, else text.
 
     Raises:
@@ -69,7 +70,7 @@ def parse_method_options(options: Sequence[str]) -> dict[str, Any]:
     for option in options:
         key, separator, value = option.partition("=")
         if not (key and separator):
-            raise MethodError(f"`--method-option` takes key=value, found {option!r}.")
+            raise MethodError(f"`{flag}` takes key=value, found {option!r}.")
         try:
             parsed[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -4,27 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraflow.demo.setting import METRIC
+from loraflow.demo.setting import METRIC, RECIPES
 from loraflow.demo.tasks import DemoTask
 from loraflow.evaluation.compare import Cell, Plan, Store, make_plan
 from loraflow.evaluation.statistics import wilson_interval
 from loraflow.files import write_atomically
+from loraflow.training import FitConfig
 
 
-def demo_plan(task: DemoTask, options: Mapping[str, Any], seed: int, count: int) -> Plan:
+@dataclass(frozen=True)
+class Size:
+    """How much of the demo is done.
+
+    Attributes:
+        problems: test problems that each method answers.
+        steps: steps of the gates' fit; None for as many as its recipe has.
+    """
+
+    problems: int
+    steps: int | None = None
+
+    def less_than_whole(self, task: DemoTask) -> str:
+        """What is smaller than in the whole demo, and what that means for its table; empty where nothing is."""
+        recipe = FitConfig(**RECIPES["lora-flow"])
+        per_epoch = math.ceil(len(task.train) / recipe.batch_size)
+        whole = recipe.epochs_over(len(task.train)) * per_epoch
+        smaller = []
+        if self.steps is not None and self.steps < whole:
+            smaller.append(f"the gates learn for {self.steps} steps instead of {whole}, and are not at their best")
+        if self.problems < len(task.test):
+            # An interval is as wide as one over the root of the problems.
+            wider = math.sqrt(len(task.test) / self.problems)
+            smaller.append(
+                f"{self.problems} of {len(task.test)} test problems, so intervals are some {wider:.1f} times as wide"
+            )
+        return "; ".join(smaller)
+
+
+QUICK = Size(problems=100, steps=100)
+
+
+def demo_plan(task: DemoTask, options: Mapping[str, Any], seed: int, size: Size) -> Plan:
     """The base, each adapter alone, their average and, last, LoRA-Flow fitted on the task."""
     rows = dict.fromkeys(("base", *task.adapters, "average"))
+    fit = {} if size.steps is None else {"max_steps": size.steps}
     content = {
         "setting": "small-world",
         "tasks": [task.name],
-        "methods": {**rows, "lora-flow": {"options": options}},
+        "methods": {**rows, "lora-flow": {"options": options, "fit": fit}},
         "seeds": [seed],
-        "limit": count,
+        "limit": size.problems,
         "batch_size": 64,
     }
     return make_plan(content, Path())

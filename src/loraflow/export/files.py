@@ -20,6 +20,7 @@ from loraflow.core.layers import LayerFusion
 from loraflow.errors import LoraflowError
 from loraflow.export.folding import Compression
 from loraflow.files import staged, write_atomically
+from loraflow.merging import Loss
 from loraflow.saved.records import CARD_FILE
 
 # What `vllm serve --max-lora-rank` takes.
@@ -35,7 +36,7 @@ tags: [lora, peft, loraflow]
 # {names}, fused into one adapter
 
 An ordinary PEFT adapter, exported by [loraflow](https://pypi.org/project/loraflow) {version} from a fusion of
-{count} LoRA adapters ({names}) by the method `{method}`. {summary}
+{count} LoRA adapters ({names}) by the {method}. {summary}
 """
 
 
@@ -69,6 +70,8 @@ class ExportReport:
         lora_bias: whether it has biases.
         compression: what a lower rank cost; None where none was asked for.
         cost: what constant weights cost; None where they were constant before.
+        merge: by which merge, where it is none of a fusion's weights.
+        from_sum: what that, and a lower rank, lose of the sum of the adapters' updates.
     """
 
     directory: Path
@@ -79,6 +82,8 @@ class ExportReport:
     lora_bias: bool
     compression: Compression | None = None
     cost: MeanCost | None = None
+    merge: str | None = None
+    from_sum: Loss | None = None
 
     @property
     def vllm(self) -> str:
@@ -103,15 +108,24 @@ def checked_target(model: Fusion, directory: Path, overwrite: bool) -> Path:
         return target
     if not target.is_dir():
         raise LoraflowError(f"{directory} is a file. Give a directory.")
-    for adapter in model.adapters:
-        if adapter.source.is_local and Path(adapter.source.path) == target:
-            raise LoraflowError(f"{directory} is the adapter {adapter.name!r} of this fusion. Give another directory.")
+    refuse_own_files(model, directory, target)
     found = {path.name for path in target.iterdir()}
     if found and not found & {CONFIG_FILE, WEIGHTS_FILE}:
         raise LoraflowError(f"{directory} holds {sorted(found)[0]!r} and no adapter. Give a new or an empty directory.")
     if found and not overwrite:
         raise LoraflowError(f"{directory} holds an adapter already. Give another directory, or say `overwrite=True`.")
     return target
+
+
+def refuse_own_files(model: Fusion, directory: Path, target: Path) -> None:
+    """Check that a directory is none of a fusion's own adapters.
+
+    Raises:
+        LoraflowError: if it is one.
+    """
+    for adapter in model.adapters:
+        if adapter.source.is_local and Path(adapter.source.path) == target:
+            raise LoraflowError(f"{directory} is the adapter {adapter.name!r} of this fusion. Give another directory.")
 
 
 def write_adapter(model: Fusion, adapter: Adapter, report: ExportReport) -> None:
@@ -205,12 +219,16 @@ def _card(model: Fusion, report: ExportReport) -> str:
             f" It is compressed to rank {report.compression.rank}, with a relative error of "
             f"{report.compression.error:.2g} in the updates."
         )
+    if report.from_sum is not None:
+        summary = (
+            f"Its updates differ from the sum of those adapters' by {report.from_sum.error:.2g}, relative to that sum."
+        )
     return _CARD.format(
         # The Hub takes ids of its own there, no paths.
         base_line=f"base_model: {path}\n" if path and not Path(path).is_absolute() else "",
         names=", ".join(report.adapters),
         version=__version__,
         count=len(report.adapters),
-        method=model.method.name,
+        method=f"merge `{report.merge}`" if report.merge else f"method `{model.method.name}`",
         summary=summary,
     )

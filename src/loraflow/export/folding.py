@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
 from loraflow.errors import LoraflowError
+from loraflow.merging.base import Factors, truncated
 from loraflow.methods.base import AddsUpdate, Mixing
 
 # DoRA's update is divided by C: below this, float16 and the squares in its norm would soon overflow.
@@ -90,20 +91,9 @@ def add_up(active: Sequence[tuple[LoraModule, float]], weight: Tensor | None, mi
 
 
 def compressed(update: UpdateSum, rank: int) -> tuple[UpdateSum, float, float]:
-    r"""The nearest update of a lower rank, the squared Frobenius norm of the difference, and that of the update.
-
-    With $B = Q_B R_B$ and $A^T = Q_A R_A$, the singular values of $B A$ are those of $R_B R_A^T$, which is only as
-    large as the rank.
-    """
-    Q_B, R_B = torch.linalg.qr(update.lora_B)
-    Q_A, R_A = torch.linalg.qr(update.lora_A.T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    norm = S.square().sum().item()
-    if update.lora_A.shape[0] <= rank:
-        return update, 0.0, norm
-    root = S[:rank].sqrt()
-    A, B = root[:, None] * (Vh[:rank] @ Q_A.T), (Q_B @ U[:, :rank]) * root
-    return UpdateSum(A, B, update.bias, update.output_scale), S[rank:].square().sum().item(), norm
+    """The nearest update of a lower rank, the squared Frobenius norm of the difference, and that of the update."""
+    (A, B), cut, norm = truncated(Factors(update.lora_A, update.lora_B), rank)
+    return UpdateSum(A, B, update.bias, update.output_scale), cut, norm
 
 
 def own_update(gate: nn.Module) -> LoraModule | None:

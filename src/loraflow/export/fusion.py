@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
 from loraflow.export.files import ExportReport, MeanCost, checked_target, peft_config, write_adapter
 from loraflow.export.folding import Compression, UpdateSum, add_up, as_module, compressed, compression_of, own_update
+from loraflow.merging import Loss, Merge, merge_adapters
 from loraflow.methods.base import Mixing, Site
 from loraflow.training.data import longest_example, split_batches, tokenize
 from loraflow.training.loss import mean_loss
@@ -29,12 +31,22 @@ from loraflow.training.progress import counting_progress
 
 
 @dataclass(frozen=True)
-class _Export:
-    """The exported adapter in memory, and names of the adapters that are in it."""
+class Folded:
+    """A fusion, or a merge of its adapters, as one adapter in memory.
+
+    Attributes:
+        adapter: that adapter.
+        sources: names of the adapters that are in it.
+        compression: what a lower rank cost; None where none was asked for.
+        from_sum: what a merge loses of the sum of the updates; None where it is none.
+        cost: what constant weights cost; None where they were constant before.
+    """
 
     adapter: Adapter
     sources: tuple[str, ...]
-    compression: Compression | None
+    compression: Compression | None = None
+    from_sum: Loss | None = None
+    cost: MeanCost | None = None
 
 
 @torch.no_grad()
@@ -45,6 +57,7 @@ def export_peft(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     mean_weights_on: Sequence[Mapping[str, Any] | Example] | None = None,
+    merge: Merge | None = None,
     batch_size: int = 4,
     overwrite: bool = False,
     console: Console | None = None,
@@ -58,6 +71,7 @@ def export_peft(
         dtype: precision of the saved tensors.
         mean_weights_on: examples on which a dynamic fusion's weights are averaged, for every layer (or module, where
             gates are the modules'); also what that costs is measured on them.
+        merge: merge the fusion's adapters so, whatever its method weighs them by.
         batch_size: examples in a forward of that measurement.
         overwrite: replace an adapter that is in the directory.
         console: where progress is shown; standard error by default.
@@ -69,28 +83,64 @@ def export_peft(
         LoraflowError: if the rank or directory cannot be used, or the fusion cannot be written as one adapter.
         MethodError: if the fusion weights are not constant, or are all zero.
     """
+    model.attachment.check_attached()
+    target = checked_target(model, Path(directory), overwrite)
+    folded = fold(
+        model,
+        rank=rank,
+        dtype=dtype,
+        mean_weights_on=mean_weights_on,
+        merge=merge,
+        batch_size=batch_size,
+        console=console,
+    )
+    config = folded.adapter.config
+    report = ExportReport(
+        target,
+        folded.sources,
+        len(folded.adapter.modules),
+        config.r,
+        config.use_dora,
+        config.lora_bias,
+        folded.compression,
+        folded.cost,
+        None if merge is None else merge.name,
+        folded.from_sum,
+    )
+    write_adapter(model, folded.adapter, report)
+    return report
+
+
+@torch.no_grad()
+def fold(
+    model: Fusion,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    mean_weights_on: Sequence[Mapping[str, Any] | Example] | None = None,
+    merge: Merge | None = None,
+    batch_size: int = 4,
+    console: Console | None = None,
+) -> Folded:
+    """A fusion, or a merge of its adapters, as one adapter; `export_peft` says what the arguments are.
+
+    Raises:
+        LoraflowError: if the rank cannot be used, or there is no such adapter.
+        MethodError: if the fusion weights are not constant, or are all zero.
+    """
     if rank is not None and rank < 1:
         raise LoraflowError(f"`rank` (={rank}) must be at least 1.")
     model.attachment.check_attached()
-    target = checked_target(model, Path(directory), overwrite)
-    cost = None
+    if merge is not None:
+        if mean_weights_on is not None:
+            raise MethodError(
+                f"The merge {merge.name!r} reads the adapters alone, and `mean_weights_on` averages a method's "
+                "weights. Leave one of them out."
+            )
+        return _merged(model, merge, rank, dtype)
     if mean_weights_on is None:
-        export = _export(model, constant_weights(model), rank, dtype)
-    else:
-        export, cost = _export_mean(model, parse_examples(mean_weights_on), batch_size, rank, dtype, console)
-    adapter = export.adapter
-    report = ExportReport(
-        target,
-        export.sources,
-        len(adapter.modules),
-        adapter.config.r,
-        adapter.config.use_dora,
-        adapter.config.lora_bias,
-        export.compression,
-        cost,
-    )
-    write_adapter(model, adapter, report)
-    return report
+        return _export(model, constant_weights(model), rank, dtype)
+    return _export_mean(model, parse_examples(mean_weights_on), batch_size, rank, dtype, console)
 
 
 @torch.no_grad()
@@ -108,7 +158,7 @@ def constant_weights(model: Fusion) -> Weights:
         each = "token" if method.level == "token" else "prompt"
         raise MethodError(
             f"The method {method.name!r} weighs every {each} anew, and an adapter's weights are constant: no adapter "
-            "is this fusion. Export the mean of its weights on examples of the task "
+            "is this fusion, and no checkpoint. Export the mean of its weights on examples of the task "
             "(`mean_weights_on=examples`), or use it as it is."
         )
     if not model.gates:
@@ -129,7 +179,7 @@ def _export_mean(
     rank: int | None,
     dtype: torch.dtype,
     console: Console | None,
-) -> tuple[_Export, MeanCost]:
+) -> Folded:
     """Export the mean of dynamic weights, and measure what that costs.
 
     Raises:
@@ -153,7 +203,7 @@ def _export_mean(
         progress.update(bar, description="loss, exported")
         with model.exchanged([export.adapter]), model.using(export.adapter.name):
             exported = mean_loss(model, data, batch_size, advance)
-    return export, MeanCost(len(data), dynamic, exported, data.truncated)
+    return dataclasses.replace(export, cost=MeanCost(len(data), dynamic, exported, data.truncated))
 
 
 class _Active(NamedTuple):
@@ -198,7 +248,30 @@ def folded_update(site: Site, gate: nn.Module) -> LoraModule | None:
     return as_module(str(site.module), active.add_up(None, "outputs"), None, torch.float32, lora_bias=False)
 
 
-def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtype) -> _Export:
+def _refuse_bare(model: Fusion, names: Iterable[str]) -> None:
+    """Check that all that is updated is a linear.
+
+    Raises:
+        LoraflowError: if a bare parameter is among it.
+    """
+    modules_of_base = dict(model.base_model.named_modules())
+    bare = [name for name in names if name not in modules_of_base]
+    if bare:
+        raise LoraflowError(
+            f"The fusion updates {len(bare)} bare parameters, such as '{bare[0]}' (experts of a mixture, a router), of "
+            "which no adapter is written. Use it as it is: `loraflow generate` and `loraflow serve` take it."
+        )
+
+
+def _merged(model: Fusion, merge: Merge, rank: int | None, dtype: torch.dtype) -> Folded:
+    """The one adapter that a merge makes of a fusion's adapters."""
+    _refuse_bare(model, dict.fromkeys(name for adapter in model.adapters for name in adapter.modules))
+    merged = merge_adapters(model.adapters, merge, rank=rank, name="exported", dtype=dtype)
+    config = peft_config(model, merged.adapter.modules)
+    return Folded(dataclasses.replace(merged.adapter, config=config), merged.names, from_sum=merged.from_sum)
+
+
+def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtype) -> Folded:
     """The one adapter that constant weights make of a fusion.
 
     Raises:
@@ -213,13 +286,7 @@ def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtyp
             kept[f"{attachment.layers.prefix}.{name.removeprefix('layers.')}"] = active
     if not kept:
         raise MethodError("Every fusion weight is 0: the fusion is its base alone, and there is nothing to export.")
-    modules_of_base = dict(model.base_model.named_modules())
-    bare = [name for name in kept if name not in modules_of_base]
-    if bare:
-        raise LoraflowError(
-            f"The fusion updates {len(bare)} bare parameters, such as '{bare[0]}' (experts of a mixture, a router), of "
-            "which no adapter is written. Use it as it is: `loraflow generate` and `loraflow serve` take it."
-        )
+    _refuse_bare(model, kept)
     uses_dora = any(update.magnitude is not None for active in kept.values() for update, _ in active.updates)
     lora_bias = any(update.bias is not None for active in kept.values() for update, _ in active.updates)
     if uses_dora and lora_bias:
@@ -238,4 +305,4 @@ def _export(model: Fusion, weights: Weights, rank: int | None, dtype: torch.dtyp
     adapter = Adapter("exported", AdapterSource("exported"), peft_config(model, modules), modules, "")
     names = set().union(*(active.names for active in kept.values()))
     sources = tuple(name for name in model.adapter_names if name in names)
-    return _Export(adapter, sources, None if rank is None else compression_of(rank, errors))
+    return Folded(adapter, sources, None if rank is None else compression_of(rank, errors))

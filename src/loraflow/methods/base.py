@@ -84,7 +84,6 @@ class Method(ABC):
         level: what it looks at.
         learns: how it learns, or None where it learns nothing.
         adds: whether its gates, of linear modules, add an update of their own (`AddsUpdate`).
-        recipe: fields of `FitConfig` whose defaults this method's own source changes.
     """
 
     name: ClassVar[str]
@@ -92,7 +91,6 @@ class Method(ABC):
     level: ClassVar[Level]
     learns: ClassVar[Learning | None] = None
     adds: ClassVar[bool] = False
-    recipe: ClassVar[Mapping[str, Any]] = {}
 
     @property
     @abstractmethod
@@ -106,6 +104,11 @@ class Method(ABC):
         Raises:
             MethodError: if the method cannot take the adapters that are there.
         """
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Fields of `FitConfig` whose defaults this method's own source changes; a class may have one for all."""
+        return {}
 
     @property
     def mixing(self) -> Mixing:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from loraflow.errors import LoraflowError
 from loraflow.serving.catalog import Served
+from loraflow.serving.logs import log_facts
 from loraflow.serving.protocol import ApiError
 from loraflow.serving.service import Service, find_model
 
@@ -65,7 +65,7 @@ class Admin:
                 served = await asyncio.to_thread(self._service.catalog.load, name, path, permit)
             except LoraflowError as error:
                 raise ApiError(400, str(error)) from error
-        log.info(json.dumps({"loaded": served.id, "digest": served.digest}, ensure_ascii=False))
+        log_facts(log, {"loaded": served.id, "digest": served.digest})
         return served
 
     async def unload(self, name: str) -> None:
@@ -84,4 +84,5 @@ class Admin:
             while leaving and service.engine.uses(leaving):
                 await asyncio.sleep(0.05)
             await asyncio.to_thread(catalog.free)
-        log.info(json.dumps({"unloaded": name}, ensure_ascii=False))
+        service.metrics.keep(catalog.served, catalog.model.adapter_names)
+        log_facts(log, {"unloaded": name})

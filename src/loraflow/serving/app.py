@@ -22,6 +22,7 @@ from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
 from loraflow.serving.intake import Intake
 from loraflow.serving.keys import LOAD, UNLOAD, check_caller
+from loraflow.serving.observed import Observed
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
@@ -31,6 +32,8 @@ from loraflow.serving.turns import end_reading, let_others_go_first
 log = logging.getLogger("loraflow.serving")
 
 _CHAT, _COMPLETIONS = _ASKING = ("/v1/chat/completions", "/v1/completions")
+# With OpenTelemetry's names of what is asked there.
+_TRACED = {_CHAT: "chat", _COMPLETIONS: "text_completion"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": text,
@@ -55,11 +58,10 @@ def make_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        service.metrics.watch(lambda: service.engine.running, lambda: service.engine.batched)
         yield
         await service.stop()
 
-    app = FastAPI(title="loraflow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _App(title="loraflow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(Intake, service=service, refuse=_error_response, paths=_ASKING)
     app.add_middleware(_Guard, service=service)
@@ -69,6 +71,16 @@ def make_app(service: Service) -> FastAPI:
     _add_admin(app, service)
     _add_page(app)
     return app
+
+
+class _App(FastAPI):
+    """Has its requests observed from outside of everything, errors that nobody expected included."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Starlette's layers, and one around them."""
+        service: Service = self.state.service
+        handlers = {path for route in self.routes if "{" not in (path := getattr(route, "path", "{"))}
+        return Observed(super().build_middleware_stack(), service.metrics, service.tracing, handlers, _TRACED)
 
 
 class _Guard:
@@ -141,11 +153,15 @@ def _error_response(error: ApiError) -> Response:
 def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
+        """Whether the server lives; one that does not is to be started anew."""
+        failure = service.engine.failure if service.started else None
+        return JSONResponse({"status": failure or "ok"}, status_code=503 if failure else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
         """Whether the server takes requests."""
-        failure = service.engine.failure
-        if service.closing or failure is not None:
-            return JSONResponse({"status": failure or "shutting down"}, status_code=503)
-        return JSONResponse({"status": "ok"})
+        reason = service.unready
+        return JSONResponse({"status": reason or "ok"}, status_code=503 if reason else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:

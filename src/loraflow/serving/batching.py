@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -83,7 +85,7 @@ class Manager(ContinuousBatchingManager):
         )
         plain = GenerationConfig(do_sample=False, eos_token_id=-1)
         self._text_config = model.base_model.config.get_text_config(decoder=True)
-        self._last: tuple[Attachment, list[tuple[Job | None, int]], Lanes] | None = None
+        self._last: tuple[weakref.ref[Attachment], list[tuple[Job | None, int]], Lanes] | None = None
         super().__init__(cast(Any, model.base_model), plain, config)
         self.output_router = _Router(jobs)
 
@@ -109,6 +111,17 @@ class Manager(ContinuousBatchingManager):
             cache.get_seq_length = lambda *_: 0
         return processor
 
+    @property
+    def cache_usage(self) -> float:
+        """The used part of the cache; 1 is all of it. Pages that wait to be shared are free for whoever needs them."""
+        if self.batch_processor is None:
+            return 0.0
+        cache = self.batch_processor.cache
+        waiting = sum(
+            len(pages.ledger.cached_blocks) * pages.bytes_per_block for pages in cache.cache_allocators.values()
+        )
+        return 1 - cache.compute_free_capacity() - waiting / (cache.num_sectors * cache.bytes_per_sector)
+
     def _fail(self, job: Job, message: str) -> None:
         """Give up one request; the others go on."""
         if self._jobs.pop(job.id, None) is not None:
@@ -131,6 +144,7 @@ class Manager(ContinuousBatchingManager):
             batch = [(self._jobs.get(future.state.request_id), future) for future in shared.requests_in_batch]
             cast(_Runner, self.batch_processor.model_runner).batch = batch
             self.batched = len(batch)
+            _note_begin(batch)
             with torch.cuda.stream(shared.compute_stream):
                 lanes = self._lanes_of(batch)
                 if self._text_config._attn_implementation == "sdpa":
@@ -147,10 +161,11 @@ class Manager(ContinuousBatchingManager):
     def _lanes_of(self, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
         """Who weighs which tokens of a step; mostly the same as in the last one."""
         attachment, asked = self._fused.attachment, [(job, future.query_length) for job, future in batch]
-        if self._last is not None and self._last[0] is attachment and _are_same(self._last[1], asked):
+        if self._last is not None and self._last[0]() is attachment and _are_same(self._last[1], asked):
             return self._last[2]
         lanes = _lanes(self._fused, batch)
-        self._last = attachment, asked, lanes
+        # Adapters that were taken out meanwhile leave memory.
+        self._last = weakref.ref(attachment), asked, lanes
         return lanes
 
     def _keep_weights(self, batch: Sequence[tuple[Job | None, Any]], recorded: Sequence[dict[str, Tensor]]) -> None:
@@ -180,6 +195,13 @@ def _are_same(one: Sequence[tuple[Job | None, int]], other: Sequence[tuple[Job |
     if len(one) != len(other):
         return False
     return all(a is b and m == n for (a, m), (b, n) in zip(one, other, strict=True))
+
+
+def _note_begin(batch: Sequence[tuple[Job | None, Any]]) -> None:
+    """Note when requests are in a step for the first time."""
+    for job, _ in batch:
+        if job is not None and job.begun is None:
+            job.begun = time.monotonic()
 
 
 def _lanes(model: Fusion, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:

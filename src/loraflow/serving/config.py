@@ -8,6 +8,8 @@ from pathlib import Path
 from loraflow.errors import LoraflowError
 from loraflow.serving.credentials import check_keys
 from loraflow.serving.hosts import check_hosts
+from loraflow.serving.logs import LogFormat, check_log_format
+from loraflow.serving.tracing import check_endpoint
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ServerConfig:
         admin_keys: keys that allow adapters and fusions to be loaded and unloaded; nobody may where there is none.
         load_from: folders that they may be loaded from.
         public_metrics: whether the metrics are for everybody, where requests need a key.
+        log_format: how the process that serves writes its log.
+        otlp_traces_endpoint: where traces are sent, by OTLP; None for nowhere.
         allowed_hosts: names under which the server is reached, beside loopback and its address; `*` for any. They are
             checked where there are no `api_keys`, and where some are given.
     """
@@ -70,6 +74,8 @@ class ServerConfig:
     load_from: tuple[Path, ...] = ()
     public_metrics: bool = False
     allowed_hosts: tuple[str, ...] = ()
+    log_format: LogFormat = "text"
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         check_keys("api_keys", self.api_keys)
@@ -80,6 +86,9 @@ class ServerConfig:
                 "Give the admins another."
             )
         check_hosts(self.allowed_hosts)
+        check_log_format(self.log_format)
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)
         if bool(self.admin_keys) != bool(self.load_from):
             raise LoraflowError(
                 "Loading while the server runs needs both: an admin key, and folders to load from (`admin_keys=...`, "

@@ -107,6 +107,19 @@ class Engine:
         """How many of them were in its last step."""
         return min(self._manager.batched, len(self._jobs))
 
+    @property
+    def cache_usage(self) -> float:
+        """The used part of the cache; 1 is all of it."""
+        return self._manager.cache_usage
+
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the adapters of requests that have begun, and of those that wait."""
+        found: tuple[set[str], set[str]] = (set(), set())
+        for job in list(self._jobs.values()):
+            names = job.weigher.adapters
+            found[job.begun is None].update(self.model.adapter_names if names is None else names)
+        return sorted(found[0]), sorted(found[1])
+
     def uses(self, adapters: Collection[str]) -> bool:
         """Whether a request that is not answered yet needs one of these adapters."""
         jobs = list(self._jobs.values())

@@ -111,10 +111,11 @@ class Job:
         weigher: who weighs it.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
+        begun: when it was in a step for the first time, in seconds of a monotonic clock; None where it was in none.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
         prefix: requests where it is the same share the pages of their common beginning; None shares nothing.
-        cached: how many tokens of the prompt were found in the cache.
+        cached: how many tokens of the prompt were found in the cache; None where they were not looked for.
     """
 
     id: str
@@ -126,7 +127,8 @@ class Job:
     wants_weights: bool
     listener: Listener
     generator: torch.Generator | None = None
+    begun: float | None = None
     told: int = 0
     sampled: Token | None = None
     prefix: bytes | None = None
-    cached: int = 0
+    cached: int | None = None

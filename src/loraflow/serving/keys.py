@@ -16,7 +16,7 @@ from loraflow.serving.protocol import ApiError
 ADMIN_PATHS = LOAD, UNLOAD = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 # The page has no secrets, and asks for the key that its requests need; load balancers have none.
-_OPEN_PATHS = ("/", "/health")
+_OPEN_PATHS = ("/", "/health", "/ready")
 
 
 def check_caller(request: Request, config: ServerConfig) -> None:

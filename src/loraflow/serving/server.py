@@ -16,7 +16,7 @@ from loraflow.serving.http import http_config
 from loraflow.serving.service import Service
 
 # For the last words of answers that are given up, and clients that read slowly.
-_FLUSH_S = 5
+FLUSH_S = 5
 
 
 class Server(uvicorn.Server):
@@ -36,7 +36,9 @@ class Server(uvicorn.Server):
                 service.config,
                 access_log=False,
                 log_level="warning",
-                timeout_graceful_shutdown=int(service.config.drain_s) + _FLUSH_S,
+                # uvicorn's lines go through its own handlers otherwise.
+                log_config=None if service.config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
+                timeout_graceful_shutdown=int(service.config.drain_s) + FLUSH_S,
             )
         )
 

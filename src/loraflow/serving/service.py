@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,6 +16,7 @@ from loraflow.answers import require_tokenizer
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
 from loraflow.methods import QueryMethod
+from loraflow.serving.accounts import Accounts, Stages
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
 from loraflow.serving.engine import Engine
@@ -26,8 +25,7 @@ from loraflow.serving.metrics import Metrics
 from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.reading import Reader
 from loraflow.serving.text import TextStream
-
-log = logging.getLogger("loraflow.serving")
+from loraflow.serving.tracing import Tracing
 
 Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
 
@@ -69,6 +67,7 @@ class Asked:
         jobs: one for each answer, as the engine takes them.
         events: what the engine says of them.
         started: when it came, before it was read and weighed, in seconds of a monotonic clock.
+        stages: how far it came since.
         generated: tokens so far, of all answers.
         first_token_s: seconds till the first token.
         outcome: how it ended; it was given up by its client where nothing else is known.
@@ -82,6 +81,7 @@ class Asked:
     streams: list[TextStream]
     events: asyncio.Queue[tuple[int, Token | Failure]]
     started: float
+    stages: Stages = field(default_factory=Stages)
     generated: int = 0
     first_token_s: float | None = None
     outcome: Outcome = "cancelled"
@@ -93,18 +93,24 @@ class Service:
 
     engine: Engine
 
-    def __init__(self, catalog: Catalog, config: ServerConfig | None = None) -> None:
+    def __init__(self, catalog: Catalog, config: ServerConfig | None = None, tracing: Tracing | None = None) -> None:
         self.catalog = catalog
         self.config = config or ServerConfig()
-        self.metrics = Metrics()
-        self.closing = False
+        self.started = self.closing = False
         self._stopping: asyncio.Task[None] | None = None
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
         self.reader = Reader(self.tokenizer, self.longest)
+        self.metrics = Metrics(catalog.base_id, self.longest)
+        endpoint = self.config.otlp_traces_endpoint
+        self.tracing = Tracing.to(endpoint) if tracing is None and endpoint is not None else tracing
+        text_of = self.tokenizer.decode if self.config.log_prompts else None
+        self.accounts = Accounts(self.metrics, self.tracing, text_of)
 
     def start(self) -> None:
         """Start the engine."""
         self.engine = Engine(self.catalog.model, self.config.limits)
+        self.metrics.watch(self.engine)
+        self.started = True
 
     async def stop(self) -> None:
         """Take no new requests, let the running ones finish for a while, and end the engine; once, whoever asks."""
@@ -119,6 +125,15 @@ class Service:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.engine.close, finish=False)
         self.reader.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
+
+    @property
+    def unready(self) -> str | None:
+        """Why no requests are taken; None where they are."""
+        if self.closing:
+            return "shutting down"
+        return self.engine.failure if self.started else "loading"
 
     @property
     def _cut(self) -> str:
@@ -204,6 +219,7 @@ class Service:
         Raises:
             ApiError: if it asks for too much, or the server has too much to do.
         """
+        stages = self.accounts.open(served)
         limit = self._new_tokens(len(prompt), max_tokens)
         self._admit(body.n)
         vocabulary = self.catalog.model.config.get_text_config(decoder=True).vocab_size
@@ -234,7 +250,8 @@ class Service:
             job.prefix = weigher.prefix(body.cache_salt)
             jobs.append(job)
         streams = [TextStream(self.tokenizer, endings.texts) for _ in jobs]
-        asked = Asked(name, served, list(prompt), jobs, streams, events, started)
+        stages.weighed = time.monotonic()
+        asked = Asked(name, served, list(prompt), jobs, streams, events, started, stages)
         try:
             for job in jobs:
                 self.engine.submit(job)
@@ -274,7 +291,7 @@ class Service:
         self.cancel(asked)
         if not asked.ended:
             asked.ended = True
-            self._account(asked)
+            self.accounts.close(asked)
 
     def _new_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
@@ -355,6 +372,7 @@ class Service:
                     for piece in self._pieces_of(asked, index, event):
                         if piece.finish is not None:
                             open_answers.discard(index)
+                            asked.stages.finishes[index] = piece.finish
                         yield piece
         except TimeoutError as error:
             asked.outcome = "timeout"
@@ -369,13 +387,7 @@ class Service:
             self.end(asked)
 
     def _pieces_of(self, asked: Asked, index: int, token: Token) -> list[Piece]:
-        asked.generated += 1
-        self.metrics.generated.inc()
-        if asked.first_token_s is None:
-            asked.first_token_s = time.monotonic() - asked.started
-            self.metrics.first_token.observe(asked.first_token_s)
-        if token.weights is not None:
-            self.metrics.add_weights(asked.served.adapters, token.weights)
+        self.accounts.add_token(asked, index, token)
         stream = asked.streams[index]
         text = "" if token.id in asked.jobs[index].ends else stream.push(token.id)
         if stream.stopped:
@@ -385,30 +397,6 @@ class Service:
             return [Piece(index, text, token)]
         rest = stream.finish()
         return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish)]
-
-    def _account(self, asked: Asked) -> None:
-        seconds = time.monotonic() - asked.started
-        self.metrics.prompt_tokens.inc(len(asked.prompt))
-        if self.config.limits.prefix_caching:
-            self.metrics.prefix_queries.inc(len(asked.prompt) * len(asked.jobs))
-            self.metrics.prefix_hits.inc(sum(job.cached for job in asked.jobs))
-        self.metrics.requests.labels(asked.served.id, asked.outcome).inc()
-        self.metrics.seconds.observe(seconds)
-        facts: dict[str, Any] = {
-            "request": asked.id,
-            "model": asked.served.id,
-            "method": asked.served.method.name,
-            "prompt_tokens": len(asked.prompt),
-            "generated_tokens": asked.generated,
-            "answers": len(asked.jobs),
-            "seconds": round(seconds, 4),
-            "first_token_s": None if asked.first_token_s is None else round(asked.first_token_s, 4),
-            "finished": asked.outcome == "finished",
-            "outcome": asked.outcome,
-        }
-        if self.config.log_prompts:
-            facts["prompt"] = self.tokenizer.decode(asked.prompt)
-        log.info(json.dumps(facts, ensure_ascii=False))
 
     def fusion_of(self, served: Served) -> dict[str, Any]:
         """What an answer says of the fusion that made it."""

@@ -29,6 +29,8 @@ FINISHED = "FINISHED"
 """A run is interrupted until this file stands beside its checkpoints."""
 _RESULT_FILE = "result.json"
 _GATES_FILE = "gates.safetensors"
+# Digests say nothing to a reader.
+_LONGEST_DIFFERENCE = 80
 
 
 def identity_of(fusion: Fusion, data: FitData, run: Run) -> dict[str, Any]:
@@ -127,9 +129,19 @@ def check_same(recorded: Mapping[str, Any], identity: Mapping[str, Any], place: 
     for key, value in identity.items():
         if recorded.get(key) != value:
             raise LoraflowError(
-                f"Cannot resume from {place}: its {what} had another `{key}`. Give the same arguments and data as "
-                "then, or start over, with `overwrite=True` in place of `resume=True`."
+                f"Cannot resume from {place}: its {what} had another {_difference(key, recorded.get(key), value)}. "
+                "Give the same arguments and data as then, or start over, with `overwrite=True` in place of "
+                "`resume=True`."
             )
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    """The first setting that is another now, with both of its values where they are short enough to tell."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        inner = next(key for key in {**then, **now} if then.get(key) != now.get(key))
+        return _difference(inner, then.get(inner), now.get(inner))
+    told = f" ({json.dumps(then)} then, {json.dumps(now)} now)"
+    return f"`{name}`{told}" if len(told) <= _LONGEST_DIFFERENCE else f"`{name}`"
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

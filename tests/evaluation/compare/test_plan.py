@@ -175,11 +175,15 @@ MISTAKES = {
     ),
     "two kinds": (
         {"methods": {"a": {"method": "base", "adapter": 0}}},
-        "`methods.a`: give exactly one of `method`, `adapter`, `fusion` and `finetune`.",
+        "`methods.a`: give exactly one of `method`, `adapter`, `fusion`, `merge` and `finetune`.",
     ),
     "options of an adapter": (
         {"methods": {"a": {"adapter": 0, "options": {"x": 1}}}},
-        "`methods.a`: `options` are parameters of a `method`.",
+        "`methods.a`: `options` are parameters of a `method` or a `merge`.",
+    ),
+    "a rank of a method": (
+        {"methods": {"a": {"method": "average", "rank": 2}}},
+        "`methods.a`: `rank` is what a `merge` is compressed to; leave it out.",
     ),
     "adapters of a fusion": (
         {"methods": {"a": {"fusion": "org/f", "adapters": "all"}}},

@@ -21,19 +21,20 @@ from transformers import AutoModelForCausalLM
 from loraflow import FusedModel
 from loraflow.export import export_peft
 from loraflow.methods import Arrow, LearnedStatic, Logo, LoraFlow, LoraHub, Phatgoose, Static
-from loraflow.serving.vllm.request_weights import KEY, processor_name
+from loraflow.serving.vllm.request_weights import KEY, SCHEDULER, processor_name
+from tests.serving.vllm.families import FAMILIES, KINDS, family_base, family_fusion
 from tests.serving.vllm.world import (
-    SHAPE,
     adapters_of,
     answers_of,
     call,
     engine,
+    generated,
     prompts,
     run_engines,
     save_base,
     save_fusion,
 )
-from tests.tiny import ALL_LLAMA, save_adapter, tiny_model
+from tests.tiny import ALL_LLAMA, save_adapter
 
 pytestmark = pytest.mark.vllm
 
@@ -51,10 +52,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "lorahub": ("llama", {}, LoraHub(mixes="outputs")),
     "arrow": ("llama", {}, Arrow(top_k=2)),
     "phatgoose": ("llama", {}, Phatgoose()),
-    "mistral": ("mistral", {"sliding_window": 24}, LoraFlow()),
-    # vLLM has no heads of a size of their own there.
-    "qwen2": ("qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1}, LoraFlow()),
-    "qwen3": ("qwen3", {}, LoraFlow()),
     "qwen3-module": ("qwen3", {}, LoraFlow(granularity="module")),
 }
 
@@ -68,12 +65,19 @@ def answered(tmp_path_factory):
         base = save_base(directory / f"base-{architecture}", architecture, **changes)
         fusion = save_fusion(directory / name, base, method, seed)
         jobs.append({"engine": engine(fusion, base), "calls": [call(prompts()), call(prompts())]})
-        expected.append(answers_of(FusedModel.from_pretrained(fusion), prompts()))
-    found = run_engines(jobs, directory / "run")
-    return dict(zip(CASES, zip(found, expected, strict=True), strict=True))
+        expected.append(generated(fusion, prompts()))
+    for name in FAMILIES:
+        base = family_base(directory, name)
+        # Gates of single modules where a module is what transformers calls so, and vLLM packs it otherwise.
+        method = LoraFlow(granularity="module" if name == "Phi 3" else "layer")
+        fusion = family_fusion(base, name, directory / name, list(KINDS), method)
+        jobs.append({"engine": engine(fusion, base), "calls": [call(prompts()), call(prompts())]})
+        expected.append(generated(fusion, prompts()))
+    found = run_engines(jobs, directory / "run", timeout_s=1800)
+    return dict(zip((*CASES, *FAMILIES), zip(found, expected, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *FAMILIES])
 def test_answers_are_those_of_generate(answered, case):
     found, expected = answered[case]
     assert "error" not in found, found["error"]
@@ -116,20 +120,25 @@ def _row_method(mix: Any) -> Any:
     return Static(mix) if isinstance(mix, list) else mix
 
 
+def _asked() -> list[list[int]]:
+    asked = prompts((5, 40, 1, 33, 17, 60, 40, 9, 40))
+    # All prompts of one length begin alike: a cache of prefixes would be found out.
+    asked[3] = asked[1][:33]
+    asked[6] = asked[8] = asked[1]
+    return asked
+
+
 @pytest.fixture(scope="module")
 def requested(tmp_path_factory):
     """Engines whose requests bring weights of their own."""
     directory = tmp_path_factory.mktemp("requests")
     base = save_base(directory / "llama")
-    asked = prompts((5, 40, 1, 33, 17, 60, 40, 9, 40))
-    # All prompts of one length begin alike: a cache of prefixes would be found out.
-    asked[3] = asked[1][:33]
-    asked[6] = asked[8] = asked[1]
+    asked = _asked()
     extra = [None if mix is None else {KEY: mix} for mix in MIXES]
     jobs, expected = [], []
     for name, method in (("layer", LoraFlow()), ("step", LoraFlow(granularity="step")), ("arrow", Arrow())):
         fusion = save_fusion(directory / name, base, method)
-        options = {"logits_processors": [processor_name(str(fusion))], "enable_prefix_caching": False}
+        options = {"logits_processors": [processor_name(str(fusion))], "scheduler_cls": SCHEDULER}
         calls = [call(asked, extra_args=extra), call(asked[:1], extra_args=[{KEY: {"de": 1.0}}])]
         # Numbers that overflow stay in the cache's blocks, which the next requests are given.
         absurd = {KEY: {"zh": 1e30, "math": -1e38, "code": 1e38}}
@@ -159,6 +168,8 @@ def test_requests_bring_weights(requested, case):
     assert "error" not in found, found["error"]
     first, refused, _, again = found["answers"]
     assert [answer["ids"] for answer in first] == expected
+    # Each finds its own prefix again, and nobody another's.
+    assert [answer["cached"] for answer in again] == [32 * ((len(prompt) - 1) // 32) for prompt in _asked()]
     assert "names the unknown adapter 'de'" in refused[0]["refused"]
     assert [answer["ids"] for answer in again] == expected
 
@@ -273,13 +284,18 @@ REFUSED = {
     "key": ({"additional_config": {"loraflow": {"digest": "old"}}}, "--additional-config says {'digest': 'old'}"),
     "whole-prompts": ({"method": "logo"}, "'logo' weighs whole prompts"),
     "parameters": ({"method": "lorahub"}, "'lorahub' mixes parameters"),
-    "prefixes": ({"requests": True}, "Add --no-enable-prefix-caching"),
+    "prefixes": ({"requests": True}, "Add --scheduler-cls loraflow"),
     "no-loader": (
         {"requests": True, "load_format": "auto", "model_loader_extra_config": {}},
         "loaded without a fusion",
     ),
-    "phi3": ({"architecture": "phi3", "unverified": True}, "and so does the base"),
-    "other-base": ({"architecture": "gemma2"}, "vLLM's Gemma2ForCausalLM has not been compared"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "with --pipeline-parallel-size"),
+    "guesses": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        "with --speculative-config",
+    ),
+    "shared-experts": ({"architecture": "qwen2_moe"}, "beside the layer's experts"),
+    "other-base": ({"architecture": "olmo2"}, "vLLM's Olmo2ForCausalLM has not been compared"),
 }
 
 
@@ -296,23 +312,15 @@ def refused(tmp_path_factory):
         if changes.pop("requests", False):
             options["logits_processors"] = [processor_name(str(fusion))]
         architecture = changes.pop("architecture", None)
-        if architecture == "phi3":
-            base, fusion = _natively_fused(directory)
-        elif architecture is not None:
-            base = save_base(directory / architecture, architecture, query_pre_attn_scalar=32)
-            fusion = save_fusion(directory / f"{architecture}-fusion", base, "average")
+        if architecture is not None:
+            base = save_base(directory / architecture, architecture, num_attention_heads=2, num_key_value_heads=2)
+            fusion = directory / f"{architecture}-fusion"
+            adapter = save_adapter(AutoModelForCausalLM.from_pretrained(base), directory / f"{architecture}-adapter")
+            FusedModel.from_adapters(base, {"one": adapter}, "average").save_pretrained(fusion)
         loader = {key: changes.pop(key) for key in ("digest", "unverified") if key in changes}
         jobs.append({"engine": {**engine(fusion, base, loader, **options), **changes}, "calls": []})
     found = run_engines(jobs, directory / "run")
     return dict(zip(REFUSED, found, strict=True))
-
-
-def _natively_fused(directory: Any) -> tuple[Any, Any]:
-    model = tiny_model("phi3", **SHAPE)
-    model.save_pretrained(directory / "phi3")
-    adapter = save_adapter(model, directory / "phi3-adapter", ["qkv_proj"])
-    FusedModel.from_adapters(directory / "phi3", {"one": adapter}, "average").save_pretrained(directory / "phi3-fusion")
-    return directory / "phi3", directory / "phi3-fusion"
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -76,8 +76,9 @@ def answers_of(model: Any, asked: Sequence[Sequence[int]], tokens: int = TOKENS,
     longest = max(map(len, asked))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in asked])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in asked])
-    model.generation_config.eos_token_id = None
-    answers = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **kwargs)
+    # Engines are told to ignore ends: here it is a token that no base has.
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCAB, **kwargs}
+    answers = model.generate(ids, attention_mask=mask, **options)
     return answers[:, longest:].tolist()
 
 

@@ -6,6 +6,7 @@ methods:                      # the rows of the table, by the name that each get
   base: base                  # a method, or an adapter's name
   layer: lora-flow
   module: {method: lora-flow, options: {granularity: module}}
+  merged: {merge: knots-ties, options: {scale: 0.5}}
   task LoRA, tuned: {finetune: 1}
 seeds: [0, 1, 2]
 reference: layer
@@ -146,11 +147,13 @@ class SettingSpec(_Spec):
 
 
 class RowSpec(_Spec):
-    """One row of the table: exactly one of `method`, `adapter`, `fusion` and `finetune` says what it is.
+    """One row of the table: exactly one of `method`, `adapter`, `fusion`, `merge` and `finetune` says what it is.
 
     Attributes:
         method: a method's name, or an adapter's.
-        options: its parameters.
+        options: its parameters, or the merge's.
+        merge: the adapters merged into one by one of `loraflow.merging.MERGES`.
+        rank: the rank that a merge is compressed to; by default none.
         adapter: one of the task's adapters alone, by name or position.
         finetune: train a LoRA on the task instead of fusing: "new", or one of the task's adapters further.
         adapters: what is fused: the task's adapters, all of the setting's, or these.
@@ -163,6 +166,8 @@ class RowSpec(_Spec):
 
     method: str | None = None
     options: dict[str, Any] = {}
+    merge: str | None = None
+    rank: int | None = Field(None, ge=1)
     adapter: int | str | None = None
     fusion: str | None = None
     finetune: int | str | None = None
@@ -175,11 +180,13 @@ class RowSpec(_Spec):
 
     @model_validator(mode="after")
     def _one_kind(self) -> RowSpec:
-        kinds = (self.method, self.adapter, self.fusion, self.finetune)
+        kinds = (self.method, self.adapter, self.fusion, self.merge, self.finetune)
         if sum(kind is not None for kind in kinds) != 1:
-            raise ValueError("give exactly one of `method`, `adapter`, `fusion` and `finetune`")
-        if self.options and self.method is None:
-            raise ValueError("`options` are parameters of a `method`")
+            raise ValueError("give exactly one of `method`, `adapter`, `fusion`, `merge` and `finetune`")
+        if self.options and self.method is None and self.merge is None:
+            raise ValueError("`options` are parameters of a `method` or a `merge`")
+        if self.rank is not None and self.merge is None:
+            raise ValueError("`rank` is what a `merge` is compressed to; leave it out")
         if self.fusion is not None and self.adapters != "task":
             raise ValueError("a `fusion` has its own adapters; leave `adapters` out")
         return self
@@ -246,7 +253,7 @@ def _long_form(name: str, spec: Any) -> Any:
     """A row written out; where it does not say what it is, its name does."""
     if spec is None or isinstance(spec, str):
         return {"method": name if spec is None else spec}
-    kinds = ("method", "adapter", "fusion", "finetune")
+    kinds = ("method", "adapter", "fusion", "merge", "finetune")
     if isinstance(spec, dict) and not any(kind in spec for kind in kinds):
         return {"method": name, **spec}
     return spec

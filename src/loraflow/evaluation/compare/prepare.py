@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraflow.adapters import AdapterSource
+from loraflow.adapters import AdapterSource, load_adapter, match_adapter
 from loraflow.bases import BaseOptions, choose, load_base, load_tokenizer, with_tokens
 from loraflow.evaluation.compare.rows import PlannedRow
 from loraflow.evaluation.compare.tasks import Setting, Task
 from loraflow.files import write_atomically
+from loraflow.merging import Loss, Merge, merge_adapters
 from loraflow.methods import Method
 from loraflow.model import FusedModel
 from loraflow.prompts import PromptFormat
@@ -32,6 +33,7 @@ FIT_FILE = "fit.json"
 IDENTITY_FILE = "identity.json"
 SECONDS_FILE = "seconds.txt"
 TUNED = "tuned"
+MERGED = "merged"
 
 
 class Bench:
@@ -78,6 +80,18 @@ class Bench:
         _, prompt = self.manner(task, task.prompt)
         return self.fused(adapters, cast(Method, row.method(task)), prompt)
 
+    def merged(self, row: PlannedRow, task: Task, seed: int | None) -> tuple[FusedModel, Loss]:
+        """The base with the adapters of a row merged into one, and what that loses of their sum."""
+        base = self.bare()
+        _, prompt = self.manner(task, task.prompt)
+        adapters = [match_adapter(load_adapter(n, self.setting.adapters[n]), base) for n in row.adapters(task)]
+        merge = cast(Merge, row.merge(task, seed))
+        merged = merge_adapters(adapters, merge, rank=row.spec.rank, name=MERGED)
+        one = {MERGED: merged.adapter}
+        self._model = FusedModel.from_adapters(base, one, MERGED, tokenizer=self.tokenizer, prompt=prompt)
+        self._attached = [("", merge.name)]
+        return self._model, merged.from_sum
+
     def manner(self, task: Task, prompt: PromptFormat) -> tuple[PreTrainedTokenizerBase, PromptFormat]:
         """How all rows are asked on a task: with its adapters' tokenizer and chat template, where they bring one."""
         sources = {name: AdapterSource.parse(self.setting.adapters[name]) for name in task.adapters}
@@ -113,6 +127,9 @@ def prepare(
     if row.spec.fusion is not None:
         model = bench.saved(row.spec.fusion)
         facts["learned_parameters"] = model.num_learned_parameters()
+    elif row.spec.merge is not None:
+        model, loss = bench.merged(row, task, seed)
+        facts["details"] = {"from_sum": loss.error}
     elif row.learns(task):
         facts = _learned(bench, row, task, seed, directory, say)
         if row.spec.finetune is not None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from loraflow.errors import DataError, LoraflowError, MethodError, did_you_mean
 from loraflow.evaluation.compare.plan import NEW_LORA, RowSpec
 from loraflow.evaluation.compare.tasks import Setting, Task
+from loraflow.merging import Merge, make_merge
 from loraflow.methods import Method, get_method
 from loraflow.saved.fusion import SavedFusion
 from loraflow.training import FitConfig, LoraSettings
@@ -54,6 +55,19 @@ class PlannedRow:
             return None
         return get_method(self.spec.method, self.adapters(task), self.spec.options)
 
+    def merge(self, task: Task, seed: int | None = None) -> Merge | None:
+        """The merge that makes one adapter of its adapters on a task, by this seed; None where it is no merge.
+
+        Raises:
+            MethodError: if there is no such merge, or an option of it is wrong.
+        """
+        if self.spec.merge is None:
+            return None
+        drawn = {} if seed is None else {"seed": seed}
+        merge = make_merge(self.spec.merge, {**drawn, **self.spec.options})
+        merge.check(self.adapters(task))
+        return merge
+
     def learner(self, task: Task) -> Learner | None:
         """How its method learns, where it does."""
         method = self.method(task)
@@ -70,7 +84,9 @@ class PlannedRow:
 
     def seeded(self, task: Task) -> bool:
         """Whether seeds make a difference to it."""
-        learner = self.learner(task)
+        learner, merge = self.learner(task), self.merge(task)
+        if merge is not None:
+            return merge.draws and "seed" not in self.spec.options
         return self.spec.finetune is not None or (learner is not None and learner.seeded)
 
     def fit_task(self, task: Task) -> Task:
@@ -154,6 +170,7 @@ class PlannedRow:
             MethodError: if it is given `search` or `fitted_on` and cannot use it.
         """
         source = self.fit_task(task)
+        self.merge(task)
         if self.spec.fusion is not None:
             SavedFusion.open(self.spec.fusion)
         if isinstance(self.spec.finetune, int | str) and self.spec.finetune != NEW_LORA:

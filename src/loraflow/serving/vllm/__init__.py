@@ -15,9 +15,8 @@ LOAD_FORMAT = "loraflow"
 def register() -> None:
     """Make the load format known; vLLM calls this in each of its processes, whether a fusion is served or not."""
     try:
-        from vllm.model_executor.model_loader import register_model_loader
-
         from loraflow.serving.vllm.loader import FusionLoader
+        from loraflow.serving.vllm.seam import register_model_loader
     except ImportError as error:
         # Raising would keep vLLM from starting at all; without the format, vLLM itself refuses it by name.
         logging.getLogger(__name__).warning("loraflow cannot serve fusions in this vLLM: %s", error)

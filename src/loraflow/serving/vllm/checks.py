@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from loraflow.errors import ArchitectureError, LoraflowError, MethodError
 from loraflow.methods import METHODS
 from loraflow.serving.vllm.plan import FusionPlan, check_update
+from loraflow.serving.vllm.request_weights import SCHEDULER
+from loraflow.serving.vllm.settings import EngineSettings
 
 # Their decoder layers are handed `hidden_states` and `residual`, whose sum is what transformers' layer is handed; of
 # others the sum may be something else. Each of these has been compared with `FusedModel.generate`.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 _UNVERIFIED = 'To serve it all the same, compare answers and give `"unverified": true` in --model-loader-extra-config.'
 
 
@@ -52,50 +64,54 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
                     check_update(name, update)
 
 
-def check_engine(config: Any, *, requests: bool, unverified: bool = False) -> None:
+def check_engine(engine: EngineSettings, *, requests: bool, unverified: bool = False) -> None:
     """Check that vLLM is set up so that a fusion is served exactly.
 
     Raises:
         ArchitectureError: if the base is of a kind that has not been compared.
         LoraflowError: if a setting keeps a fusion from being served.
     """
-    for setting, reason in _conflicts(config, requests):
+    for setting, reason in _conflicts(engine, requests):
         raise LoraflowError(f"A fusion cannot be served with {setting}: {reason}")
-    architecture = config.model_config.architecture
+    architecture = engine.architecture
     if architecture not in ARCHITECTURES and not unverified:
         raise ArchitectureError(
             f"vLLM's {architecture} has not been compared with transformers; {', '.join(ARCHITECTURES)} have. "
             f"{_UNVERIFIED}"
         )
-    if requests and config.use_v2_model_runner and not unverified:
+    if requests and engine.v2_runner and not unverified:
         raise LoraflowError(
             "Weights of requests have not been compared on vLLM's V2 model runner, which runs on GPUs only. Set "
             f"VLLM_USE_V2_MODEL_RUNNER=0, or compare. {_UNVERIFIED}"
         )
 
 
-def _conflicts(config: Any, requests: bool) -> Iterator[tuple[str, str]]:
-    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    if model.runner_type != "generate":
-        yield f"--runner {model.runner_type}", "only text generation can be. Leave the option out."
-    if model.use_mla:
+def _conflicts(engine: EngineSettings, requests: bool) -> Iterator[tuple[str, str]]:
+    if engine.runner != "generate":
+        yield f"--runner {engine.runner}", "only text generation can be. Leave the option out."
+    if engine.latent_attention:
         yield "multi-head latent attention", "it multiplies weights together, past their linears. Take another base."
-    if model.enable_sleep_mode:
+    if engine.sleep_mode:
         yield "--enable-sleep-mode", "waking up may bring back the base alone. Leave the option out."
-    if parallel.pipeline_parallel_size > 1:
+    if engine.pipeline_parallel > 1:
         yield "--pipeline-parallel-size", "weights of one gate do not reach other stages. Use --tensor-parallel-size."
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+    if engine.data_parallel > 1:
+        yield "--data-parallel-size", "engines in step with each other have not been tried. Start several servers."
+    if engine.context_parallel > 1:
         yield "context parallelism", "it has not been tried. Use --tensor-parallel-size."
-    if parallel.use_ubatching:
+    if engine.expert_parallel:
+        yield "--enable-expert-parallel", "it has not been tried. Leave the option out."
+    if engine.micro_batches:
         yield "--enable-dbo", "two halves of a batch would overwrite each other's weights. Leave the option out."
-    if config.speculative_config is not None:
+    if engine.speculative:
         yield "--speculative-config", "it has not been tried. Leave the option out."
-    if config.kv_transfer_config is not None:
+    if engine.kv_transfer:
         yield "--kv-transfer-config", "caches outside the engine know a base by name, not its fusion. Leave it out."
-    if config.compilation_config.cache_dir:
+    if engine.cache_dir:
         yield "a compilation `cache_dir`", "what is in it may be of another fusion. Set VLLM_CACHE_ROOT instead."
-    if requests and cache.enable_prefix_caching:
+    if requests and engine.prefix_caching and not engine.salted:
         yield (
             "prefix caching while requests bring weights of their own",
-            "one request's cache would be read with another's weights. Add --no-enable-prefix-caching.",
+            f"one request's cache would be read with another's weights. Add --scheduler-cls {SCHEDULER}, which keeps "
+            "them apart, or --no-enable-prefix-caching.",
         )

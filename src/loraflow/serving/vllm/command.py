@@ -12,7 +12,7 @@ from loraflow.errors import LoraflowError
 from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.vllm import LOAD_FORMAT
-from loraflow.serving.vllm.request_weights import processor_name
+from loraflow.serving.vllm.request_weights import SCHEDULER, processor_name
 
 _OURS = ("--load-format", "--model-loader-extra-config", "--logits-processors")
 
@@ -62,6 +62,8 @@ def vllm_command(
     command += ["--model-loader-extra-config", json.dumps(loader)]
     if request_weights:
         command += ["--logits-processors", processor_name(str(directory))]
+    # Among what the caller gives there may be others: vLLM takes this option several times.
+    command += ["--middleware", f"loraflow.serving.vllm.fields.{'Request' if request_weights else 'Refused'}Fields"]
     for option, value in _defaults(saved, base, request_weights).items():
         if option not in given and value is not None:
             command += [option, value] if value else [option]
@@ -83,7 +85,7 @@ def _defaults(saved: SavedFusion, base: str, request_weights: bool) -> dict[str,
         "--dtype": str(options.dtype),
         "--served-model-name": saved.directory.resolve().name,
         "--chat-template": chat_template(saved.config.prompt),
-        "--no-enable-prefix-caching": "" if request_weights else None,
+        "--scheduler-cls": SCHEDULER if request_weights else None,
     }
 
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase
 
 from loraflow.adapters import LoraModule
 from loraflow.core.linear import stack_adapters
 from loraflow.errors import ArchitectureError
 from loraflow.serving.vllm.delta import ForwardWeights, FusedDelta, GivenWeights, LayerWeights
-from loraflow.serving.vllm.layers import add_update, add_weights, columns_of, gather_of, parts_of, reads_stream
+from loraflow.serving.vllm.layers import add_update, add_weights, reads_stream
 from loraflow.serving.vllm.plan import FusionPlan, Updates
 from loraflow.serving.vllm.request_table import RequestTable
-from loraflow.serving.vllm.shards import Part, cut
+from loraflow.serving.vllm.seam import LinearBase, columns_of, gather_of, packed_names, parts_of
+from loraflow.serving.vllm.shards import Part, cut, join
 
 
 def fuse(
@@ -23,7 +23,7 @@ def fuse(
 ) -> None:
     """Put a fusion into a model."""
     shared = ForwardWeights(requests)
-    packed = dict(getattr(model, "packed_modules_mapping", None) or {})
+    packed = packed_names(model)
     layers = _decoder_layers(model, len(plan.layers))
     for index, (layer, updates) in enumerate(zip(layers, plan.layers, strict=True)):
         weights = LayerWeights(shared, index, _gate_of_layer(plan, index), keeps=_keeps(plan, index))
@@ -117,10 +117,12 @@ def _delta(
         ArchitectureError: if the linear packs something else than its name says.
     """
     parts = parts_of(linear, name)
+    if len(packs) == 1:
+        parts = [join(parts)]
     if len(parts) != len(packs):
         raise ArchitectureError(
-            f"'{name}' of decoder layer {index} computes {len(parts)} linears in one, and so does the base: "
-            "its adapters (Phi-3's, say) cannot be split. Serve it with `loraflow serve`."
+            f"'{name}' of decoder layer {index} computes {len(parts)} linears in one, and its name stands for "
+            f"{len(packs)} of the base's ({', '.join(packs)}). Serve it with `loraflow serve`."
         )
     chosen = [(part, updates[pack]) for part, pack in zip(parts, packs, strict=True) if pack in updates]
     for part, modules in chosen:

@@ -6,21 +6,10 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    LinearBase,
-    LinearMethodBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
 
 from loraflow.core.swap import swap_class
-from loraflow.errors import ArchitectureError
-from loraflow.serving.vllm.delta import FusedDelta, Gather, LayerWeights
-from loraflow.serving.vllm.shards import Heads, Part, Rank, attention_parts, even_parts
+from loraflow.serving.vllm.delta import FusedDelta, LayerWeights
+from loraflow.serving.vllm.seam import LinearMethodBase, set_update
 
 
 class FusedMethod(LinearMethodBase):
@@ -95,42 +84,4 @@ def add_weights(layer: Any, weights: LayerWeights) -> None:
 
 def add_update(linear: Any, delta: FusedDelta) -> None:
     """Let a linear add the adapters' updates."""
-    linear.loraflow = delta
-    linear.quant_method = FusedMethod(linear.quant_method)
-    # Some layers would hand over activations that are quantised already, which the adapters cannot read.
-    linear.requires_unquantized_input = True
-
-
-def parts_of(linear: LinearBase, name: str) -> list[Part]:
-    """The linears that a linear of vLLM packs, as this rank computes them.
-
-    Raises:
-        ArchitectureError: if it is of a kind that is not known.
-    """
-    rank = Rank(linear.tp_rank, linear.tp_size)
-    kind = type(linear)
-    if kind is QKVParallelLinear:
-        heads = Heads(linear.total_num_heads, linear.total_num_kv_heads, linear.head_size, linear.v_head_size)
-        return attention_parts(heads, rank)
-    if kind is MergedColumnParallelLinear:
-        return even_parts(linear.output_sizes, rank)
-    if kind is ColumnParallelLinear:
-        return even_parts([linear.output_size], rank)
-    if kind in (RowParallelLinear, ReplicatedLinear):
-        return even_parts([linear.output_size], Rank())
-    raise ArchitectureError(
-        f"'{name}' is a {kind.__name__}, of which it is not known how it packs and splits its weights. Leave it out of "
-        "`target_modules`."
-    )
-
-
-def columns_of(linear: LinearBase) -> slice:
-    """The columns of the input that this rank reads."""
-    if isinstance(linear, RowParallelLinear):
-        return Rank(linear.tp_rank, linear.tp_size).share(linear.input_size)
-    return slice(0, linear.input_size)
-
-
-def gather_of(linear: LinearBase) -> Gather | None:
-    """What makes a rank's input the whole one, where it is not."""
-    return tensor_model_parallel_all_gather if isinstance(linear, RowParallelLinear) and linear.tp_size > 1 else None
+    set_update(linear, delta, FusedMethod(linear.quant_method))

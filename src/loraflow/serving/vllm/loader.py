@@ -6,14 +6,18 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
-from vllm.config.load import LoadConfig
-from vllm.logger import init_logger
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.serving.vllm.options import FusionOptions
+from loraflow.serving.vllm.seam import (
+    BaseModelLoader,
+    LoadConfig,
+    ModelConfig,
+    VllmConfig,
+    engine_settings,
+    get_model_loader,
+    init_logger,
+)
 
 if TYPE_CHECKING:
     from loraflow.serving.vllm.plan import FusionPlan
@@ -51,7 +55,7 @@ class FusionLoader(BaseModelLoader):
         options = self.options
         requested = requested_fusion(model_config.logits_processors)
         rules = {"requests": requested is not None, "unverified": options.unverified}
-        check_engine(vllm_config, **rules)
+        check_engine(engine_settings(vllm_config), **rules)
         plan = _read(options, requested, model_config)
         check_plan(plan, **rules)
         settings = {"digest": plan.digest, "requests": requested is not None}

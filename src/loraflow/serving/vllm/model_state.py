@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.request_weights import KEY
+from loraflow.serving.vllm.seam import default_model_state
+
+DEFAULT: Any = default_model_state()
 
 
-class RequestingState(DefaultModelState):
+class RequestingState(DEFAULT):
     """A model's state that notes what requests bring, and before each forward which tokens are whose."""
 
     @property

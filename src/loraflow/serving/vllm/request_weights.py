@@ -10,6 +10,12 @@ from loraflow.errors import MethodError
 from loraflow.methods.base import check_weights
 
 KEY = "adapter_weights"
+AVERAGE = "average"
+"""Instead of weights: every adapter has the same, and together they have 1."""
+
+SCHEDULER = "loraflow.serving.vllm.scheduler.SaltedScheduler"
+"""What `--scheduler-cls` (or `LLM(scheduler_cls=...)`) is given: requests of other weights then share no prefixes."""
+
 _PROCESSORS = "loraflow.serving.vllm.requests:For_"
 
 
@@ -31,13 +37,15 @@ def parse_weights(value: Any, adapters: Sequence[str], layers: int) -> list[list
 
     Args:
         value: weights by adapter name, for all layers, or a list of such, one for each layer; or that as JSON text,
-            which is what HTTP requests can carry. Adapters that are not named get 0.
+            which is what HTTP requests can carry. Adapters that are not named get 0. Or `AVERAGE`.
         adapters: names of the adapters, in order.
         layers: number of decoder layers.
 
     Raises:
         MethodError: if it is something else, names an unknown adapter, or is for another number of layers.
     """
+    if value == AVERAGE:
+        return [[1 / len(adapters)] * len(adapters)] * layers
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from loraflow.core.swap import swap_class
 from loraflow.errors import LoraflowError
@@ -22,6 +19,13 @@ from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.vllm import LOAD_FORMAT
 from loraflow.serving.vllm.request_table import RequestTable
 from loraflow.serving.vllm.request_weights import KEY, check_request, fusion_of, processor_name
+from loraflow.serving.vllm.seam import (
+    BatchUpdate,
+    LogitsProcessor,
+    LogitsProcessorV2,
+    MoveDirectionality,
+    request_starts,
+)
 
 # By the identity of the engine's configuration, which is kept alive here: a logits processor is made before the model.
 _TABLES: dict[int, tuple[Any, RequestTable]] = {}
@@ -92,20 +96,9 @@ class RequestingModel(nn.Module):
     """Mixed into the class of a model of vLLM: notes which tokens are whose before its forward (V1)."""
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward.
-
-        Raises:
-            LoraflowError: if the attention does not tell where requests start.
-        """
-        metadata = get_forward_context().attn_metadata
-        if metadata:
-            first = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
-            starts = getattr(first, "query_start_loc", None)
-            if starts is None:
-                raise LoraflowError(
-                    f"Attention of the kind {type(first).__name__} does not tell where requests start. Serve without "
-                    "weights of requests."
-                )
+        """The model's own forward."""
+        starts = request_starts()
+        if starts is not None:
             table: Any = self.loraflow_requests
             table.locate(starts, positions.shape[-1])
         return super().forward(input_ids, positions, *args, **kwargs)

@@ -37,18 +37,18 @@ class Part:
 
     Attributes:
         out_features: of the whole linear, on all ranks.
-        rows: which of them this rank computes.
+        rows: which of them this rank computes; indices where they are not one behind the other.
         start: where they begin in the rank's output.
     """
 
     out_features: int
-    rows: slice
+    rows: slice | list[int]
     start: int
 
     @property
     def stop(self) -> int:
         """Where they end in the rank's output."""
-        return self.start + self.rows.stop - self.rows.start
+        return self.start + len(_indices(self.rows))
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,20 @@ def attention_parts(heads: Heads, rank: Rank) -> list[Part]:
     return [query, key, value]
 
 
-def cut(stack: StackedLora, rows: slice, columns: slice) -> StackedLora:
+def join(parts: Sequence[Part]) -> Part:
+    """Linears that the checkpoint itself fuses (Phi-3's): one in transformers, whose rows a rank splits as ever."""
+    rows: list[int] = []
+    width = 0
+    for part in parts:
+        rows += [width + row for row in _indices(part.rows)]
+        width += part.out_features
+    return Part(width, rows, parts[0].start)
+
+
+def _indices(rows: slice | list[int]) -> range | list[int]:
+    return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
+def cut(stack: StackedLora, rows: slice | list[int], columns: slice) -> StackedLora:
     """The rows of the output and columns of the input that a rank computes."""
     return dataclasses.replace(stack, lora_A=stack.lora_A[:, columns], lora_B=stack.lora_B[:, rows])

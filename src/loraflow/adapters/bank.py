@@ -1,0 +1,322 @@
+"""Many adapters, of which few are in memory: an index of all, and the weights of those in use."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loraflow.adapters.base import Adapter, AdapterSource, LoraModule
+from loraflow.adapters.folders import find_adapters, names_of
+from loraflow.adapters.index import INDEX_FILE, IndexEntry, Signature, read_index, signature_of, write_index
+from loraflow.adapters.loading import load_adapter, outline_adapter
+from loraflow.errors import AdapterError, did_you_mean
+
+DEFAULT_HOST_BYTES = 4 * 2**30
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class BankEntry:
+    """What a bank knows of an adapter that is not in memory.
+
+    Attributes:
+        version: a number that no other entry of the bank has or had; another adapter under the same name has another.
+        source: where it is; on the Hub with the resolved commit as revision.
+        size_bytes: of its tensors.
+        ranks: the distinct ranks of its modules, ascending.
+        digest: of its weights, once they have been read.
+        signature: what tells its files from changed ones; None where they cannot change.
+    """
+
+    name: str
+    version: int
+    source: AdapterSource
+    size_bytes: int
+    ranks: tuple[int, ...]
+    digest: str | None = None
+    signature: Signature | None = field(default=None, repr=False)
+
+
+class AdapterBank(Mapping[str, BankEntry]):
+    """Adapters by name, in order, as many as there are: their headers are read, and their weights when they are used.
+
+    Weights are read whole from their files' memory maps, and copied: a trainer that overwrites a file in place would
+    otherwise change what is in use, or end the process. Those used longest ago leave when there are more than
+    `host_bytes` of them; whoever still holds one keeps it, also when it is removed or another takes its name. Threads
+    may share a bank.
+
+    Args:
+        adapters: a folder with adapters in it (at most three levels deep), named by their folders; a list of sources,
+            named by their last parts; or sources by name.
+        host_bytes: how many bytes of weights are kept, beside those that somebody holds.
+        leave_out_broken: leave adapters out that cannot be read, and say so in `left_out`.
+
+    Attributes:
+        host_bytes: how many bytes of weights are kept.
+        left_out: why adapters were left out, by name, where the user asked for that.
+
+    Raises:
+        AdapterError: if there are none, or some cannot be read; the message names them.
+    """
+
+    host_bytes: int
+    left_out: Mapping[str, str]
+
+    def __init__(
+        self,
+        adapters: str | Path | Sequence[str | Path | AdapterSource] | Mapping[str, str | Path | AdapterSource],
+        *,
+        host_bytes: int = DEFAULT_HOST_BYTES,
+        leave_out_broken: bool = False,
+    ) -> None:
+        if host_bytes < 1:
+            raise AdapterError(f"`host_bytes` (={host_bytes}) must be at least 1.")
+        self.host_bytes = host_bytes
+        self._lock = threading.RLock()
+        self._versions = count(1)
+        self._entries: dict[str, BankEntry] = {}
+        self._reading: dict[int, threading.Lock] = {}
+        self._held: OrderedDict[int, Adapter] = OrderedDict()
+        self._folder: Path | None = None
+        if isinstance(adapters, str | Path):
+            self._folder = Path(adapters).expanduser().resolve()
+            adapters = find_adapters(self._folder)
+        elif not isinstance(adapters, Mapping):
+            adapters = names_of(adapters)
+        self.left_out = self._open(adapters, leave_out_broken=leave_out_broken)
+
+    @classmethod
+    def from_collection(cls, slug: str, *, host_bytes: int = DEFAULT_HOST_BYTES) -> AdapterBank:
+        """Open the adapters of a collection on the Hugging Face Hub (`user/title-0123456789abcdef`)."""
+        from huggingface_hub import get_collection
+
+        models = [item.item_id for item in get_collection(slug).items if item.item_type == "model"]
+        return cls(models, host_bytes=host_bytes)
+
+    def __getitem__(self, name: str) -> BankEntry:
+        """What is known of an adapter.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"AdapterBank({len(self)} adapters, {self.held_bytes} of {self.host_bytes} bytes held)"
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights that are kept now."""
+        with self._lock:
+            return sum(_size_bytes(adapter) for adapter in self._held.values())
+
+    def load(self, name: str, entry: BankEntry | None = None) -> Adapter:
+        """An adapter with its weights, from memory or else from its files.
+
+        Args:
+            name: its name.
+            entry: which of those that have had this name; by default the present one.
+
+        Raises:
+            AdapterError: if there is none of that name, it cannot be read, or its files have changed since they were
+                read first.
+        """
+        with self._lock:
+            entry = entry or self._entry(name)
+            reading = self._reading.setdefault(entry.version, threading.Lock())
+        # Others are served meanwhile; who wants the same waits for it.
+        with reading:
+            with self._lock:
+                held = self._held.get(entry.version)
+                if held is not None:
+                    self._held.move_to_end(entry.version)
+                    return held
+                entry = self._known(entry)
+            adapter = _read(entry)
+            with self._lock:
+                self._remember(entry, adapter)
+        return adapter
+
+    def add(self, name: str, source: str | Path | AdapterSource) -> BankEntry:
+        """Take in another adapter, as the last.
+
+        Raises:
+            AdapterError: if there is one of that name, or it cannot be read.
+        """
+        if name in self._entries:
+            raise AdapterError(f"The bank has an adapter {name!r}. Replace it, or give another name.")
+        entry = self._outlined(name, source)
+        with self._lock:
+            if name in self._entries:
+                raise AdapterError(f"The bank has an adapter {name!r}. Replace it, or give another name.")
+            self._entries[name] = entry
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Leave an adapter out from now on; who uses it keeps it.
+
+        Raises:
+            AdapterError: if there is none of that name.
+        """
+        with self._lock:
+            self._forget(self._entry(name))
+            del self._entries[name]
+
+    def replace(self, name: str, source: str | Path | AdapterSource | None = None) -> BankEntry:
+        """Put another adapter in a name's place, or read its files again; who uses the old one keeps it.
+
+        Raises:
+            AdapterError: if there is none of that name, or the new one cannot be read; the old one stays then.
+        """
+        with self._lock:
+            old = self._entry(name)
+        entry = self._outlined(name, old.source if source is None else source)
+        with self._lock:
+            self._forget(self._entry(name))
+            self._entries[name] = entry
+        return entry
+
+    def save_index(self, path: str | Path | None = None) -> Path:
+        """Write what is known of all adapters, their digests too, so that they are opened sooner.
+
+        Args:
+            path: where to; by default into the bank's folder, where it is found again.
+
+        Raises:
+            AdapterError: if no path is given, and the bank is of no folder.
+        """
+        if path is None:
+            if self._folder is None:
+                raise AdapterError("A bank that was opened from no folder has no place for its index. Give a path.")
+            path = self._folder / INDEX_FILE
+        with self._lock:
+            known = {
+                name: IndexEntry(
+                    source=entry.source.path,
+                    signature=entry.signature,
+                    size_bytes=entry.size_bytes,
+                    ranks=entry.ranks,
+                    digest=entry.digest,
+                )
+                for name, entry in self._entries.items()
+                if entry.signature is not None
+            }
+        write_index(Path(path), known)
+        return Path(path)
+
+    def _open(self, sources: Mapping[str, str | Path | AdapterSource], *, leave_out_broken: bool) -> dict[str, str]:
+        known = {} if self._folder is None else read_index(self._folder / INDEX_FILE)
+        broken: dict[str, str] = {}
+        for name, source in sources.items():
+            try:
+                self._entries[name] = self._indexed(name, source, known.get(name)) or self._outlined(name, source)
+            except AdapterError as error:
+                broken[name] = str(error)
+        if broken and not leave_out_broken:
+            first = list(broken)[:_SHOWN]
+            more = f" {len(broken) - len(first)} more cannot: {list(broken)[_SHOWN:]}." if broken.keys() - first else ""
+            raise AdapterError(
+                f"{len(broken)} of {len(sources)} adapters cannot be used: {' '.join(broken[name] for name in first)}"
+                f"{more} Mend them, or leave them out with `leave_out_broken=True`."
+            )
+        if not self._entries:
+            raise AdapterError(f"None of the {len(sources)} adapters can be used. {' '.join(broken.values())}".strip())
+        return broken
+
+    def _indexed(self, name: str, source: str | Path | AdapterSource, known: IndexEntry | None) -> BankEntry | None:
+        """An adapter as the index has it, if it is there and its files are the same."""
+        resolved = AdapterSource.parse(source)
+        if known is None or not resolved.is_local:
+            return None
+        path = str(Path(resolved.path).expanduser().resolve())
+        if known.source != path or known.signature != signature_of(Path(path)):
+            return None
+        return BankEntry(
+            name,
+            next(self._versions),
+            AdapterSource(path),
+            known.size_bytes,
+            known.ranks,
+            known.digest,
+            known.signature,
+        )
+
+    def _outlined(self, name: str, source: str | Path | AdapterSource) -> BankEntry:
+        """An adapter as the headers of its files have it."""
+        outline = outline_adapter(name, source)
+        signature = signature_of(Path(outline.source.path)) if outline.source.is_local else None
+        return BankEntry(
+            name, next(self._versions), outline.source, _size_bytes(outline), outline.ranks, None, signature
+        )
+
+    def _entry(self, name: str) -> BankEntry:
+        if name not in self._entries:
+            raise AdapterError(f"The bank has no adapter {name!r}. {did_you_mean(name, self._entries)}".strip())
+        return self._entries[name]
+
+    def _known(self, entry: BankEntry) -> BankEntry:
+        """An entry as it is now, its digest with it."""
+        present = self._entries.get(entry.name)
+        return present if present is not None and present.version == entry.version else entry
+
+    def _remember(self, entry: BankEntry, adapter: Adapter) -> None:
+        present = self._entries.get(entry.name)
+        if present is None or present.version != entry.version:
+            return
+        self._entries[entry.name] = replace(present, digest=adapter.digest)
+        self._held[entry.version] = adapter
+        while len(self._held) > 1 and self.held_bytes > self.host_bytes:
+            self._held.popitem(last=False)
+
+    def _forget(self, entry: BankEntry) -> None:
+        self._held.pop(entry.version, None)
+        self._reading.pop(entry.version, None)
+
+
+def _read(entry: BankEntry) -> Adapter:
+    """The weights of an entry's adapter.
+
+    Raises:
+        AdapterError: if its files are others by now.
+    """
+    changed = AdapterError(
+        f"Adapter {entry.name!r}: the files in {entry.source.path} have changed since the bank read them. Take them in "
+        f"with `replace({entry.name!r})`."
+    )
+    if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
+        raise changed
+    adapter = _copied(load_adapter(entry.name, entry.source, digest=entry.digest))
+    if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
+        raise changed
+    return adapter
+
+
+def _copied(adapter: Adapter) -> Adapter:
+    modules = {}
+    for name, module in adapter.modules.items():
+        copies: dict[str, Any] = {part: tensor.clone() for part, tensor in _tensors(module).items()}
+        modules[name] = replace(module, **copies)
+    return replace(adapter, modules=modules, copies={name: copy.clone() for name, copy in adapter.copies.items()})
+
+
+def _tensors(module: LoraModule) -> dict[str, Tensor]:
+    parts = {"lora_A": module.lora_A, "lora_B": module.lora_B, "bias": module.bias, "magnitude": module.magnitude}
+    return {part: tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def _size_bytes(adapter: Adapter) -> int:
+    tensors = [tensor for module in adapter.modules.values() for tensor in _tensors(module).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *adapter.copies.values()))

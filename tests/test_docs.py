@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *so
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+PROGRAM = typer.main.get_command(app)
 INLINE = re.compile(r"`(loraflow [a-z][^`]*)`")
 
 
@@ -38,7 +39,7 @@ def commands(page):
 
 def unknown_words(words):
     """Of the words behind `loraflow`, the command and the options that there are not."""
-    command, rest = typer.main.get_command(app), words
+    command, rest = PROGRAM, words
     while rest and hasattr(command, "commands") and rest[0].isidentifier() | ("-" in rest[0]):
         if rest[0] not in command.commands:
             return {rest[0]}

@@ -185,14 +185,17 @@ def test_options_go_to_vllm(run, fusion):
     assert [words.count(option) for option in ("--port", "--dtype", "--tensor-parallel-size=2")] == [1, 1, 1]
     assert (words[words.index("--port") + 1], words[words.index("--dtype") + 1]) == ("7", "bfloat16")
     assert "--no-enable-prefix-caching" in words
-    assert "--otlp-traces-endpoint" not in words
-    result = run("serve", str(fusion), "--engine", "vllm", "--otlp-traces-endpoint", "http://x:1", "--print-command")
-    words = shlex.split(result.output)
-    assert words[words.index("--otlp-traces-endpoint") + 1] == "http://x:1"
     assert words[words.index("--logits-processors") + 1].startswith("loraflow.serving.vllm.requests:")
     loader = json.loads(words[words.index("--model-loader-extra-config") + 1])
     assert loader["unverified"] is True
     assert loader["adapters"] == {"math": str(adapter_paths()["math"])}
+
+
+def test_traces_go_where_vllm_is_told_too(run, fusion):
+    command = ("serve", str(fusion), "--engine", "vllm", "--print-command")
+    assert "--otlp-traces-endpoint" not in run(*command).output
+    words = shlex.split(run(*command, "--otlp-traces-endpoint", "http://x:1").output)
+    assert words[words.index("--otlp-traces-endpoint") + 1] == "http://x:1"
 
 
 def test_vllm_takes_this_process(run, fusion, monkeypatch):

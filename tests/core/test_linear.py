@@ -17,17 +17,12 @@ from loraflow import BaseOptions, FusedModel
 from loraflow.adapters import LoraModule
 from loraflow.bases import load_base
 from loraflow.core.context import LayerContext
-from loraflow.core.linear import (
-    InputGroup,
-    Member,
-    ScaledOutput,
-    WeightedProduct,
-    fuse_linear,
-    stack_adapters,
-    unfuse_linear,
-)
+from loraflow.core.group import InputGroup
+from loraflow.core.linear import Member, fuse_linear, unfuse_linear
+from loraflow.core.products import ScaledOutput, WeightedProduct
 from loraflow.core.quantized import keep_differentiable
 from loraflow.core.reference import reference_linear
+from loraflow.core.stack import stack_adapters
 from tests.tiny import peft_model, random_ids, relative_error, save_adapter, tiny_model
 
 IN, OUT, BATCH, SEQ = 24, 36, 2, 5
@@ -212,7 +207,7 @@ def test_one_product_serves_all_that_read_one_input(monkeypatch):
     layer, linears = fuse([base_linear(), base_linear()], [lora_modules([(2, "plain")])] * 2)
     layer.weights, shared = fusion_weights("constant", 1), linears[0].fused.group
     calls, original = [], torch.nn.functional.linear
-    monkeypatch.setattr("loraflow.core.linear.F.linear", lambda x, A, b: calls.append(A) or original(x, A, b))
+    monkeypatch.setattr("loraflow.core.group.F.linear", lambda x, A, b: calls.append(A) or original(x, A, b))
     x = tokens()
     for linear in linears:
         linear(x)

@@ -183,3 +183,17 @@ def test_what_cannot_be_folded_is_refused(tmp_path):
             fused(), tmp_path / "out", merge=make_merge("sum"), mean_weights_on=[{"prompt": "", "completion": ""}]
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_all_there_is_refused(tmp_path):
+    model = fused()
+    head = model.base_model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.to("meta"))
+    with pytest.raises(LoraflowError, match=r"'lm_head\.weight' of the base is kept away .* `--device cpu`"):
+        export_merged(model, tmp_path / "out")
+    head.register_parameter("weight", None)
+    with pytest.raises(
+        LoraflowError, match=r"has no 'lm_head\.weight' in full precision \(1 such\), which a checkpoint"
+    ):
+        export_merged(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from loraflow import AdapterCore, Arrow, Average, FusedModel, LearnedStatic, LoraFlow, LoraHub, QaFlora, Static
 from loraflow.adapters import load_adapter
-from loraflow.core.linear import dense_weight
 from loraflow.core.reference import merged_weight
+from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError, MethodError, StorageError
 from loraflow.examples import parse_examples
 from loraflow.export import Compression, ExportReport, constant_weights, export_peft

@@ -192,6 +192,13 @@ def test_weights_are_those_of_the_requests_own_adapters(server, small_world):
     torch.testing.assert_close(torch.tensor(after["weights"]), torch.tensor(before["weights"]), rtol=0, atol=2e-5)
     metrics = call("GET", f"{address}/metrics").text
     assert 'loraflow:fusion_weight_total{adapter="math"}' in metrics
+    assert 'loraflow:requests_total{model="layers",outcome="finished"}' in metrics
+    for name in ("layers", "math"):
+        assert unload(address, name).status == 200
+    metrics = call("GET", f"{address}/metrics").text
+    assert 'adapter="math"' not in metrics
+    assert 'model="layers"' not in metrics
+    assert 'loraflow:fusion_weight_total{adapter="zh-chat"}' in metrics
 
 
 def test_loading_beside_requests_that_want_weights(server, small_world):

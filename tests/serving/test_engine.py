@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraflow import FusedModel, LoraFlow, Static
+from loraflow.core.group import InputGroup
 from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.errors import LoraflowError
@@ -61,6 +62,18 @@ def test_concurrent_requests_are_answered_as_alone(architecture):
         for listener, (_, weigher, expected) in zip(heard, cases, strict=True):
             assert listener.ids() == expected, weigher.method
     assert len({tuple(expected) for _, _, expected in cases}) > len(cases) // 2
+
+
+def test_a_step_computes_what_its_requests_use(monkeypatch):
+    model, seen = tiny_fusion(), set()
+    cases = [(prompt, method, alone(model, prompt, method)) for prompt in prompts(3) for method in ("b", {"a": 0.7})]
+    reading = InputGroup.reading
+    monkeypatch.setattr(InputGroup, "reading", lambda group, active: seen.add(active) or reading(group, active))
+    with running(model, SMALL) as engine:
+        heard = [send(engine, job(prompt, weigher_of(model, method, prompt))) for prompt, method, _ in cases]
+        assert [listener.ids() for listener in heard] == [expected for *_, expected in cases]
+    assert (0, 1) in seen
+    assert seen <= {(0,), (1,), (0, 1)}
 
 
 @pytest.mark.parametrize("own", [*GRANULARITIES, "given"])

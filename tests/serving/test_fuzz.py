@@ -110,7 +110,7 @@ FIELDS = {
     "max_tokens": [0, -1, 5, 2**70, 1.5, "many", [], float("inf")],
     "n": [0, -1, 17, 10**30, 1.5],
     "seed": [2**63, -(2**63) - 1, 1.5, "x", [], 10**4000],
-    "stop": ["", ["a"] * 5, [""], 1, {}, [None], "\ud800"],
+    "stop": ["", ["a"] * 17, [""], 1, {}, [None], "\ud800"],
     "logprobs": [-1, 6, "yes", [], 1.5],
     "stream": ["maybe", 3, []],
     "stream_options": [1, {"include_usage": "x y"}, {"other": 1}],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import threading
@@ -15,9 +16,11 @@ from uvicorn.server import ServerState
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits, ServerConfig
 from loraflow.serving.http import http_config
-from loraflow.serving.intake import MOST_TEXTS, MOST_VALUES, check_body, client_of
+from loraflow.serving.intake import MOST_TEXTS, MOST_VALUES, Entrance, check_body, client_of
 from loraflow.serving.protocol import ApiError
+from loraflow.serving.reading import Reader
 from tests.serving.worlds import DEADLINE_S, call, serving, tiny_fusion, wait_for
+from tests.tiny import number_tokenizer
 
 LIMITS = EngineLimits(requests=8, batch_tokens=64, cache_tokens=1024, page_tokens=16)
 ASKED = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2, "temperature": 0}
@@ -199,3 +202,90 @@ def test_work_for_a_client_that_has_gone_is_dropped(tiny, monkeypatch):
         assert post(address, ASKED).status == 200
         assert asked == ["5"]
         assert service.engine.running == 0
+
+
+# ---- What is read for nothing --------------------------------------------------------------------------------------
+
+
+def test_only_what_gets_no_answer_of_the_engine_is_followed_by_a_rest(tiny, monkeypatch):
+    with serving(tiny, ServerConfig(limits=LIMITS)) as (service, address):
+        rests = []
+        monkeypatch.setattr(service.reader.pace, "rest", lambda client, seconds: rests.append((client, seconds)))
+        assert post(address, ASKED).status == 200
+        assert post(address, {**ASKED, "stream": True}).status == 200
+        assert not rests
+        statuses = [
+            post(address, {**ASKED, "model": "none"}).status,
+            post(address, b"{").status,
+            call("GET", f"{address}/v1/models").status,
+            call("GET", f"{address}/none").status,
+            call("GET", f"{address}/health", Host="elsewhere").status,
+        ]
+        assert statuses == [404, 400, 200, 404, 403]
+        wait_for(lambda: len(rests) == 5)
+        assert [client for client, _ in rests] == ["127.0.0.1"] * 4 + ["127.0.0.1/health"]
+        assert all(seconds > 0 for _, seconds in rests)
+
+
+def test_a_client_that_rests_is_not_even_received(tiny):
+    with serving(tiny, ServerConfig(limits=LIMITS)) as (service, address):
+        pace = service.reader.pace
+        with pace.there("another"):
+            pace.rest("127.0.0.1", 0.01)
+            until = pace._rests["127.0.0.1"][0]
+            assert post(address, {**ASKED, "prompt": [5] * 20_000}).status == 400
+            assert pace._seconds() >= until
+            pace._waiting["127.0.0.1"] = 16
+            answer = post(address, ASKED)
+            assert (answer.status, answer.json()["error"]["code"]) == (429, "too_many_refused")
+
+
+SCOPE = {"type": "http", "path": "/none", "client": ("192.0.2.1", 1), "headers": []}
+
+
+def test_nobody_waits_for_a_client_that_does_not_take_its_answer():
+    async def run():
+        reader, taken = Reader(number_tokenizer(), 64), asyncio.Event()
+
+        async def send(message):
+            await taken.wait()
+
+        async def refusal(scope, receive, send):
+            await send({"type": "http.response.start", "status": 404})
+
+        entrance = Entrance(reader, lambda error: refusal)
+        slow = asyncio.ensure_future(entrance.answer_shortly(refusal, SCOPE, None, send))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_S), reader.turns.turn("other"):
+            assert not slow.done()
+        taken.set()
+        await slow
+        reader.close()
+
+    asyncio.run(run())
+
+
+def test_work_that_was_given_up_ends_before_its_turn_and_says_nothing():
+    async def run():
+        reader, go_on, complaints = Reader(number_tokenizer(), 64), threading.Event(), []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+
+        def fails():
+            go_on.wait(DEADLINE_S)
+            raise ApiError(413, "It is too much.")
+
+        for do in (reader.do, reader.do_apart):
+            go_on.clear()
+            work = asyncio.ensure_future(do(fails))
+            await asyncio.sleep(0.01)
+            work.cancel()
+            await asyncio.sleep(0.01)
+            assert not work.done()
+            go_on.set()
+            await asyncio.wait({work})
+            assert work.cancelled()
+        gc.collect()
+        assert not complaints
+        reader.close()
+
+    asyncio.run(run())

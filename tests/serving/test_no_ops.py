@@ -154,9 +154,7 @@ REFUSED = {
     "ignore_eos": (True, "only false is", True),
     "skip_special_tokens": (False, "only true is", True),
     "stop_token_ids": ([5], "only [] is", True),
-    "response_format": ({"type": "json_object"}, 'only {"type": "text"} is', True),
     "prompt_logprobs": (2, "only null is", True),
-    "structured_outputs": ({"regex": "a"}, "only null is", True),
     "vllm_xargs": ({"a": 1}, "only {} is", True),
     "store": (True, "only false is", False),
     "service_tier": ("priority", 'only "auto" or "default" is', False),
@@ -188,6 +186,33 @@ def test_what_would_change_something_is_refused_by_name(address, path, plain, na
     assert error["message"].startswith(f"`{name}")
     remedy = "Leave it out, or start the server with --engine vllm." if vllm else "Leave it out."
     assert error["message"].endswith(f") is not supported, {allowed}. {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}, "messages.0.content.0.type"),
+        ({"content": [{"type": "text", "text": "5"}, {"type": "input_audio"}]}, "messages.0.content.1.type"),
+        ({"role": "tool", "tool_call_id": "x"}, "messages.0.role"),
+        ({"tool_calls": [{"id": "x"}]}, "messages.0.tool_calls"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(address, message, param):
+    turn = {"role": "user", "content": "5 6"} | message
+    answer = call("POST", f"{address}/v1/chat/completions", CHAT | {"messages": [turn]})
+    assert answer.status == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert "is not supported, only " in error["message"]
+    assert error["message"].endswith("Leave it out, or start the server with --engine vllm.")
+
+
+def test_an_endpoint_of_vllms_alone_is_named(address):
+    answer = call("POST", f"{address}/v1/embeddings", PLAIN)
+    assert answer.status == 404
+    assert answer.json()["error"]["message"] == (
+        "POST /v1/embeddings: Not Found. Endpoints that vLLM has beyond these are there with --engine vllm."
+    )
 
 
 NUMBERS = ["n", "max_tokens", "temperature", "top_p", "seed", "top_k", "frequency_penalty", "presence_penalty", "min_p"]

@@ -90,6 +90,16 @@ def test_nothing_is_shared_where_anything_differs(model, other):
         assert ask(engine, counts, weigher, tokens, salt)[2] == (0 if weigher.digest is None else 32)
 
 
+def test_a_prompt_whose_tokens_are_told_is_read_whole(model):
+    with running(model, LIMITS) as engine, counting(model) as counts:
+        answer = ask(engine, counts, Weigher(digest="a"), prompt())[0]
+        request = job(prompt())
+        request.prefix, request.tells_prompt = Weigher(digest="a").prefix(None), True
+        counts.clear()
+        assert send(engine, request).ids() == answer
+        assert (sum(counts), len(request.read)) == (37 + 7, 36)
+
+
 def test_it_can_be_turned_off(model):
     limits = EngineLimits(requests=8, batch_tokens=32, cache_tokens=1024, page_tokens=PAGE, prefix_caching=False)
     with running(model, limits) as engine, counting(model) as counts:

@@ -25,8 +25,8 @@ from torch import nn
 import loraflow.serving.vllm as vllm_package
 from loraflow import FusedModel
 from loraflow.bases import BaseOptions, TokenRecord, base_record, files_digest, load_base, load_empty_base
-from loraflow.core.linear import stack_adapters
 from loraflow.core.reference import reference_linear
+from loraflow.core.stack import stack_adapters
 from loraflow.errors import AdapterError, ArchitectureError, FusionError, LoraflowError, MethodError
 from loraflow.methods import (
     AdapterCore,

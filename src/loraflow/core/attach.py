@@ -28,6 +28,7 @@ from loraflow.core.fuse import (
     dtype_of,
     find_sites,
     gate_dtype,
+    prepare,
     unfuse_layers,
 )
 from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
@@ -198,12 +199,14 @@ class Attachment:
                 # The gate of a whole model belongs to its first layer; the others only call it.
                 prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
                 fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+        prepare(self._slots, lanes, len(self.adapters))
 
     def use(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; the modules of the model stay as they are."""
         lanes = self._lanes_of(method, gates)
         for context in self.contexts:
             context.set_own(lanes)
+        prepare(self._slots, lanes, len(self.adapters))
 
     @contextlib.contextmanager
     def using(self, method: Method, gates: Gates) -> Iterator[None]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
+from loraflow.core.active import EVERYTHING, Active, use_of
 from loraflow.core.lanes import Lane, Lanes
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.errors import ArchitectureError, MethodError
@@ -43,12 +44,16 @@ class LayerContext:
         keeps: whether a linear reads cached positions, so that their weights are kept in the cache.
         shape: batch and seq of the running forward.
         running: the lanes of the running forward.
+        active: the adapters whose matrices take part in it; None for all of them.
+        most: how many of those have a weight at one position, at most; None for as many as there are.
+        by_row: whether all positions of a row use the same ones.
         weights: its fusion weights, `[tokens, adapters]` or `[adapters]`; None for the base alone.
+        used: those of the active adapters.
         cached: those of all cached positions and its own, `[rows, adapters]`; None without a cache.
         mixes: whether parameters are mixed instead of outputs; a mask `[tokens, 1]` where tokens differ.
         group: the group of linears (`linear.InputGroup`) that was projected last.
         seen: the input that it was projected from.
-        products: its weighted slots, `[tokens, slots]` for each linear.
+        products: its weighted slots, `[tokens, slots]` for each linear; or what picked adapters read (`group.Picked`).
         member_weights: the fusion weights of each of its linears.
     """
 
@@ -63,15 +68,20 @@ class LayerContext:
     keeps: bool
     shape: Sequence[int]
     running: Lanes
+    active: Active | None
+    most: int | None
+    by_row: bool
     weights: Tensor | None
+    used: Tensor | None
     cached: Tensor | None
     mixes: bool | Tensor
     group: Any
     seen: Tensor | None
-    products: Sequence[Tensor]
+    products: Sequence[Any]
     member_weights: Sequence[Tensor]
     _first: LayerContext
     _is_last: bool
+    _index: Tensor | None
 
     def __init__(
         self, index: int, layers: int, adapters: int, first: LayerContext | None, rows: LayerRows | None = None
@@ -127,10 +137,15 @@ class LayerContext:
             return
         lanes.check_batch(self.shape[0])
         self.mixes = lanes.mixes(self.shape, hidden_states.device)
+        # Cached positions may have been weighed by others.
+        use = EVERYTHING if self.keeps else use_of(lanes, self.adapters, first=self._first is self)
+        self.active, self.most, self.by_row = use.active, use.most, use.by_row
+        self._index = None if use.active is None else use.index(hidden_states.device)
         weights = self._weights_of_layer(lanes, hidden_states, embeddings)
         if weights is not None and self.recorded is not None:
             self._record("", weights)
         self.weights = weights
+        self.used = None if weights is None or use.active == () else self._of_active(weights)
 
     def weights_for(
         self, names: Sequence[str], rows: Rows, x: Float[Tensor, "*batch features"]
@@ -149,10 +164,15 @@ class LayerContext:
             ArchitectureError: if the weights differ where it cannot be told which rows they are for.
         """
         # Positions before keep what they had, whoever weighs now.
-        weights = self.cached if rows == "cached" and self.cached is not None else self.weights
+        weights = self.weights if self.running.reads_modules else self.used
+        if rows == "cached" and self.cached is not None:
+            weights = self.cached
         if weights is not None and weights.dim() > 1:
             weights = self._weights_of_rows(names[0], weights, rows, x.shape[:-1].numel())
         return self._weights_of_modules(names, rows, x, weights) if self.running.reads_modules else weights
+
+    def _of_active(self, weights: Float[Tensor, "*tokens adapters"]) -> Float[Tensor, "*tokens active"]:
+        return weights if self._index is None else weights.index_select(-1, self._index)
 
     def _weights_of_rows(
         self, name: str, weights: Float[Tensor, "tokens adapters"], rows: Rows, count: int
@@ -283,7 +303,8 @@ class LayerContext:
     def close(self) -> None:
         """Drop everything of the layer's forward, so that its activations do not outlive it."""
         self.shape, self.products, self.member_weights = (), (), ()
-        self.weights = self.cached = self.group = self.seen = None
+        self.weights = self.used = self.cached = self.group = self.seen = self._index = None
+        self.active, self.most, self.by_row = None, None, False
         self.running = self.own
         self.mixes = False
 
@@ -343,6 +364,9 @@ class LayerContext:
         if self.recorded is not None and math.prod(shape) == math.prod(self.shape):
             for name, weights in zip(names, found, strict=True):
                 self._record(name, weights)
+        if self.active == ():
+            return None
+        found = [self._of_active(weights) for weights in found]
         if len(found) == 1:
             return found[0]
         if len({weights.dim() for weights in found}) > 1:

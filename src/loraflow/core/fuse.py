@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from loraflow.adapters import Adapter, LoraModule
+from loraflow.core.active import use_of
 from loraflow.core.architecture import DecoderLayers, group_by_input
 from loraflow.core.context import LayerContext
 from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, FusedWeight, fuse_experts
+from loraflow.core.group import InputGroup
+from loraflow.core.lanes import Lanes
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
-from loraflow.core.linear import (
-    FusedLinear,
-    InputGroup,
-    Member,
-    StackedLora,
-    fuse_linear,
-    stack_adapters,
-    unfuse_linear,
-)
+from loraflow.core.linear import FusedLinear, Member, fuse_linear, unfuse_linear
 from loraflow.core.rows import LayerRows, Rows
+from loraflow.core.stack import StackedLora, stack_adapters
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
 from loraflow.methods.base import Place, Site
@@ -41,10 +37,10 @@ def build_layers(
     """Build all that adapters bring to the layers; the model is read, and stays as it is, with what is in it."""
     first: LayerContext | None = None
     built = []
-    for index in range(len(layers.layers)):
+    for index, updates in enumerate(_updates_by_layer(layers, adapters)):
         context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
         first = first or context
-        layer = BuiltLayer(model, layers, adapters, LayerFusion(context))
+        layer = BuiltLayer(model, layers, updates, LayerFusion(context))
         layer.build()
         context.keeps = any(group.rows == "cached" for group in layer.fusion.groups)
         built.append(layer)
@@ -55,7 +51,7 @@ class BuiltLayer:
     """What adapters bring to one decoder layer, and how it comes into that."""
 
     def __init__(
-        self, model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], fusion: LayerFusion
+        self, model: PreTrainedModel, layers: DecoderLayers, updates: Mapping[str, Updates], fusion: LayerFusion
     ) -> None:
         self.model = model
         self.fusion = fusion
@@ -63,7 +59,7 @@ class BuiltLayer:
         self.groups = fusion.groups
         self.layer = layers.layers[self.context.index]
         self.rows = self.context.rows
-        self.updates = _updates_of(layers, self.context.index, adapters)
+        self.updates = updates
         self._steps: list[Callable[[], None]] = []
 
     def fuse(self) -> None:
@@ -139,11 +135,17 @@ class BuiltLayer:
             )
 
 
-def _updates_of(layers: DecoderLayers, index: int, adapters: Sequence[Adapter]) -> dict[str, Updates]:
-    """What the adapters do to one layer, by the name of the module or parameter within it."""
-    places = [(layers.split(name), name) for adapter in adapters for name in adapter.modules]
-    names = {place[1]: name for place, name in places if place is not None and place[0] == index}
-    return {name: tuple(adapter.modules.get(full) for adapter in adapters) for name, full in names.items()}
+def _updates_by_layer(layers: DecoderLayers, adapters: Sequence[Adapter]) -> list[dict[str, Updates]]:
+    """What the adapters do to each layer, by the name of the module or parameter within it."""
+    names: list[dict[str, str]] = [{} for _ in layers.layers]
+    for full in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
+        place = layers.split(full)
+        if place is not None:
+            names[place[0]][place[1]] = full
+    return [
+        {name: tuple(adapter.modules.get(full) for adapter in adapters) for name, full in of_layer.items()}
+        for of_layer in names
+    ]
 
 
 def unfuse_layers(layers: DecoderLayers) -> None:
@@ -165,13 +167,21 @@ def fused_parts(layer: nn.Module) -> list[Fused]:
     return [module for module in layer.modules() if isinstance(module, Fused)]
 
 
+def prepare(parts: Sequence[tuple[nn.Module, str, Fused]], lanes: Lanes, adapters: int) -> None:
+    """Make what lanes are known to use, so that a graph that is compiled next finds it."""
+    use = use_of(lanes, adapters, first=True)
+    for _, _, part in parts if use.active != () and use.lasts else ():
+        if isinstance(part, FusedLinear):
+            part.prepare(use, each=lanes.reads_modules)
+
+
 def find_sites(layers: DecoderLayers, adapters: Sequence[Adapter]) -> dict[Place, dict[str, Site]]:
     """Every place that a gate can stand, by place, then by site name."""
     names, count = tuple(adapter.name for adapter in adapters), len(layers.layers)
     everywhere: dict[str, Updates] = {}
     sites: dict[Place, dict[str, Site]] = {"layer": {}, "module": {}}
-    for index, layer in enumerate(layers.layers):
-        updates = _updates_of(layers, index, adapters)
+    by_layer = _updates_by_layer(layers, adapters)
+    for index, (layer, updates) in enumerate(zip(layers.layers, by_layer, strict=True)):
         of_layer: dict[str, Updates] = {}
         for name, features in (place for part in fused_parts(layer) for place in _inputs_of(part)):
             full = f"layers.{index}.{name}"

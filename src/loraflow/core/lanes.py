@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +61,10 @@ class RowGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "requests adapters"]:
         """The weights; each request's are for all rows that generation makes of it."""
+        return self.weights
+
+    def known_weights(self) -> Float[Tensor, "requests adapters"]:
+        """The weights, before anything is read."""
         return self.weights
 
 
@@ -123,6 +128,7 @@ class Lanes:
         reads_modules: whether linears have gates of their own.
         adds: whether gates among them add updates of their own.
         all_mix: whether all lanes mix parameters; None where some do and others mix outputs.
+        uses: which adapters they use (`active.Use`), with gradients and without; found by the forwards.
     """
 
     requests: int | None
@@ -133,6 +139,7 @@ class Lanes:
     reads_modules: bool = field(init=False, repr=False)
     adds: bool = field(init=False, repr=False)
     all_mix: bool | None = field(init=False, repr=False)
+    uses: dict[bool, Any] = field(default_factory=dict, repr=False, compare=False)
     _rows: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from loraflow.core.context import LayerContext
+from loraflow.core.group import InputGroup
 from loraflow.core.lanes import Lanes, RowGate
-from loraflow.core.linear import InputGroup
 
 
 class LayerFusion(nn.Module):

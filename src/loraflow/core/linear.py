@@ -23,297 +23,23 @@ Modules that read the same input (q, k and v; gate and up) share one product wit
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from loraflow.adapters import LoraModule
-from loraflow.bases import whole
+from loraflow.core.active import Active, Use
 from loraflow.core.added import add_own_updates
 from loraflow.core.context import LayerContext
-from loraflow.core.rows import Rows
+from loraflow.core.cuts import Cuts
+from loraflow.core.group import InputGroup, Picked, Writing, cut_writing
+from loraflow.core.products import ScaledOutput
+from loraflow.core.stack import StackedLora
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
-
-
-@dataclass(frozen=True)
-class StackedLora:
-    """All adapters' updates of one linear module, concatenated along the rank.
-
-    Attributes:
-        lora_A: `[slots, in_features]`.
-        lora_B: `[slots, out_features]`: the transpose of the concatenated up projections, with the scaling (and DoRA's
-            c) folded in.
-        input_bias: added to `lora_A x`; 1 at the slots of a `lora_bias`, 0 elsewhere; None without any.
-        output_scale: DoRA's `c - 1`, `[adapters, out_features]`, zero for plain adapters; None without any.
-        slots: number of slots of each adapter, in adapter order.
-    """
-
-    lora_A: Float[Tensor, "slots in_features"]
-    lora_B: Float[Tensor, "slots out_features"]
-    input_bias: Float[Tensor, " slots"] | None
-    output_scale: Float[Tensor, "adapters out_features"] | None
-    slots: tuple[int, ...]
-
-    def to(self, device: torch.device) -> StackedLora:
-        """The same where it will be used, but for what its `InputGroup` holds."""
-        scale = None if self.output_scale is None else self.output_scale.to(device)
-        return dataclasses.replace(self, lora_B=self.lora_B.to(device), output_scale=scale)
-
-
-def stack_adapters(modules: Sequence[LoraModule | None], base_layer: nn.Module, dtype: torch.dtype) -> StackedLora:
-    """Concatenate one module's adapters, on the CPU; None stands for one that does not target it.
-
-    The arithmetic is float32 at least, and rounded once, to `dtype`, the precision of the base's activations. DoRA
-    reads the base layer's (dequantised) weight; nothing changes it.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    weight = dense_weight(base_layer).to(wide) if any(m and m.magnitude is not None for m in modules) else None
-    rows_A, rows_B, input_bias, slots = [], [], [], []
-    output_scale: list[Tensor | None] = []
-    for module in modules:
-        if module is None:
-            slots.append(0)
-            output_scale.append(None)
-            continue
-        lora_A, lora_B = module.lora_A.to(wide), module.lora_B.to(wide).T * module.scaling
-        output_scale.append(None)
-        if module.magnitude is not None:
-            assert weight is not None
-            norm = torch.linalg.norm(weight + lora_B.T @ lora_A, dim=1)
-            magnitude_ratio = module.magnitude.to(wide).flatten() / norm
-            lora_B = lora_B * magnitude_ratio
-            output_scale[-1] = magnitude_ratio - 1
-        ones = torch.zeros(module.rank, dtype=wide)
-        if module.bias is not None:
-            lora_A = torch.cat([lora_A, lora_A.new_zeros(1, lora_A.shape[1])])
-            lora_B = torch.cat([lora_B, module.bias.to(wide)[None] * module.scaling])
-            ones = torch.cat([ones, ones.new_ones(1)])
-        rows_A.append(lora_A)
-        rows_B.append(lora_B)
-        input_bias.append(ones)
-        slots.append(lora_A.shape[0])
-    bias = torch.cat(input_bias)
-    return StackedLora(
-        lora_A=torch.cat(rows_A).to(dtype),
-        lora_B=torch.cat(rows_B).to(dtype),
-        input_bias=bias.to(dtype) if bias.any() else None,
-        output_scale=_stack_output_scale(output_scale, dtype),
-        slots=tuple(slots),
-    )
-
-
-def _stack_output_scale(rows: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    present = [row for row in rows if row is not None]
-    if not present:
-        return None
-    return torch.stack([torch.zeros_like(present[0]) if row is None else row for row in rows]).to(dtype)
-
-
-def dense_weight(base_layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
-    """A base linear's weight on the CPU, dequantised, as nn.Linear has it."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    # accelerate keeps offloaded weights away until a forward; a quantised weight is read through its own kernel.
-    with align_module_device(base_layer):
-        own = getattr(base_layer, "weight", None)
-        weight = whole(dequantize_module_weight(base_layer).detach()).cpu()
-        if own is not None and base_layer.weight is not own:
-            # PEFT moves 8-bit weights to where they are, which makes them forget the scales that a forward has moved.
-            base_layer.weight = own
-    return weight.T if isinstance(base_layer, Conv1D) else weight
-
-
-class WeightedProduct(torch.autograd.Function):
-    r"""`(A x + bias) * (w E)`, keeping for the backward only what the gate's gradient needs.
-
-    With the adapters frozen and $u = A x$, $\partial L / \partial w = E (g \odot u)$ and
-    $\partial L / \partial x = A^T (g \odot w E)$: the slots of `u` and the fusion weights are kept for each token; the
-    module's input and the expanded weights are not.
-    """
-
-    @staticmethod
-    def forward(ctx, x, lora_A, input_bias, weights, expand):
-        """Weighted slots, `[..., slots]`, in the precision of `lora_A`."""
-        u = F.linear(x, lora_A, input_bias)
-        # The slots are of use to the gate's gradient only.
-        ctx.save_for_backward(lora_A, u if ctx.needs_input_grad[3] else None, weights, expand)
-        return u * _slot_weights(weights, expand, u.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        """Gradients of `x` and `weights`."""
-        lora_A, u, weights, expand = ctx.saved_tensors
-        grad_x = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_u = grad_output * _slot_weights(weights, expand, grad_output.dtype)
-            # Under autocast the product was in another precision than the matrix.
-            grad_x = grad_u @ lora_A.to(grad_u.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_weights = ((grad_output * u).to(weights.dtype) @ expand.T.to(weights.dtype)).sum_to_size(weights.shape)
-        return grad_x, None, None, grad_weights, None
-
-
-class ScaledOutput(torch.autograd.Function):
-    r"""DoRA's `W x * (w C)`, with C its output scales; the backward keeps W x and w, not their product with C."""
-
-    @staticmethod
-    def forward(ctx, product, weights, output_scale):
-        """The part of DoRA's update that is no low-rank product, `[..., out_features]`."""
-        ctx.save_for_backward(product, weights, output_scale)
-        return product * _slot_weights(weights, output_scale, product.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        """Gradients of `product` and `weights`."""
-        product, weights, output_scale = ctx.saved_tensors
-        grad_product = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_product = grad_output * _slot_weights(weights, output_scale, product.dtype)
-        if ctx.needs_input_grad[1]:
-            scale = output_scale.T.to(weights.dtype)
-            grad_weights = ((grad_output * product).to(weights.dtype) @ scale).sum_to_size(weights.shape)
-        return grad_product, grad_weights, None
-
-
-def _slot_weights(weights: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    # In the gate's precision, then rounded once. At one token a no-op `to` costs as much as the product.
-    if matrix.dtype != weights.dtype:
-        matrix = matrix.to(weights.dtype)
-    slots = weights @ matrix
-    return slots if slots.dtype == dtype else slots.to(dtype)
-
-
-class InputGroup(nn.Module):
-    """The stacked adapters of linear modules that read one input, and their weighted low-rank product.
-
-    The product with the stacked A is computed when the first of them is called, and handed to the others as long as
-    they are called with the very same tensor. Modules that turn out to read different inputs are still right, at the
-    price of a product each.
-
-    Where each module has a gate of its own, the weights of all of them stand side by side, `[..., modules * adapters]`.
-
-    Attributes:
-        names: of the modules, within their decoder layer.
-        rows: what the rows of their input are.
-        lora_A: the modules' stacked A, one below the other, `[slots, in_features]`.
-        input_bias: theirs, `[slots]`, or None.
-        expand: the 0/1 matrix E for weights that all modules share, `[adapters, slots]`.
-        expand_each: the same for weights of each module, `[modules * adapters, slots]`.
-        places: the place of each slot within the rank of its adapter, counted on from module to module, `[slots]`.
-        dropout: probability with which inputs of A are dropped in training.
-    """
-
-    names: tuple[str, ...]
-    rows: Rows
-    lora_A: Tensor
-    input_bias: Tensor | None
-    expand: Tensor
-    expand_each: Tensor
-    places: Tensor
-    dropout: float
-
-    def __init__(
-        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows = "tokens"
-    ) -> None:
-        super().__init__()
-        self.names = tuple(names)
-        self.rows = rows
-        self.sizes = [stack.lora_A.shape[0] for stack in stacks]
-        self.adapters = len(stacks[0].slots)
-        self.slots = [stack.slots for stack in stacks]
-        self.place_count = sum(max(slots) for slots in self.slots)
-        self.dropout = 0.0
-        expansions = [_expansion(stack) for stack in stacks]
-        self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
-        self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
-        self.register_buffer("expand", torch.cat(expansions, dim=1).to(device), persistent=False)
-        self.register_buffer("expand_each", torch.block_diag(*expansions).to(device), persistent=False)
-        self.register_buffer("places", _places(stacks).to(device), persistent=False)
-
-    def project(
-        self, context: LayerContext, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
-    ) -> None:
-        """Compute the weighted slots of all modules for one input, and note them in the context."""
-        lora_A = self.lora_A
-        context.group, context.seen = self, x
-        if weights.shape[-1] == self.adapters:
-            context.member_weights, expand = (weights,) * len(self.sizes), self.expand
-        else:
-            context.member_weights, expand = weights.split(self.adapters, dim=-1), self.expand_each
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        if x.dtype != lora_A.dtype:
-            x = x.to(lora_A.dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
-            weighted = WeightedProduct.apply(x.reshape(-1, x.shape[-1]), lora_A, self.input_bias, weights, expand)
-        else:
-            weighted = F.linear(x, lora_A, self.input_bias).view(-1, lora_A.shape[0])
-            weighted = weighted * _slot_weights(weights, expand, weighted.dtype)
-        if context.mixes is not False:
-            mixed = self._mix(weighted, _slot_weights(weights, expand, weighted.dtype))
-            mixes = context.mixes_for(len(weighted))
-            weighted = mixed if isinstance(mixes, bool) else torch.where(mixes, mixed, weighted)
-        context.products = weighted.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (weighted,)
-
-    def _mix(
-        self, weighted: Float[Tensor, "tokens slots"], slot_weights: Float[Tensor, "*tokens slots"]
-    ) -> Float[Tensor, "tokens slots"]:
-        """The cross terms, of modules some of which may have a `lora_bias`."""
-        plain = weighted if self.input_bias is None else weighted * (1 - self.input_bias)
-        mixed = mix_slots(plain, slot_weights, self.places, self.place_count)
-        # A `lora_bias` belongs to B alone: it is weighted once.
-        return mixed if self.input_bias is None else torch.where(self.input_bias.bool(), weighted, mixed)
-
-    def slots_of(self, member: int, adapter: int) -> tuple[slice, slice]:
-        """Where an adapter's slots are in a module's own stack, and in that of all modules."""
-        before = sum(self.slots[member][:adapter])
-        start = sum(self.sizes[:member]) + before
-        count = self.slots[member][adapter]
-        return slice(before, before + count), slice(start, start + count)
-
-
-def mix_slots(
-    weighted: Float[Tensor, "tokens slots"],
-    slot_weights: Float[Tensor, "*tokens slots"],
-    places: Int[Tensor, " slots"],
-    place_count: int,
-) -> Float[Tensor, "tokens slots"]:
-    """The cross terms: every adapter's B is given the weighted sum of all adapters' A x."""
-    sums = weighted.new_zeros(weighted.shape[0], place_count).index_add(1, places, weighted)
-    return sums[:, places] * slot_weights
-
-
-def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:
-    places, start = [], 0
-    for stack in stacks:
-        places += [start + place for count in stack.slots for place in range(count)]
-        start += max(stack.slots)
-    return torch.tensor(places)
-
-
-def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
-    if all(stack.input_bias is None for stack in stacks):
-        return None
-    biases = [
-        stack.lora_A.new_zeros(stack.lora_A.shape[0]) if stack.input_bias is None else stack.input_bias
-        for stack in stacks
-    ]
-    return torch.cat(biases).to(device)
-
-
-def _expansion(stack: StackedLora) -> Float[Tensor, "adapters slots"]:
-    """The 0/1 matrix E of the module docstring, for one module."""
-    owner = [adapter for adapter, count in enumerate(stack.slots) for _ in range(count)]
-    return F.one_hot(torch.tensor(owner), len(stack.slots)).T.float().contiguous()
 
 
 class FusedLinear(nn.Module):
@@ -326,11 +52,13 @@ class FusedLinear(nn.Module):
         lora_B: the adapters' stacked B, `[slots, out_features]`.
         lora_output_scale: DoRA's `c - 1`, `[adapters, out_features]`, or None.
         fused: where it stands in its layer.
+        lora_cuts: parts of these for some of the adapters.
     """
 
     lora_B: Tensor
     lora_output_scale: Tensor | None
     fused: Member
+    lora_cuts: Cuts[Writing]
 
     def forward(self, x: Float[Tensor, "*batch in_features"], *args, **kwargs) -> Float[Tensor, "*batch out_features"]:
         """The base linear's output plus the weighted sum of the adapters' updates."""
@@ -358,7 +86,14 @@ class FusedLinear(nn.Module):
             if weights is None:
                 return base_output
             group.project(context, x, weights)
-        product, lora_B = context.products[member], self.lora_B
+        product, lora_B, output_scale = context.products[member], self.lora_B, self.lora_output_scale
+        if context.active is not None or not isinstance(product, Tensor):
+            writing = self.writing(context.active)
+            if not len(writing.lora_B):
+                return base_output
+            lora_B, output_scale = writing.lora_B, writing.output_scale
+        if not isinstance(product, Tensor):
+            return self._add_picked(cast(Picked, product), base_output, writing)
         if lora_B.dtype != base_output.dtype:
             lora_B = lora_B.to(base_output.dtype)
             product = product.to(base_output.dtype)
@@ -373,8 +108,48 @@ class FusedLinear(nn.Module):
         result = torch.addmm(flat, product, lora_B)
         if uses_dora:
             dense = flat if self.bias is None else flat - cast(Tensor, self.bias)
-            result = result + ScaledOutput.apply(dense, context.member_weights[member], self.lora_output_scale)
+            result = result + ScaledOutput.apply(dense, context.member_weights[member], output_scale)
         return result.view(shape)
+
+    def _add_picked(
+        self, picked: Picked, base_output: Float[Tensor, "*batch out_features"], writing: Writing
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Add the updates of the adapters that each row uses; without gradients."""
+        _, member, context, uses_dora = self.fused
+        flat = base_output.reshape(-1, base_output.shape[-1])
+        dense = flat if not uses_dora or self.bias is None else flat - cast(Tensor, self.bias)
+        scaled = None
+        if uses_dora:
+            scaled = ScaledOutput.apply(dense, context.member_weights[member], writing.output_scale)
+        if flat.dtype == writing.lora_B.dtype:
+            picked.picks.write(picked.slots, writing.part, flat)
+        else:
+            update = flat.new_zeros(flat.shape, dtype=writing.lora_B.dtype)
+            picked.picks.write(picked.slots, writing.part, update)
+            flat += update
+        return (flat if scaled is None else flat + scaled).view(base_output.shape)
+
+    def writing(self, active: Active | None) -> Writing:
+        """The stacked B of these adapters, or of all, cut out once as long as it is used."""
+        return self.lora_cuts.of(active, self.lora_B, self._cut)
+
+    def prepare(self, use: Use, *, each: bool) -> None:
+        """Make what lanes use, before the first forward that does; `each` if linears have weights of their own."""
+        group, member, context, _ = self.fused
+        if use.active is not None and not context.keeps:
+            use.index(self.lora_B.device)
+            self.writing(use.active)
+        if member == 0:
+            group.reading(None if context.keeps else use.active).expansion(each and len(group.names) > 1)
+
+    def _cut(self, active: Active | None) -> Writing:
+        group, member, _, _ = self.fused
+        return cut_writing(self.lora_B, self.lora_output_scale, group, member, active)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What was cut out is on the old device until then.
+        self.lora_cuts.clear()
+        return super()._apply(fn, recurse)
 
     def _each_alone(
         self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
@@ -435,10 +210,10 @@ def fuse_linear(linear: nn.Module, stack: StackedLora, fused: Member, mixin: typ
     linear.register_buffer("lora_output_scale", None if scale is None else scale.to(device), persistent=False)
     swap_class(linear, mixin)
     assert isinstance(linear, FusedLinear)
-    linear.fused = fused
+    linear.fused, linear.lora_cuts = fused, Cuts()
 
 
 def unfuse_linear(linear: FusedLinear) -> None:
     """Make a fused linear the base's own again."""
     restore_class(linear)
-    del linear.lora_B, linear.lora_output_scale, linear.fused
+    del linear.lora_B, linear.lora_output_scale, linear.fused, linear.lora_cuts

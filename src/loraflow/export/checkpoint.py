@@ -27,7 +27,7 @@ from loraflow.adapters import LoraModule
 from loraflow.bases.loading import bar_for_people
 from loraflow.core.fusion import Fusion
 from loraflow.core.layers import LayerFusion
-from loraflow.core.linear import dense_weight
+from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example
 from loraflow.export.files import refuse_own_files
@@ -226,8 +226,8 @@ def folded_weights(model: Fusion, modules: Mapping[str, LoraModule]) -> tuple[Pr
     lost = sorted(wanted - state.keys())
     if lost:
         raise LoraflowError(
-            f"The base is quantised ({model.base_record.quantization}), and '{lost[0]}' cannot be had from it in full "
-            "precision. Load the base without quantisation."
+            f"The base, as it is loaded, has no '{lost[0]}' in full precision ({len(lost)} such), which a checkpoint "
+            f"of {type(base).__name__} has. Load the base without quantisation, and whole."
         )
     return dense, {name: state[name] for name in wanted}, loss_from(changed, wanted_change)
 

@@ -18,7 +18,7 @@ from loraflow.analysis.mean_weights import Weights, mean_weights
 from loraflow.answers import require_tokenizer
 from loraflow.core.fusion import Fusion
 from loraflow.core.lanes import constant_weights_of
-from loraflow.core.linear import dense_weight
+from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.examples import Example, parse_examples
 from loraflow.export.files import ExportReport, MeanCost, checked_target, peft_config, write_adapter

@@ -69,6 +69,10 @@ class CoreGate(nn.Module):
         """The constant weights, to be broadcast over the batch and the sequence."""
         return self.start
 
+    def known_weights(self) -> Float[Tensor, " adapters"]:
+        """The weights, before anything is read."""
+        return self.start
+
     def factors(self) -> LowRank:
         """What the core adds to the linear."""
         return LowRank(self.down, self.core, self.up)

@@ -49,6 +49,11 @@ class ArrowGate(nn.Module):
         self.top_k = top_k
         self.temperature = temperature
 
+    @property
+    def most(self) -> int:
+        """How many adapters have a weight at one position, at most."""
+        return self.top_k
+
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
         """Fusion weights of each position."""
         return top_k_softmax(linear_scores(x, self.prototypes).abs(), self.top_k, self.temperature, self.targets)

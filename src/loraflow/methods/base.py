@@ -172,6 +172,26 @@ class AddsUpdate(Protocol):
 
 
 @runtime_checkable
+class KnownWeights(Protocol):
+    """A gate whose weights depend on no input: adapters that have none anywhere are left out of the pass.
+
+    Those of a gate without parameters stay as they are.
+    """
+
+    def known_weights(self) -> Float[Tensor, "*requests adapters"]:
+        """What the gate gives for any input, on the device where it has it."""
+
+
+@runtime_checkable
+class FewWeights(Protocol):
+    """A gate that gives each position a few weights and all other adapters exactly zero: those few are computed."""
+
+    @property
+    def most(self) -> int:
+        """How many adapters have a weight at one position, at most."""
+
+
+@runtime_checkable
 class Searched(Protocol):
     """A method whose weights, one for each adapter, are searched without gradients.
 

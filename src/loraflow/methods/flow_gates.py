@@ -71,6 +71,11 @@ class FlowGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(site.adapters), self._inner_features(site)))
         self.bias = nn.Parameter(torch.zeros(len(site.adapters)))
 
+    @property
+    def most(self) -> int:
+        """How many adapters have a weight at one position, at most."""
+        return self.shape.top_k or len(self.bias)
+
     def _inner_features(self, site: Site) -> int:
         return site.features
 

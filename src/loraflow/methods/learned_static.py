@@ -48,6 +48,10 @@ class LearnedWeights(nn.Module):
         """The weights, to be broadcast over the batch and the sequence."""
         return self.weights
 
+    def known_weights(self) -> Float[Tensor, " adapters"]:
+        """The weights, before anything is read."""
+        return self.weights
+
 
 class SoftmaxWeights(LearnedWeights):
     """Positive fusion weights that sum to 1, and whose logits are the parameters."""

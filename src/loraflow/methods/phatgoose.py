@@ -49,6 +49,11 @@ class PhatgooseGate(nn.Module):
         self.top_k = top_k
         self.expert = None
 
+    @property
+    def most(self) -> int:
+        """How many adapters have a weight at one position, at most."""
+        return self.top_k
+
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
         """Fusion weights of each position."""
         if self.expert is not None:

@@ -31,6 +31,10 @@ class ConstantGate(nn.Module):
         """The constant weights, to be broadcast over the batch and the sequence."""
         return self.weights
 
+    def known_weights(self) -> Float[Tensor, " adapters"]:
+        """The weights, before anything is read."""
+        return self.weights
+
 
 @dataclass(frozen=True)
 class Base(Method):

@@ -20,13 +20,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraflow import __version__
 from loraflow.serving.admin import Admin
 from loraflow.serving.catalog import Served
-from loraflow.serving.intake import Intake
+from loraflow.serving.intake import Entrance, Intake
 from loraflow.serving.keys import LOAD, UNLOAD, check_caller
 from loraflow.serving.observed import Observed
 from loraflow.serving.page import make_page
+from loraflow.serving.pieces import Piece, Wanted
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
-from loraflow.serving.replies import Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
-from loraflow.serving.service import Asked, Outcome, Piece, Service, find_model
+from loraflow.serving.replies import Echo, Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
+from loraflow.serving.service import Asked, Outcome, Service, find_model
+from loraflow.serving.text import read_through
 from loraflow.serving.turns import end_reading, let_others_go_first
 
 log = logging.getLogger("loraflow.serving")
@@ -89,17 +91,18 @@ class _Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
+        self._entrance = Entrance(service.reader, _error_response)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._app
         if scope["type"] == "http":
             request = Request(scope)
             try:
                 check_caller(request, self._service.config)
                 _check_size(request, self._service.config.max_body_bytes)
             except ApiError as error:
-                answer = _error_response(error)
-        await answer(scope, receive, send)
+                await self._entrance.answer_shortly(_error_response(error), scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _check_size(request: Request, limit: int) -> None:
@@ -140,6 +143,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 404:
+            message += ". Endpoints that vLLM has beyond these are there with --engine vllm."
         return _error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
@@ -209,7 +214,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         longest = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         prompt = await service.read_conversation(served, messages)
-        asked = await service.ask(body, served, prompt, longest, wanted, started)
+        grammar = await service.find_grammar(body)
+        asked = await service.ask(body, served, prompt, Wanted(started, longest, wanted, grammar=grammar))
         await end_reading()
         reply = Reply(service, body, [asked], "chatcmpl", "chat.completion")
         if body.stream:
@@ -224,18 +230,22 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"`best_of` (={body.best_of}) is not supported. Leave it out.", param="best_of")
         prompts = await _prompts(service, body)
+        echoes = await _echoes(service, body, prompts) if body.echo else []
+        tells_prompt = body.echo and body.logprobs is not None
+        grammar = await service.find_grammar(body)
+        wanted = Wanted(started, body.max_tokens, body.logprobs, tells_prompt, continues=True, grammar=grammar)
         asked: list[Asked] = []
         try:
             for prompt in prompts:
                 await let_others_go_first()
-                asked.append(await service.ask(body, served, prompt, body.max_tokens, body.logprobs, started))
+                asked.append(await service.ask(body, served, prompt, wanted))
         except BaseException as error:
             for one in asked:
                 one.outcome = _outcome_beside(error)
                 service.end(one)
             raise
         await end_reading()
-        reply = Reply(service, body, asked, "cmpl", "text_completion")
+        reply = Reply(service, body, asked, "cmpl", "text_completion", prompts=echoes)
         if body.stream:
             return _stream(service, reply, completion_chunk)
         return JSONResponse(completion_reply(reply, await _gather(service, request, asked)))
@@ -266,11 +276,25 @@ def _add_page(app: FastAPI) -> None:
         return HTMLResponse(page.html, headers=page.headers)
 
 
+def _given(body: CompletionRequest) -> list[Any]:
+    """The prompts, each text or tokens."""
+    given: Any = body.prompt
+    return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+
+
+async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Echo]:
+    """The prompts as they are shown: text as it was given, tokens as they are read."""
+    echoes = []
+    for given, ids in zip(_given(body), prompts, strict=True):
+        service.check_prompt(ids, body.max_tokens)
+        text, starts = await service.reader.do(read_through, service.tokenizer, ids)
+        echoes.append(Echo(given if isinstance(given, str) else text, starts))
+    return echoes
+
+
 async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     """The prompts' token ids; text is taken as it is, in no chat format."""
-    given: Any = body.prompt
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        given = [given]
+    given = _given(body)
     if not given:
         raise ApiError(400, "`prompt` is empty. Give text, or token ids.", param="prompt")
     if len(given) * body.n > service.config.max_waiting:

@@ -28,15 +28,19 @@ from loraflow.errors import LoraflowError
 from loraflow.serving.attention import attending_apart
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
+from loraflow.serving.likelihoods import PromptPosition, prompt_positions, read_prompts, token_of
 from loraflow.serving.prefixes import Prefixes
+
+_NOT_FINITE = "The model's logits are no finite numbers. Ask for smaller weights."
 
 
 class _Router(OutputRouter):
     """Takes what the manager says of requests, and tells their listeners."""
 
-    def __init__(self, jobs: dict[str, Job]) -> None:
+    def __init__(self, jobs: dict[str, Job], cancel: Callable[[str], Any]) -> None:
         super().__init__()
         self._jobs = jobs
+        self._cancel = cancel
 
     def deliver(self, output: GenerationOutput) -> None:
         job = self._jobs.get(output.request_id)
@@ -46,11 +50,15 @@ class _Router(OutputRouter):
         new = output.generated_tokens[job.told :]
         for position, token in enumerate(new, start=1):
             known, job.sampled = job.sampled or Token(token), None
-            finish: FinishReason | None = None
-            if ended and position == len(new):
+            finish: FinishReason | None = known.finish
+            if finish is None and ended and position == len(new):
                 finish = "stop" if token in job.ends else "length"
             job.told += 1
             job.listener(dataclasses.replace(known, id=token, finish=finish))
+            if finish is not None and not ended:
+                # Its form is whole, and has no token to end with.
+                self._cancel(output.request_id)
+                ended = True
         if output.status == RequestStatus.FAILED:
             job.listener(Failure(str(output.error)))
         if ended or output.status == RequestStatus.FAILED:
@@ -87,7 +95,7 @@ class Manager(ContinuousBatchingManager):
         self._text_config = model.base_model.config.get_text_config(decoder=True)
         self._last: tuple[weakref.ref[Attachment], list[tuple[Job | None, int]], Lanes] | None = None
         super().__init__(cast(Any, model.base_model), plain, config)
-        self.output_router = _Router(jobs)
+        self.output_router = _Router(jobs, self.cancel_request)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
@@ -248,10 +256,21 @@ class _Runner(ModelRunner):
 
     batch: Sequence[tuple[Job | None, Any]]
     fail: Callable[[Job, str], None]
+    _told: Sequence[PromptPosition] = ()
+
+    def compute_batch(self, model: Any, batch_data: dict[str, Any]) -> None:
+        """Run a step, whose logits are those of the last positions, and behind them those that prompts are told by."""
+        self._told = prompt_positions(self.batch)
+        if self._told:
+            last: Tensor = batch_data["logits_indices"]
+            batch_data["logits_indices"] = torch.cat([last, last.new_tensor([one.row for one in self._told])])
+        super().compute_batch(model, batch_data)
 
     def _sample(self, scores: Float[Tensor, "1 requests vocabulary"], output_ids: Tensor) -> None:
         waiting = [job for job, future in self.batch if future.has_new_token]
         logits = scores[0, : len(waiting)]
+        for failed in read_prompts(self._told, scores[0, scores.shape[1] - len(self._told) :]):
+            self.fail(failed, _NOT_FINITE)
         # NaN counts as the largest.
         largest, chosen = logits.max(dim=-1)
         usable = largest.isfinite().tolist()
@@ -259,11 +278,25 @@ class _Runner(ModelRunner):
             if job is None:
                 continue
             if not usable[row]:
-                self.fail(job, "The model's logits are no finite numbers. Ask for smaller weights.")
+                self.fail(job, _NOT_FINITE)
                 continue
+            options = logits[row]
+            if job.constraint is not None:
+                try:
+                    options = job.constraint.limit(options, job.ends)
+                except LoraflowError as error:
+                    self.fail(job, str(error))
+                    continue
+                chosen[row] = options.argmax()
             if not job.sampling.greedy:
-                chosen[row] = sample(logits[row], job.sampling, job.generator)
-            job.sampled = _token(logits[row], int(chosen[row]), job.sampling.logprobs)
+                chosen[row] = sample(options, job.sampling, job.generator)
+            token = int(chosen[row])
+            job.sampled = token_of(logits[row], token, job.sampling.logprobs)
+            if job.constraint is not None and token not in job.ends and job.constraint.accept(token):
+                job.sampled = dataclasses.replace(job.sampled, finish="stop")
+            if job.tells_prompt and not job.told:
+                prompt = (Token(job.prompt[0]), *(token for _, token in sorted(job.read.items())))
+                job.sampled = dataclasses.replace(job.sampled, prompt=prompt)
         output_ids[0, : len(waiting)].copy_(chosen)
 
 
@@ -279,12 +312,3 @@ def sample(
         ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0
         return tokens[torch.multinomial(ordered, 1, generator=generator)[0]]
     return torch.multinomial(probabilities, 1, generator=generator)[0]
-
-
-def _token(logits: Float[Tensor, " vocabulary"], token: int, count: int | None) -> Token:
-    if count is None:
-        return Token(token)
-    logs = logits.log_softmax(dim=-1)
-    found = logs.topk(min(count, len(logs))) if count else None
-    top = () if found is None else tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-    return Token(token, float(logs[token]), top)

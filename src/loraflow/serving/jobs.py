@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraflow.core.lanes import Gates
 from loraflow.methods import Method
+from loraflow.serving.grammars import Constraint
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,6 +78,8 @@ class Token:
         top: the likeliest tokens with theirs.
         weights: the fusion weights that produced it, those of the position before, by layer, for the adapters of its
             `Weigher`; None where they were not asked for.
+        prompt: the prompt's tokens with theirs, beside the first token of an answer that was to tell them; nothing says
+            how likely the first of them is.
         finish: why it is the last; None where it is not.
     """
 
@@ -84,6 +87,7 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     weights: Float[Tensor, "layers adapters"] | None = None
+    prompt: tuple[Token, ...] = ()
     finish: FinishReason | None = None
 
 
@@ -111,6 +115,9 @@ class Job:
         weigher: who weighs it.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
+        constraint: what its answer may consist of; None for anything.
+        tells_prompt: whether the prompt's tokens are told too, with as many log-probabilities as others.
+        read: those of the prompt's tokens that are known so far, by their place.
         begun: when it was in a step for the first time, in seconds of a monotonic clock; None where it was in none.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
@@ -126,6 +133,9 @@ class Job:
     ends: Sequence[int]
     wants_weights: bool
     listener: Listener
+    constraint: Constraint | None = None
+    tells_prompt: bool = False
+    read: dict[int, Token] = field(default_factory=dict)
     generator: torch.Generator | None = None
     begun: float | None = None
     told: int = 0

@@ -114,8 +114,6 @@ class NoOps(BaseModel):
     truncate_prompt_tokens: Nothing = None
     truncation_side: Nothing = None
     thinking_token_budget: Nothing = None
-    response_format: Annotated[Any, Only({"type": "text"}, vllm=True)] = None
-    structured_outputs: Nothing = None
     repetition_detection: Nothing = None
     logits_processors: EmptyList = None
     priority: Zero = None
@@ -163,7 +161,6 @@ class ChatNoOps(NoOps):
 class CompletionNoOps(NoOps):
     """Those of plain completions alone."""
 
-    echo: Off = None
     suffix: Annotated[Any, Only("")] = None
     add_special_tokens: On = None
     prompt_embeds: Nothing = None

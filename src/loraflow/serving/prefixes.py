@@ -45,7 +45,8 @@ class Prefixes:
     def _match(self, request_id: str, tokens: Sequence[int]) -> int:
         """Give a request the pages that hold the beginning of its tokens; how many tokens those are."""
         job = self._jobs.get(request_id)
-        if job is None or job.prefix is None:
+        # What is found is not computed, and says nothing of how likely the prompt's tokens are.
+        if job is None or job.prefix is None or job.tells_prompt:
             return 0
         found = []
         # The last token is always computed: the next one comes from it.

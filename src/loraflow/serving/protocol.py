@@ -6,11 +6,36 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
-from loraflow.serving.no_ops import ChatNoOps, CompletionNoOps, MessageNoOps, NoOps, StreamNoOps, Whole
+from loraflow.errors import LoraflowError
+from loraflow.serving.forms import Form
+from loraflow.serving.no_ops import (
+    ChatNoOps,
+    CompletionNoOps,
+    MessageNoOps,
+    NoOps,
+    Nothing,
+    Off,
+    Only,
+    StreamNoOps,
+    Whole,
+)
 
-Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=4)]
+# OpenAI takes 4; tasks of lm-evaluation-harness have more.
+Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
+# Each new character is compared with all of them.
+_STOP_CHARACTERS = 4000
 # Strict: true is no number, nor is a text.
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Count = Annotated[int, Strict(), Field(ge=1), Whole]
@@ -46,6 +71,65 @@ class StreamOptions(StreamNoOps, _Body):
     include_usage: StrictBool = False
 
 
+class JsonSchema(_Body):
+    """OpenAI's: a schema with a name, which is taken and not used. It is always held to, `strict` or not."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: StrictBool | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(_Body):
+    """OpenAI's: the form of an answer."""
+
+    type: Annotated[Any, Only("text", "json_object", "json_schema", vllm=True)]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('`json_schema` and `type` (="json_schema") need each other. Give both, or neither.')
+        return self
+
+    def form(self) -> Form | None:
+        """What it asks for; None for any text."""
+        if self.json_schema is not None:
+            return Form.of_schema(self.json_schema.schema_, "response_format")
+        return Form.of_schema({"type": "object"}, "response_format") if self.type == "json_object" else None
+
+
+class StructuredOutputs(_Body):
+    """vLLM's: the form of an answer, by exactly one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: StrictBool | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    grammar: Nothing = None
+    structural_tag: Nothing = None
+    whitespace_pattern: Nothing = None
+    disable_any_whitespace: Off = None
+    disable_additional_properties: Off = None
+    disable_fallback: Off = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = [self.json_ is not None, bool(self.json_object), self.regex is not None, self.choice is not None]
+        if sum(given) != 1:
+            raise ValueError("exactly one of `json`, `json_object`, `regex` and `choice` must be given")
+        return self
+
+    def form(self) -> Form:
+        """What it asks for."""
+        name = "structured_outputs"
+        if self.regex is not None:
+            return Form("regex", self.regex, name)
+        if self.choice is not None:
+            return Form.of_choice(self.choice, name)
+        return Form.of_schema({"type": "object"} if self.json_ is None else self.json_, name)
+
+
 class Generation(NoOps, _Body):
     """What chat and plain completions share.
 
@@ -56,6 +140,8 @@ class Generation(NoOps, _Body):
         n: how many answers.
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with this probability.
+        response_format: the form of the answers.
+        structured_outputs: the same, in vLLM's words.
         adapter_weights: fusion weights by adapter, for this request.
         fusion: another method on the model's adapters, for this request.
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
@@ -70,6 +156,8 @@ class Generation(NoOps, _Body):
     n: Annotated[int, Strict(), Field(ge=1, le=16), Whole] = 1
     temperature: Annotated[float, Strict(), Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     adapter_weights: dict[str, Finite] | None = None
     fusion: FusionChoice | None = None
     return_fusion_weights: StrictBool | Literal["all"] = False
@@ -104,7 +192,22 @@ class Generation(NoOps, _Body):
     def _no_empty_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and "" in ([value] if isinstance(value, str) else value):
             raise ValueError("a stop string must not be empty")
+        if isinstance(value, list) and sum(map(len, value)) > _STOP_CHARACTERS:
+            raise ValueError(f"the stop strings must have at most {_STOP_CHARACTERS} characters together")
         return value
+
+    def form(self) -> Form | None:
+        """The form that the answers are to have.
+
+        Raises:
+            LoraflowError: if there are two, or it is too long.
+        """
+        asked = None if self.response_format is None else self.response_format.form()
+        if self.structured_outputs is None:
+            return asked
+        if asked is not None:
+            raise LoraflowError("`response_format` and `structured_outputs` exclude each other. Give one of them.")
+        return self.structured_outputs.form()
 
     @property
     def stops(self) -> list[str]:
@@ -115,8 +218,13 @@ class Generation(NoOps, _Body):
 class TextPart(_Body):
     """A part of a message."""
 
-    type: Literal["text"]
+    type: Annotated[Any, Only("text", vllm=True)]
     text: str
+
+
+def _parts(value: Any) -> Any:
+    # One kind of content, so that what is wrong with a part is told as that and not as a text that it is none of.
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class ChatMessage(MessageNoOps, _Body):
@@ -126,19 +234,19 @@ class ChatMessage(MessageNoOps, _Body):
         name: taken, and not used.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Annotated[Any, Only("system", "developer", "user", "assistant", vllm=True)]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
 
     @property
     def turn(self) -> str:
         """Whose turn it is, in the words of templates: to them, what developers say is the system's."""
-        return "system" if self.role == "developer" else self.role
+        return "system" if self.role == "developer" else str(self.role)
 
     @property
     def text(self) -> str:
         """The whole content."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(ChatNoOps, Generation):
@@ -164,6 +272,8 @@ class CompletionRequest(CompletionNoOps, Generation):
 
     Attributes:
         prompt: text or token ids, or several of either.
+        max_tokens: the longest answer; 0 only tells the prompt.
+        echo: begin each answer with its prompt, whose tokens come with log-probabilities where these are asked for.
         logprobs: send the log-probabilities of each token and of so many of the likeliest.
         best_of: only `n`.
     """
@@ -175,9 +285,16 @@ class CompletionRequest(CompletionNoOps, Generation):
         | Annotated[list[StrictInt], Field(fail_fast=True)]
         | Annotated[list[Annotated[list[StrictInt], Field(fail_fast=True)]], Field(fail_fast=True)]
     )
-    max_tokens: Count | None = 16
+    max_tokens: Annotated[int, Strict(), Field(ge=0), Whole] | None = 16
+    echo: StrictBool = False
     logprobs: Annotated[int, Strict(), Field(ge=0, le=5), Whole] | None = None
     best_of: Count | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("`max_tokens` (=0) asks for nothing without `echo`. Set that to true, or ask for more.")
+        return self
 
 
 class LoadRequest(_Body):

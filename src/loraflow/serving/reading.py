@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from loraflow.serving.pace import Pace
 from loraflow.serving.protocol import ApiError
 from loraflow.serving.turns import Turns, current_client, end_reading, let_others_go_first
 
@@ -23,13 +24,16 @@ class Reader:
 
     Attributes:
         turns: whose request is read next.
+        pace: how soon a client is read again.
         longest: tokens of the longest prompt and answer together.
     """
 
     turns: Turns
+    pace: Pace
     longest: int
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        self.pace = Pace()
         self.turns = Turns()
         self.longest = longest
         self._tokenizer = tokenizer
@@ -43,7 +47,22 @@ class Reader:
 
     async def do(self, work: Callable[..., Read], *args: Any) -> Read:
         """Do some of the work of reading a request."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        return await self._work(self._thread, work, *args)
+
+    async def do_apart(self, work: Callable[..., Read], *args: Any) -> Read:
+        """Do some that needs neither tokenizers nor the catalog."""
+        return await self._work(None, work, *args)
+
+    async def _work(self, threads: concurrent.futures.Executor | None, work: Callable[..., Read], *args: Any) -> Read:
+        doing = asyncio.get_running_loop().run_in_executor(threads, work, *args)
+        try:
+            return await asyncio.shield(doing)
+        except asyncio.CancelledError:
+            # Who has gone has its turn as long as its work goes on.
+            await asyncio.wait({doing})
+            # Nobody asks any more what was wrong.
+            _ = doing.cancelled() or doing.exception()
+            raise
 
     async def weigh(self, work: Callable[..., Read], *args: Any) -> Read:
         """Do some of the work of weighing prompts, which is passes of the model, or long arithmetic.

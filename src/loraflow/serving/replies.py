@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loraflow.serving.jobs import Token
+from loraflow.serving.pieces import Piece
 from loraflow.serving.protocol import Generation
-from loraflow.serving.service import Asked, Piece, Service
+from loraflow.serving.service import Asked, Service
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as it is shown before its answers.
+
+    Attributes:
+        starts: where each token's text begins in it.
+    """
+
+    text: str
+    starts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,8 @@ class Reply:
     Attributes:
         asked: the requests of which it is the answer; several where there are several prompts.
         created: when it began, in seconds since 1970.
-        lengths: characters of each choice's tokens so far; a choice that has begun is there.
+        prompts: what each prompt is shown as, where answers begin with it.
+        begun: the choices that have begun.
     """
 
     service: Service
@@ -29,7 +42,8 @@ class Reply:
     prefix: str
     object: str
     created: int = field(default_factory=lambda: int(time.time()))
-    lengths: dict[int, int] = field(default_factory=dict)
+    prompts: Sequence[Echo] = ()
+    begun: set[int] = field(default_factory=set)
 
     def head(self, *, chunk: bool = False) -> dict[str, Any]:
         """What every answer and every chunk begins with."""
@@ -64,8 +78,8 @@ def chat_reply(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any]:
 def chat_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
     """A piece of it."""
     # Clients put the chunks of a message together, its role too.
-    role = {} if piece.index in reply.lengths else {"role": "assistant"}
-    reply.lengths[piece.index] = 0
+    role = {} if piece.index in reply.begun else {"role": "assistant"}
+    reply.begun.add(piece.index)
     delta = {"delta": {**role, "content": piece.text}}
     choice = _choice(reply, number, piece.index, delta, [piece], _chat_logprobs(reply, [piece]))
     return {**reply.head(chunk=True), "choices": [choice]}
@@ -89,8 +103,11 @@ def completion_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
 
 def _completion_choice(reply: Reply, number: int, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     index += number * len(reply.asked[number].jobs)
-    text = {"text": "".join(piece.text for piece in pieces)}
-    return _choice(reply, number, index, text, pieces, _completion_logprobs(reply, index, pieces))
+    echo = reply.prompts[number] if reply.prompts else None
+    begins, shown = index not in reply.begun, "" if echo is None else echo.text
+    reply.begun.add(index)
+    text = {"text": (shown if begins else "") + "".join(piece.text for piece in pieces)}
+    return _choice(reply, number, index, text, pieces, _completion_logprobs(reply, pieces, echo))
 
 
 def _choice(
@@ -113,14 +130,10 @@ def _weights(reply: Reply, number: int, pieces: Sequence[Piece]) -> dict[str, An
     return {
         "fusion_weights": {
             "adapters": list(served.adapters),
-            "tokens": [_text(reply, token.id) for token in tokens],
+            "tokens": [reply.service.token_texts[token.id] for token in tokens],
             "weights": [reply.service.shown_weights(token, wanted) for token in tokens],
         }
     }
-
-
-def _text(reply: Reply, token: int) -> str:
-    return str(reply.service.tokenizer.decode([token]))
 
 
 def _chat_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -128,7 +141,7 @@ def _chat_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | No
         return None
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = _text(reply, token)
+        text = reply.service.token_texts[token]
         # A part of a character has no text of its own.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
@@ -139,16 +152,29 @@ def _chat_logprobs(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any] | No
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(reply: Reply, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+def _completion_logprobs(reply: Reply, pieces: Sequence[Piece], echo: Echo | None) -> dict[str, Any] | None:
     if getattr(reply.body, "logprobs", None) is None:
         return None
-    tokens = _tokens(pieces)
-    texts = [_text(reply, token.id) for token in tokens]
-    offsets = list(itertools.accumulate(map(len, texts), initial=reply.lengths.get(index, 0)))
-    reply.lengths[index] = offsets.pop()
+    prompt = next((piece.prompt for piece in pieces if piece.prompt), ())
+    before = 0 if echo is None else len(echo.text)
+    starts = [*(() if echo is None or not prompt else echo.starts)]
+    starts += [before + piece.start for piece in pieces if piece.token is not None]
+    tokens = [*prompt, *_tokens(pieces)]
     return {
-        "tokens": texts,
+        "tokens": [reply.service.token_texts[token.id] for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{_text(reply, one): logprob for one, logprob in token.top} for token in tokens],
-        "text_offset": offsets,
+        "top_logprobs": [_likeliest(reply, token) for token in tokens],
+        "text_offset": starts,
     }
+
+
+def _likeliest(reply: Reply, token: Token) -> dict[str, float] | None:
+    """The likeliest tokens at a place by their texts, and the one that is there; None where nothing says so."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for one, logprob in (*token.top, (token.id, token.logprob)):
+        # Parts of characters look the same: the likeliest of them counts.
+        text = reply.service.token_texts[one]
+        found[text] = max(logprob, found.get(text, logprob))
+    return found

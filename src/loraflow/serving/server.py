@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,6 +19,12 @@ from loraflow.serving.service import Service
 
 # For the last words of answers that are given up, and clients that read slowly.
 FLUSH_S = 5
+
+# Connections that may wait to be accepted, and how many of them are at once: all others wait for that.
+_BACKLOG, _AT_ONCE = 2048, 16
+
+# How long one thread may keep the others from running Python.
+_SWITCH_S = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -36,6 +44,7 @@ class Server(uvicorn.Server):
                 service.config,
                 access_log=False,
                 log_level="warning",
+                backlog=_AT_ONCE,
                 # uvicorn's lines go through its own handlers otherwise.
                 log_config=None if service.config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
                 timeout_graceful_shutdown=int(service.config.drain_s) + FLUSH_S,
@@ -55,6 +64,13 @@ class Server(uvicorn.Server):
             raise LoraflowError(
                 f"The address cannot be listened on ({error.strerror or error}). Give another address."
             ) from error
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)
+        # Reading must not stop the engine for long: neither for a thread's turn of 5 ms at Python, the default, nor for
+        # a search for garbage among all that belongs to the model.
+        sys.setswitchinterval(_SWITCH_S)
+        gc.collect()
+        gc.freeze()
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

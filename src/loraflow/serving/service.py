@@ -20,11 +20,13 @@ from loraflow.serving.accounts import Accounts, Stages
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
 from loraflow.serving.engine import Engine
+from loraflow.serving.grammars import Grammar, Grammars
 from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.metrics import Metrics
+from loraflow.serving.pieces import Piece, Wanted
 from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.reading import Reader
-from loraflow.serving.text import TextStream
+from loraflow.serving.text import TextStream, TokenTexts
 from loraflow.serving.tracing import Tracing
 
 Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
@@ -42,23 +44,6 @@ def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
         raise ApiError(404, str(error), param=param, code="model_not_found") from error
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one token brought to one of a request's answers.
-
-    Attributes:
-        index: which answer.
-        text: the text that became known, which may be empty.
-        token: the token; None for text that was held back until the end.
-        finish: why it is the last piece; None where it is not.
-    """
-
-    index: int
-    text: str
-    token: Token | None
-    finish: str | None = None
-
-
 @dataclass
 class Asked:
     """A request that has been checked.
@@ -72,6 +57,7 @@ class Asked:
         first_token_s: seconds till the first token.
         outcome: how it ended; it was given up by its client where nothing else is known.
         ended: whether it was counted.
+        only_prompt: whether nothing is wanted but the prompt.
     """
 
     id: str
@@ -86,6 +72,7 @@ class Asked:
     first_token_s: float | None = None
     outcome: Outcome = "cancelled"
     ended: bool = False
+    only_prompt: bool = False
 
 
 class Service:
@@ -99,7 +86,9 @@ class Service:
         self.started = self.closing = False
         self._stopping: asyncio.Task[None] | None = None
         self.tokenizer = require_tokenizer(catalog.model.tokenizer)
+        self.token_texts = TokenTexts(self.tokenizer)
         self.reader = Reader(self.tokenizer, self.longest)
+        self.grammars = Grammars(self.tokenizer, self._vocabulary, self.config.max_waiting)
         self.metrics = Metrics(catalog.base_id, self.longest)
         endpoint = self.config.otlp_traces_endpoint
         self.tracing = Tracing.to(endpoint) if tracing is None and endpoint is not None else tracing
@@ -125,6 +114,7 @@ class Service:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.engine.close, finish=False)
         self.reader.close()
+        await asyncio.to_thread(self.grammars.close)
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
 
@@ -149,7 +139,24 @@ class Service:
         positions = getattr(config, "max_position_embeddings", None) or self.config.limits.cache_tokens
         return int(min(positions, self.config.limits.cache_tokens))
 
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.catalog.model.config.get_text_config(decoder=True).vocab_size)
+
     # What a request asks for.
+
+    async def find_grammar(self, body: Generation) -> Grammar | None:
+        """The form that a request's answers are to have.
+
+        Raises:
+            ApiError: if they cannot be held to it.
+        """
+        try:
+            form = body.form()
+            return None if form is None else await self.grammars.find(form)
+        except LoraflowError as error:
+            param = "response_format" if body.structured_outputs is None else "structured_outputs"
+            raise ApiError(400, str(error), param=param) from error
 
     async def find(self, body: Generation) -> Served:
         """Who answers a request, as `served_for` finds it; directions of adapters, say, take a while."""
@@ -205,28 +212,15 @@ class Service:
         except LoraflowError as error:
             raise ApiError(400, str(error), param="messages") from error
 
-    async def ask(
-        self,
-        body: Generation,
-        served: Served,
-        prompt: Sequence[int],
-        max_tokens: int | None,
-        logprobs: int | None,
-        started: float,
-    ) -> Asked:
-        """Check a request, which came when it `started`, and hand it to the engine; `pieces` gives its answers.
+    async def ask(self, body: Generation, served: Served, prompt: Sequence[int], wanted: Wanted) -> Asked:
+        """Check a request, and hand it to the engine; `pieces` gives its answers.
 
         Raises:
             ApiError: if it asks for too much, or the server has too much to do.
         """
         stages = self.accounts.open(served)
-        limit = self._new_tokens(len(prompt), max_tokens)
+        limit = self.check_prompt(prompt, wanted.max_tokens)
         self._admit(body.n)
-        vocabulary = self.catalog.model.config.get_text_config(decoder=True).vocab_size
-        for token in prompt:
-            if not 0 <= token < vocabulary:
-                message = f"The prompt has the token {token}; tokens are from 0 to {vocabulary - 1}."
-                raise ApiError(400, message, param="prompt")
         if not served.gates and body.return_fusion_weights:
             raise ApiError(400, "The base has no fusion weights. Ask for a fusion.", param="return_fusion_weights")
         endings = self._endings(served, body)
@@ -244,14 +238,18 @@ class Service:
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             seed = None if body.seed is None else (body.seed + index) % 2**63
-            sampling = Sampling(body.temperature, body.top_p, seed, logprobs)
+            sampling = Sampling(body.temperature, body.top_p, seed, wanted.logprobs)
             wants = bool(body.return_fusion_weights)
-            job = Job(f"{name}-{index}", prompt, weigher, sampling, limit, endings.token_ids, wants, listen)
+            job = Job(f"{name}-{index}", prompt, weigher, sampling, max(limit, 1), endings.token_ids, wants, listen)
+            job.tells_prompt = wanted.tells_prompt
             job.prefix = weigher.prefix(body.cache_salt)
+            job.constraint = None if wanted.grammar is None else wanted.grammar.constraint()
             jobs.append(job)
-        streams = [TextStream(self.tokenizer, endings.texts) for _ in jobs]
+        before = prompt if wanted.continues else ()
+        streams = [TextStream(self.tokenizer, endings.texts, before) for _ in jobs]
         stages.weighed = time.monotonic()
-        asked = Asked(name, served, list(prompt), jobs, streams, events, started, stages)
+        asked = Asked(name, served, list(prompt), jobs, streams, events, wanted.started, stages)
+        asked.only_prompt = limit == 0
         try:
             for job in jobs:
                 self.engine.submit(job)
@@ -293,10 +291,25 @@ class Service:
             asked.ended = True
             self.accounts.close(asked)
 
+    def check_prompt(self, prompt: Sequence[int], max_tokens: int | None) -> int:
+        """Check a prompt's tokens, and give how many may follow them.
+
+        Raises:
+            ApiError: if there are none or too many, or one is none of the model's.
+        """
+        limit = self._new_tokens(len(prompt), max_tokens)
+        for token in prompt:
+            if not 0 <= token < self._vocabulary:
+                message = f"The prompt has the token {token}; tokens are from 0 to {self._vocabulary - 1}."
+                raise ApiError(400, message, param="prompt")
+        return limit
+
     def _new_tokens(self, prompt: int, max_tokens: int | None) -> int:
         if not prompt:
             raise ApiError(400, "The prompt has no tokens. Give some text.", param="prompt")
         room = self.longest - prompt
+        if max_tokens == 0 and room >= 0 and prompt < self.config.limits.cache_tokens:
+            return 0
         if room < 1:
             raise ApiError(
                 400,
@@ -387,16 +400,20 @@ class Service:
             self.end(asked)
 
     def _pieces_of(self, asked: Asked, index: int, token: Token) -> list[Piece]:
+        if asked.only_prompt:
+            # The engine has no requests without a token, and this one is nobody's.
+            return [Piece(index, "", None, "length", prompt=token.prompt)]
         self.accounts.add_token(asked, index, token)
         stream = asked.streams[index]
+        start = stream.length
         text = "" if token.id in asked.jobs[index].ends else stream.push(token.id)
         if stream.stopped:
             self.engine.cancel(asked.jobs[index].id)
-            return [Piece(index, text, token, "stop")]
+            return [Piece(index, text, token, "stop", start, token.prompt)]
         if token.finish is None:
-            return [Piece(index, text, token)]
+            return [Piece(index, text, token, None, start, token.prompt)]
         rest = stream.finish()
-        return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish)]
+        return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish, start, token.prompt)]
 
     def fusion_of(self, served: Served) -> dict[str, Any]:
         """What an answer says of the fusion that made it."""

@@ -8,21 +8,43 @@ from transformers import PreTrainedTokenizerBase
 
 from loraflow.endings import before_first
 
+# Tokens that are enough for a tokenizer to know that a text does not begin with the next one; vLLM takes as many.
+_CONTEXT = 5
+
 
 class TextStream:
     """Turns tokens into pieces of text that add up to the whole, less the first stop string and what follows it.
 
     A character of several tokens comes with its last one; text that might be the start of a stop string is held back
     until it is known.
+
+    Args:
+        tokenizer: reads the tokens.
+        stop: the stop strings.
+        before: the tokens that the text continues, where it is to fit theirs: many tokenizers drop a first space.
+
+    Attributes:
+        length: characters that are known so far, those held back included.
+        stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    length: int
+    stopped: bool
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
+        self.length = 0
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._shown = self._start = 0
         self._held = ""
+        tail = list(before[-_CONTEXT:])
+        # What continues a part of a character is read for itself.
+        if tail and not self._decode(tail).endswith("\ufffd"):
+            self._ids, self._start = tail, len(tail)
 
     def push(self, token: int) -> str:
         """The text that another token brings, which may be empty."""
@@ -34,6 +56,7 @@ class TextStream:
         if text.endswith("\ufffd"):
             return ""
         self._shown, self._start = self._start, len(self._ids)
+        self.length += len(text) - len(before)
         return self._release(text[len(before) :])
 
     def finish(self) -> str:
@@ -63,6 +86,34 @@ class TextStream:
         kept = before_first(text, self._stop)
         self.stopped = any(stop in text for stop in self._stop)
         return kept
+
+
+class TokenTexts:
+    """What each token adds to a text, for itself; a part of a character is a replacement character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+        # Tokens are read behind another one, for many tokenizers drop a first space.
+        self._before = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._shown = str(tokenizer.decode(self._before))
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            text = str(self._tokenizer.decode([*self._before, token]))
+            fits = text.startswith(self._shown)
+            self._known[token] = text[len(self._shown) :] if fits else str(self._tokenizer.decode([token]))
+        return self._known[token]
+
+
+def read_through(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """A text by its tokens: the whole, and where each token's part of it begins."""
+    stream = TextStream(tokenizer)
+    pieces, starts = [], []
+    for token in ids:
+        starts.append(stream.length)
+        pieces.append(stream.push(token))
+    return "".join([*pieces, stream.finish()]), starts
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -67,16 +67,27 @@ class Turns:
 
 
 class Reading:
-    """A request's turn at being read, which others may have between two pieces of it, and which ends once."""
+    """A request's turn at being read, which others may have between two pieces of it, and which ends once.
+
+    Attributes:
+        client: who sent it.
+        seconds: how long it was read.
+    """
+
+    client: str
+    seconds: float
 
     def __init__(self, turns: Turns, client: str) -> None:
         self.client = client
+        self.seconds = 0.0
         self._turns = turns
         self._held = contextlib.AsyncExitStack()
 
     async def begin(self) -> None:
         """Wait for the turn."""
         await self._held.enter_async_context(self._turns.turn(self.client))
+        started = time.monotonic()
+        self._held.callback(lambda: setattr(self, "seconds", self.seconds + time.monotonic() - started))
 
     async def end(self) -> None:
         """Let others go on, where it is not ended yet."""

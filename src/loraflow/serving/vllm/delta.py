@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraflow.core.linear import StackedLora
+from loraflow.core.stack import StackedLora
 from loraflow.errors import ArchitectureError
 from loraflow.serving.overflow import finite
 from loraflow.serving.vllm.request_table import RequestTable

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loraflow.adapters import LoraModule
-from loraflow.core.linear import stack_adapters
+from loraflow.core.stack import stack_adapters
 from loraflow.errors import ArchitectureError
 from loraflow.serving.vllm.delta import ForwardWeights, FusedDelta, GivenWeights, LayerWeights
 from loraflow.serving.vllm.layers import add_update, add_weights, reads_stream

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraflow.core.linear import StackedLora
+from loraflow.core.stack import StackedLora
 
 
 @dataclass(frozen=True)

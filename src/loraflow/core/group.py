@@ -1,0 +1,325 @@
+"""The linears that read one input: their stacked A, and the weighted product that they share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loraflow.core.active import Active, lasting
+from loraflow.core.context import LayerContext
+from loraflow.core.cuts import Cuts
+from loraflow.core.picks import Picks, Sizes, Way, by_adapter, cheapest
+from loraflow.core.products import WeightedProduct, mix_slots, slot_weights
+from loraflow.core.rows import Rows
+from loraflow.core.stack import StackedLora
+
+Counts = tuple[int, ...]
+
+# Prompts are of many lengths; each is reckoned once as long as there are not more.
+_KEPT_WAYS = 256
+
+
+@dataclass(eq=False)
+class Reading:
+    """The stacked A of some adapters, or of all, for modules that read one input.
+
+    Attributes:
+        lora_A: the modules' stacked A, one below the other, `[slots, in_features]`.
+        input_bias: theirs, `[slots]`, or None.
+        places: the place of each slot within the rank of its adapter, counted on from module to module, `[slots]`.
+        slots: of each module, how many slots each adapter has.
+        adapters: how many adapters there are.
+        sizes: how many slots each module has.
+        nbytes: bytes of the matrices.
+    """
+
+    lora_A: Tensor
+    input_bias: Tensor | None
+    places: Tensor
+    slots: tuple[Counts, ...]
+    adapters: int = field(init=False)
+    sizes: list[int] = field(init=False)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adapters = len(self.slots[0])
+        self.sizes = [sum(counts) for counts in self.slots]
+        self.nbytes = self.lora_A.nbytes
+        self._expansions: dict[bool, Tensor] = {}
+
+    def expansion(self, each: bool) -> Float[Tensor, "gates slots"]:
+        """The 0/1 matrix E for weights that all modules share; or for those of each, which stand side by side."""
+        if each not in self._expansions:
+            with lasting():
+                parts = [_expansion(counts) for counts in self.slots]
+                whole = torch.block_diag(*parts) if each else torch.cat(parts, dim=1)
+                self._expansions[each] = whole.to(self.lora_A.device)
+        return self._expansions[each]
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[Float[Tensor, "adapters width in_features"], Float[Tensor, "adapters width"] | None]]:
+        """Of each module, A and its bias with an axis of adapters."""
+        biases = [None] * len(self.sizes) if self.input_bias is None else self.input_bias.split(self.sizes)
+        return [
+            (by_adapter(rows, counts), None if bias is None else by_adapter(bias[:, None], counts)[..., 0])
+            for rows, bias, counts in zip(self.lora_A.split(self.sizes), biases, self.slots, strict=True)
+        ]
+
+
+def _expansion(counts: Counts) -> Float[Tensor, "adapters slots"]:
+    owner = [adapter for adapter, count in enumerate(counts) for _ in range(count)]
+    return F.one_hot(torch.tensor(owner, dtype=torch.long), len(counts)).T.float().contiguous()
+
+
+class InputGroup(nn.Module):
+    """The stacked adapters of linear modules that read one input, and their weighted low-rank product.
+
+    The product with the stacked A is computed when the first of them is called, and handed to the others as long as
+    they are called with the very same tensor. Modules that turn out to read different inputs are still right, at the
+    price of a product each.
+
+    Where each module has a gate of its own, the weights of all of them stand side by side, `[..., modules * adapters]`.
+
+    Attributes:
+        names: of the modules, within their decoder layer.
+        rows: what the rows of their input are.
+        lora_A: as in `Reading`, of all adapters.
+        input_bias: as there.
+        places: as there.
+        slots: as there.
+        out_features: of each module.
+        dropout: probability with which inputs of A are dropped in training.
+    """
+
+    names: tuple[str, ...]
+    rows: Rows
+    lora_A: Tensor
+    input_bias: Tensor | None
+    places: Tensor
+    slots: tuple[Counts, ...]
+    out_features: tuple[int, ...]
+    dropout: float
+
+    def __init__(
+        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows = "tokens"
+    ) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.rows = rows
+        self.slots = tuple(stack.slots for stack in stacks)
+        self.out_features = tuple(stack.lora_B.shape[1] for stack in stacks)
+        self.place_count = sum(max(slots) for slots in self.slots)
+        self.dropout = 0.0
+        self._starts = [tuple(itertools.accumulate(counts, initial=0)) for counts in self.slots]
+        self._member_starts = tuple(itertools.accumulate(map(sum, self.slots), initial=0))
+        self._cuts: Cuts[Reading] = Cuts()
+        self._ways: dict[tuple[int, int, int, int], Way] = {}
+        self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
+        self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
+        self.register_buffer("places", _places(stacks).to(device), persistent=False)
+
+    def reading(self, active: Active | None) -> Reading:
+        """The stacked A of these adapters, or of all, cut out once as long as it is used."""
+        return self._cuts.of(active, self.lora_A, self._cut)
+
+    def _cut(self, active: Active | None) -> Reading:
+        if active is None:
+            return Reading(self.lora_A, self.input_bias, self.places, self.slots)
+        members = range(len(self.names))
+        kept = [self.slots_of(member, adapter)[1] for member in members for adapter in active]
+        index = _indices(kept, self.lora_A.device)
+        return Reading(
+            self.lora_A.index_select(0, index),
+            None if self.input_bias is None else self.input_bias.index_select(0, index),
+            self.places.index_select(0, index),
+            tuple(tuple(counts[adapter] for adapter in active) for counts in self.slots),
+        )
+
+    def project(
+        self, context: LayerContext, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
+    ) -> None:
+        """Compute the weighted slots of all modules for one input, and note them in the context."""
+        reading = self.reading(context.active)
+        context.group, context.seen = self, x
+        if weights.shape[-1] == reading.adapters:
+            context.member_weights, each = (weights,) * len(self.names), False
+        else:
+            context.member_weights, each = weights.split(reading.adapters, dim=-1), True
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        lora_A = reading.lora_A
+        if x.dtype != lora_A.dtype:
+            x = x.to(lora_A.dtype)
+        x = x.reshape(-1, x.shape[-1])
+        if context.most is not None and weights.dim() > 1:
+            way, span = self._way(context, reading, len(x))
+            if way != "all":
+                context.products = self._pick(context, reading, x, span, way)
+                return
+        expand = reading.expansion(each)
+        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+            weighted = WeightedProduct.apply(x, lora_A, reading.input_bias, weights, expand)
+        else:
+            weighted = F.linear(x, lora_A, reading.input_bias)
+            weighted = weighted * slot_weights(weights, expand, weighted.dtype)
+        if context.mixes is not False:
+            mixed = self._mix(reading, weighted, slot_weights(weights, expand, weighted.dtype))
+            mixes = context.mixes_for(len(weighted))
+            weighted = mixed if isinstance(mixes, bool) else torch.where(mixes, mixed, weighted)
+        context.products = weighted.split_with_sizes(reading.sizes, -1) if len(self.names) > 1 else (weighted,)
+
+    def _way(self, context: LayerContext, reading: Reading, positions: int) -> tuple[Way, int]:
+        """How to compute what few adapters at each position add, and how many positions in a row use the same ones."""
+        if torch.is_grad_enabled() or context.mixes is not False or torch.compiler.is_compiling():
+            # A graph has one way for all sizes; and backwards are those of the one product.
+            return "all", 1
+        device = reading.lora_A.device.type
+        if torch.is_autocast_enabled(device):
+            return "all", 1
+        of_rows = context.by_row and self.rows == "tokens" and positions == math.prod(context.shape)
+        span = context.shape[1] if of_rows else 1
+        assert context.most is not None
+        key = (positions, span, reading.adapters, context.most)
+        if key not in self._ways:
+            if len(self._ways) >= _KEPT_WAYS:
+                self._ways.clear()
+            used = [(max(counts), features) for counts, features in zip(reading.slots, self.out_features, strict=True)]
+            sizes = Sizes(
+                rows=positions // span,
+                span=span,
+                adapters=reading.adapters,
+                most=context.most,
+                in_features=reading.lora_A.shape[1],
+                slots=tuple(slots for slots, _ in used),
+                out_features=tuple(features for _, features in used),
+                itemsize=reading.lora_A.element_size(),
+                device=device,
+            )
+            self._ways[key] = cheapest(sizes)
+        return self._ways[key], span
+
+    def _pick(
+        self, context: LayerContext, reading: Reading, x: Float[Tensor, "tokens in_features"], span: int, way: Way
+    ) -> list[Picked | None]:
+        """What the picked adapters of each module read; None for modules that none of the adapters targets."""
+        picked: list[Picked | None] = []
+        known: dict[int, Picks] = {}
+        for weights, counts, (lora_A, bias) in zip(context.member_weights, reading.slots, reading.parts, strict=True):
+            if not any(counts):
+                picked.append(None)
+                continue
+            if id(weights) not in known:
+                known[id(weights)] = Picks.of(weights, context.most or 1, span, way)
+            picks = known[id(weights)]
+            picked.append(Picked(picks, picks.read(x, lora_A, bias)))
+        return picked
+
+    def _mix(
+        self,
+        reading: Reading,
+        weighted: Float[Tensor, "tokens slots"],
+        slot_weights: Float[Tensor, "*tokens slots"],
+    ) -> Float[Tensor, "tokens slots"]:
+        """The cross terms, of modules some of which may have a `lora_bias`."""
+        bias = reading.input_bias
+        plain = weighted if bias is None else weighted * (1 - bias)
+        mixed = mix_slots(plain, slot_weights, reading.places, self.place_count)
+        # A `lora_bias` belongs to B alone: it is weighted once.
+        return mixed if bias is None else torch.where(bias.bool(), weighted, mixed)
+
+    def slots_of(self, member: int, adapter: int) -> tuple[slice, slice]:
+        """Where an adapter's slots are in a module's own stack, and in that of all modules."""
+        own, start = self._starts[member], self._member_starts[member]
+        count = self.slots[member][adapter]
+        return slice(own[adapter], own[adapter] + count), slice(start + own[adapter], start + own[adapter] + count)
+
+    def forget(self) -> None:
+        """Drop what was cut out, and which ways were the cheapest."""
+        self._cuts.clear()
+        self._ways.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+
+class Picked(NamedTuple):
+    """What a module's picked adapters have read."""
+
+    picks: Picks
+    slots: Tensor
+
+
+def _indices(slices: Sequence[slice], device: torch.device) -> Int[Tensor, " kept"]:
+    kept = [position for part in slices for position in range(part.start, part.stop)]
+    return torch.tensor(kept, dtype=torch.long, device=device)
+
+
+def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:
+    places, start = [], 0
+    for stack in stacks:
+        places += [start + place for count in stack.slots for place in range(count)]
+        start += max(stack.slots)
+    return torch.tensor(places)
+
+
+def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
+    if all(stack.input_bias is None for stack in stacks):
+        return None
+    biases = [
+        stack.lora_A.new_zeros(stack.lora_A.shape[0]) if stack.input_bias is None else stack.input_bias
+        for stack in stacks
+    ]
+    return torch.cat(biases).to(device)
+
+
+@dataclass(eq=False)
+class Writing:
+    """The stacked B of some adapters, or of all, of one linear.
+
+    Attributes:
+        lora_B: `[slots, out_features]`.
+        output_scale: DoRA's `c - 1`, `[adapters, out_features]`, or None.
+        slots: how many slots each adapter has.
+    """
+
+    lora_B: Tensor
+    output_scale: Tensor | None
+    slots: Counts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices."""
+        return self.lora_B.nbytes + (0 if self.output_scale is None else self.output_scale.nbytes)
+
+    @functools.cached_property
+    def part(self) -> Float[Tensor, "adapters width out_features"]:
+        """B with an axis of adapters."""
+        return by_adapter(self.lora_B, self.slots)
+
+
+def cut_writing(
+    lora_B: Float[Tensor, "slots out_features"],
+    output_scale: Float[Tensor, "adapters out_features"] | None,
+    group: InputGroup,
+    member: int,
+    active: Active | None,
+) -> Writing:
+    """The stacked B of these adapters, or of all."""
+    counts = group.slots[member]
+    if active is None:
+        return Writing(lora_B, output_scale, counts)
+    index = _indices([group.slots_of(member, adapter)[0] for adapter in active], lora_B.device)
+    scale = None
+    if output_scale is not None:
+        scale = output_scale.index_select(0, torch.tensor(active, dtype=torch.long, device=output_scale.device))
+    return Writing(lora_B.index_select(0, index), scale, tuple(counts[adapter] for adapter in active))

@@ -81,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="tiny sizes and two rounds")
+    parser.set_defaults(experts=0)
     args = parser.parse_args()
     if args.small:
         small = {"hidden": 64, "layers": 2, "vocab": 500, "prompt_tokens": 16, "new_tokens": 8, "rounds": 2, "alone": 2}
@@ -89,7 +90,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_catalog(root: Path, args: argparse.Namespace) -> Catalog:
-    """A fusion with random gates, saved and served beside its base."""
+    """A fusion with random gates, served beside its base."""
+    return Catalog.open(None, None, {"fusion": str(build_fusion(root, args))}, base_id="base")
+
+
+def build_fusion(root: Path, args: argparse.Namespace) -> Path:
+    """A saved fusion with random gates; its base and adapters are beside it."""
     base = build_base(args)
     base.save_pretrained(root / "base")
     build_tokenizer(args.vocab).save_pretrained(root / "base")
@@ -100,7 +106,7 @@ def build_catalog(root: Path, args: argparse.Namespace) -> Catalog:
             for parameter in gate.parameters():
                 parameter.normal_(0, 0.1)
     fusion.save_pretrained(root / "fusion")
-    return Catalog.open(None, None, {"fusion": str(root / "fusion")}, base_id="base")
+    return root / "fusion"
 
 
 def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -117,6 +123,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     # transformers keeps a part of the cache free.
     cache = args.concurrent * pages * page * 2
     limits = EngineLimits(requests=args.concurrent, batch_tokens=512, cache_tokens=cache, page_tokens=page)
+    # Every prompt is new; what is found again would be read once only.
     return ServerConfig(limits=limits, max_waiting=args.concurrent, max_new_tokens=args.new_tokens)
 
 

@@ -20,6 +20,8 @@ VLLM = {
     "lora_requests_info": ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
     "prompt_tokens_total": ENGINE,
     "generation_tokens_total": ENGINE,
+    "prefix_cache_queries_total": ENGINE,
+    "prefix_cache_hits_total": ENGINE,
     "request_success_total": ("engine", "finished_reason", "model_name"),
     "admission_rejections_total": ("model_name", "reason"),
     **{

@@ -24,7 +24,6 @@ BOTH = {
     "metadata": [{}, {"purpose": "a test"}],
     "safety_identifier": ["x"],
     "prompt_cache_key": ["x"],
-    "cache_salt": ["x"],
     "store": [False],
     "service_tier": ["auto", "default"],
     "frequency_penalty": [0, 0.0],

@@ -101,6 +101,13 @@ class Limits:
     batch_tokens: Annotated[int, _limit(help="Tokens in one step; longer prompts are read in several.")] = (
         EngineLimits.batch_tokens
     )
+    prefix_caching: Annotated[
+        bool,
+        _limit(
+            "--prefix-caching/--no-prefix-caching",
+            help="Share the cache among answers whose beginnings and weights are the same.",
+        ),
+    ] = EngineLimits.prefix_caching
     timeout_s: Annotated[float, _limit("--timeout", help="Longest time of a request, in seconds.")] = (
         ServerConfig.timeout_s
     )
@@ -265,7 +272,10 @@ def serve(
     api_keys = network.api_keys()
     config = ServerConfig(
         limits=EngineLimits(
-            requests=limits.max_requests, batch_tokens=limits.batch_tokens, cache_tokens=limits.cache_tokens
+            requests=limits.max_requests,
+            batch_tokens=limits.batch_tokens,
+            cache_tokens=limits.cache_tokens,
+            prefix_caching=limits.prefix_caching,
         ),
         api_keys=api_keys,
         max_waiting=limits.max_waiting,

@@ -124,6 +124,9 @@ class Accounts:
         metrics, stages = self._metrics, asked.stages
         metrics.requests.labels(asked.served.id, asked.outcome).inc()
         metrics.prompt_tokens.inc(len(asked.prompt))
+        queried = [job for job in asked.jobs if job.cached is not None]
+        metrics.prefix_queries.inc(len(asked.prompt) * len(queried))
+        metrics.prefix_hits.inc(sum(job.cached or 0 for job in queried))
         given_up = "abort" if asked.outcome in ("cancelled", "refused") else "error"
         for index in range(len(asked.jobs)):
             metrics.answers[stages.finishes.get(index, given_up)].inc()

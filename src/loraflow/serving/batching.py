@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -20,13 +21,15 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from loraflow.core.attach import Attachment
 from loraflow.core.fusion import Fusion
 from loraflow.core.lanes import Lane, Lanes, spread
 from loraflow.errors import LoraflowError
+from loraflow.serving.attention import attending_apart
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
 from loraflow.serving.likelihoods import PromptPosition, prompt_positions, read_prompts, token_of
-from loraflow.serving.overflow import finite
+from loraflow.serving.prefixes import Prefixes
 
 _NOT_FINITE = "The model's logits are no finite numbers. Ask for smaller weights."
 
@@ -82,13 +85,15 @@ class Manager(ContinuousBatchingManager):
             num_blocks=-(-limits.cache_tokens // limits.page_tokens),
             max_batch_tokens=limits.batch_tokens,
             max_requests_per_batch=limits.requests,
-            # Shared blocks are found by their tokens, and know nothing of weights.
-            allow_block_sharing=False,
+            # By `Prefixes`: transformers' own shared blocks are found by their tokens, and know nothing of weights.
+            allow_block_sharing=limits.prefix_caching,
             use_async_batching=False,
             use_cuda_graph=False,
             auto_switch_to_flash=False,
         )
         plain = GenerationConfig(do_sample=False, eos_token_id=-1)
+        self._text_config = model.base_model.config.get_text_config(decoder=True)
+        self._last: tuple[weakref.ref[Attachment], list[tuple[Job | None, int]], Lanes] | None = None
         super().__init__(cast(Any, model.base_model), plain, config)
         self.output_router = _Router(jobs, self.cancel_request)
 
@@ -103,7 +108,10 @@ class Manager(ContinuousBatchingManager):
             return_logprobs=False,
         )
         processor.model_runner.fail = self._fail
-        processor.cache.update = _with_finite_states(processor.cache.update)
+        if processor.cache.use_prefix_sharing:
+            Prefixes(processor.cache, processor.scheduler.safety_margin, self._jobs)
+        # Flash kernels know where each request's keys are; without a mask, SDPA is told so in each step.
+        cast(Any, processor.inputs_and_outputs).attention_mask = None
         cache: Any = processor.cache
         if not hasattr(cache, "get_seq_length"):
             # OPT asks before it looks whether it needs the answer: every token comes with its position. Since
@@ -113,9 +121,14 @@ class Manager(ContinuousBatchingManager):
 
     @property
     def cache_usage(self) -> float:
-        """The used part of the cache; 1 is all of it."""
-        processor = self.batch_processor
-        return 0.0 if processor is None else 1 - processor.cache.compute_free_capacity()
+        """The used part of the cache; 1 is all of it. Pages that wait to be shared are free for whoever needs them."""
+        if self.batch_processor is None:
+            return 0.0
+        cache = self.batch_processor.cache
+        waiting = sum(
+            len(pages.ledger.cached_blocks) * pages.bytes_per_block for pages in cache.cache_allocators.values()
+        )
+        return 1 - cache.compute_free_capacity() - waiting / (cache.num_sectors * cache.bytes_per_sector)
 
     def _fail(self, job: Job, message: str) -> None:
         """Give up one request; the others go on."""
@@ -141,7 +154,10 @@ class Manager(ContinuousBatchingManager):
             self.batched = len(batch)
             _note_begin(batch)
             with torch.cuda.stream(shared.compute_stream):
-                lanes = _lanes(model, batch)
+                lanes = self._lanes_of(batch)
+                if self._text_config._attn_implementation == "sdpa":
+                    cache = self.batch_processor.cache
+                    stack.enter_context(attending_apart(self._text_config, cache, shared.requests_in_batch))
             stack.enter_context(model.attachment.weighing(lanes))
             if not any(job is not None and job.wants_weights for job, _ in batch):
                 super()._generation_step()
@@ -149,6 +165,16 @@ class Manager(ContinuousBatchingManager):
             recorded = stack.enter_context(model.attachment.recording())
             super()._generation_step()
             self._keep_weights(batch, recorded)
+
+    def _lanes_of(self, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
+        """Who weighs which tokens of a step; mostly the same as in the last one."""
+        attachment, asked = self._fused.attachment, [(job, future.query_length) for job, future in batch]
+        if self._last is not None and self._last[0]() is attachment and _are_same(self._last[1], asked):
+            return self._last[2]
+        lanes = _lanes(self._fused, batch)
+        # Adapters that were taken out meanwhile leave memory.
+        self._last = weakref.ref(attachment), asked, lanes
+        return lanes
 
     def _keep_weights(self, batch: Sequence[tuple[Job | None, Any]], recorded: Sequence[dict[str, Tensor]]) -> None:
         """Put the weights at the last position of each request beside its new token."""
@@ -170,6 +196,13 @@ class Manager(ContinuousBatchingManager):
             among = _among(self._fused, job.weigher)
             weights = weights if among is None else weights[:, among]
             job.sampled = dataclasses.replace(job.sampled, weights=weights)
+
+
+def _are_same(one: Sequence[tuple[Job | None, int]], other: Sequence[tuple[Job | None, int]]) -> bool:
+    """Whether these are the same requests with as many tokens each."""
+    if len(one) != len(other):
+        return False
+    return all(a is b and m == n for (a, m), (b, n) in zip(one, other, strict=True))
 
 
 def _note_begin(batch: Sequence[tuple[Job | None, Any]]) -> None:
@@ -218,15 +251,6 @@ def _weights_of_all(model: Fusion, weigher: Weigher) -> Float[Tensor, "layers ad
     return spread(weigher.weights, _among(model, weigher), len(model.adapters))
 
 
-def _with_finite_states(update: Callable[..., Any]) -> Callable[..., Any]:
-    """A cache's `update` that stores finite numbers only."""
-
-    def finite_update(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return update(finite(key_states), finite(value_states), *args, **kwargs)
-
-    return finite_update
-
-
 class _Runner(ModelRunner):
     """transformers' runner, which samples each request by its own settings."""
 
@@ -247,8 +271,9 @@ class _Runner(ModelRunner):
         logits = scores[0, : len(waiting)]
         for failed in read_prompts(self._told, scores[0, scores.shape[1] - len(self._told) :]):
             self.fail(failed, _NOT_FINITE)
-        chosen = logits.argmax(dim=-1)
-        usable = logits.amax(dim=-1).isfinite().tolist()
+        # NaN counts as the largest.
+        largest, chosen = logits.max(dim=-1)
+        usable = largest.isfinite().tolist()
         for row, job in enumerate(waiting):
             if job is None:
                 continue

@@ -388,16 +388,19 @@ class Catalog:
         if served.gates and is_constant(served.method, served.gates):
             # However many different ones there are, they are weighed together.
             layers = self.model.attachment.layer_count
-            return Weigher(weights=layer_weights(served.gates, layers), adapters=served.adapters)
+            weights = layer_weights(served.gates, layers)
+            return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
         if not isinstance(served.method, QueryMethod):
-            return Weigher(served.method, served.gates, adapters=served.adapters)
+            return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)
         ids = torch.tensor([list(prompt)], device=self.model.device)
         with self.model.attachment.turn(), torch.no_grad():
             attachment = self.model.attachment
             positions = attachment.positions(served.adapters)
             gate = served.gates.get("model")
             weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
-        return Weigher(weights=weights, adapters=served.adapters)
+        # The whole prompt decides the weights, and so what is kept of its beginning.
+        digest = tensors_digest({"weights": weights.cpu()}, served.digest)
+        return Weigher(weights=weights, adapters=served.adapters, digest=digest)
 
 
 def _check_reads_nothing_else(config: FusionConfig) -> None:

@@ -20,12 +20,15 @@ class EngineLimits:
         batch_tokens: tokens in one step; longer prompts are read in several.
         cache_tokens: tokens in the cache, of all running requests together.
         page_tokens: tokens in one page of it.
+        prefix_caching: whether requests that begin alike, and are weighed alike, share pages; nothing is kept beside
+            the cache. Bases with sliding windows never do.
     """
 
     requests: int = 32
     batch_tokens: int = 512
     cache_tokens: int = 16384
     page_tokens: int = 64
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("requests", "batch_tokens", "cache_tokens", "page_tokens"):

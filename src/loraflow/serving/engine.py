@@ -3,8 +3,8 @@
 Requests join and leave the running batch as they come. A step lays the tokens of all requests one behind the other in
 one row; each of them is weighed by its own request's fusion (`core.lanes.Lanes`), and sampled by its own settings.
 
-Blocks of the cache are never shared between requests: two requests with the same tokens may have different weights, and
-so different keys and values.
+Requests that begin with the same tokens share pages of the cache only where their weights are the same
+(`serving.prefixes`): under others, the same tokens have other keys and values.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -52,12 +54,18 @@ class Weigher:
         weights: the weights of every layer.
         adapters: names of the adapters that these are for, in order; None for all in the model. Others may come into
             the model and leave it while a request runs.
+        digest: of all that the weights depend on beside the tokens so far; None where nobody knows.
     """
 
     method: Method | None = None
     gates: Gates = field(default_factory=dict)
     weights: Float[Tensor, "layers adapters"] | None = None
     adapters: tuple[str, ...] | None = None
+    digest: str | None = None
+
+    def prefix(self, salt: str | None) -> bytes | None:
+        """What pages of the cache are found by, beside their tokens (`Job.prefix`)."""
+        return None if self.digest is None else hashlib.sha256(json.dumps([self.digest, salt]).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,8 @@ class Job:
         begun: when it was in a step for the first time, in seconds of a monotonic clock; None where it was in none.
         told: how many tokens it has heard of.
         sampled: its new token with all that is known of it, until the listener hears of it.
+        prefix: requests where it is the same share the pages of their common beginning; None shares nothing.
+        cached: how many tokens of the prompt were found in the cache; None where they were not looked for.
     """
 
     id: str
@@ -130,3 +140,5 @@ class Job:
     begun: float | None = None
     told: int = 0
     sampled: Token | None = None
+    prefix: bytes | None = None
+    cached: int | None = None

@@ -59,6 +59,8 @@ class Metrics:
         names = list(self._labels)
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens read")
         self.generated = self._counter("generation_tokens", "Tokens generated")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Tokens of prompts looked for in the cache")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Tokens of prompts found there")
         rejections = Counter(
             "vllm:admission_rejections", "Requests refused with 429", ["model_name", "reason"], registry=registry
         )

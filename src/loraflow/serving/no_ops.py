@@ -89,7 +89,6 @@ class NoOps(BaseModel):
     metadata: dict[str, Any] | None = None
     safety_identifier: Label = None
     prompt_cache_key: Label = None
-    cache_salt: Label = None
     store: Annotated[Any, Only(False)] = None
     service_tier: Annotated[Any, Only("auto", "default")] = None
     frequency_penalty: Zero = None

@@ -145,6 +145,7 @@ class Generation(NoOps, _Body):
         adapter_weights: fusion weights by adapter, for this request.
         fusion: another method on the model's adapters, for this request.
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
+        cache_salt: vLLM's: only requests with the same one share what is in the cache.
     """
 
     model: Annotated[str, Field(max_length=1000)]
@@ -160,6 +161,7 @@ class Generation(NoOps, _Body):
     adapter_weights: dict[str, Finite] | None = None
     fusion: FusionChoice | None = None
     return_fusion_weights: StrictBool | Literal["all"] = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -242,6 +242,7 @@ class Service:
             wants = bool(body.return_fusion_weights)
             job = Job(f"{name}-{index}", prompt, weigher, sampling, max(limit, 1), endings.token_ids, wants, listen)
             job.tells_prompt = wanted.tells_prompt
+            job.prefix = weigher.prefix(body.cache_salt)
             job.constraint = None if wanted.grammar is None else wanted.grammar.constraint()
             jobs.append(job)
         before = prompt if wanted.continues else ()

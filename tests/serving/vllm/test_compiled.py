@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 from loraflow import FusedModel
 from loraflow.methods import LoraFlow
-from loraflow.serving.vllm.request_weights import KEY, SCHEDULER, processor_name
+from loraflow.serving.vllm.request_weights import KEY, processor_name
 from tests.serving.vllm.world import adapters_of, answers_of, call, engine, prompts, run_engines, save_base, save_fusion
 
 pytestmark = pytest.mark.vllm
@@ -31,7 +31,7 @@ def compiled(tmp_path_factory):
         expected[name] = answers_of(FusedModel.from_pretrained(fusion), prompts())
     jobs["again"], expected["again"] = jobs["one"], expected["one"]
     fusion = directory / "one"
-    options = {"logits_processors": [processor_name(str(fusion))], "scheduler_cls": SCHEDULER}
+    options = {"logits_processors": [processor_name(str(fusion))], "enable_prefix_caching": False}
     mixes = [None, {"zh": 1.0}, {"math": 1.0}, None, {"code": -0.5}]
     extra = [None if mix is None else {KEY: mix} for mix in mixes]
     jobs["requests"] = {

@@ -289,11 +289,6 @@ REFUSED = {
         {"requests": True, "load_format": "auto", "model_loader_extra_config": {}},
         "loaded without a fusion",
     ),
-    "pipeline": ({"pipeline_parallel_size": 2}, "with --pipeline-parallel-size"),
-    "guesses": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        "with --speculative-config",
-    ),
     "shared-experts": ({"architecture": "qwen2_moe"}, "beside the layer's experts"),
     "other-base": ({"architecture": "olmo2"}, "vLLM's Olmo2ForCausalLM has not been compared"),
 }

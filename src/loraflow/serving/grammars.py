@@ -27,7 +27,7 @@ from loraflow.serving.turns import Turns, current_client, end_reading
 
 # How long one token may be waited for, and the time of a processor that all of an answer's may take of others'.
 _PATIENCE_S = 1.0
-# How many bytes of grammars are kept, by what one has been measured to take at most for each of its characters.
+# How many bytes of grammars are kept; what one takes is guessed, generously, by its characters.
 _KEPT_BYTES = 2**26
 _BYTES_A_CHARACTER, _LEAST_BYTES = 256, 2**15
 

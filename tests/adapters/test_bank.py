@@ -166,12 +166,12 @@ def test_an_adapter_on_the_hub_is_opened_by_its_header_alone(folder, monkeypatch
         }
     asked = []
 
-    def download(repo, file, revision=None):
-        asked.append((repo, file, revision))
+    def download(repo, file, subfolder=None, revision=None):
+        asked.append((repo, f"{subfolder}/{file}", revision))
         commit = folder / "snapshots" / "c0ffee"
         if not commit.exists():
             shutil.copytree(folder / "zh", commit)
-        return str(commit / file.removeprefix("zh/"))
+        return str(commit / file)
 
     def header(self, repo, file, *, revision):
         assert (repo, file, revision) == ("user/repo", "zh/adapter_model.safetensors", "c0ffee")

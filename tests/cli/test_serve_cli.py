@@ -184,7 +184,7 @@ def test_options_go_to_vllm(run, fusion):
     words = shlex.split(result.output)
     assert [words.count(option) for option in ("--port", "--dtype", "--tensor-parallel-size=2")] == [1, 1, 1]
     assert (words[words.index("--port") + 1], words[words.index("--dtype") + 1]) == ("7", "bfloat16")
-    assert "--no-enable-prefix-caching" in words
+    assert words[words.index("--scheduler-cls") + 1].endswith("SaltedScheduler")
     assert words[words.index("--logits-processors") + 1].startswith("loraflow.serving.vllm.requests:")
     loader = json.loads(words[words.index("--model-loader-extra-config") + 1])
     assert loader["unverified"] is True

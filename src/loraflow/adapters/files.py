@@ -84,8 +84,9 @@ def read_header(name: str, source: AdapterSource) -> dict[str, Tensor]:
     else:
         where = _on_the_hub(source)
         with _hub_errors(name, where, _no_weights(where, pickled=True)):
-            repo, file_name = _in_repo(source, WEIGHTS_FILE)
-            header = HfApi().parse_safetensors_file_metadata(repo, file_name, revision=source.revision)
+            repo, folder = _in_repo(source)
+            path_in_repo = _path_in_repo(folder, WEIGHTS_FILE)
+            header = HfApi().parse_safetensors_file_metadata(repo, path_in_repo, revision=source.revision)
         said = {key: (tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
     unknown = {dtype for dtype, _ in said.values()} - str_to_torch_dtype.keys()
     if unknown:
@@ -146,19 +147,24 @@ def _on_the_hub(source: AdapterSource) -> str:
     return f"{source.path!r} on the Hugging Face Hub"
 
 
-def _in_repo(source: AdapterSource, file: str) -> tuple[str, str]:
-    """The repository that a source is in, and a file's path there."""
+def _in_repo(source: AdapterSource) -> tuple[str, str | None]:
+    """The repository that a source is in, and its folder there."""
     user, repo, *folders = source.path.strip("/").split("/")
-    return f"{user}/{repo}", "/".join([*folders, file])
+    return f"{user}/{repo}", "/".join(folders) or None
+
+
+def _path_in_repo(folder: str | None, file: str) -> str:
+    return file if folder is None else f"{folder}/{file}"
 
 
 def _download(source: AdapterSource, file: str) -> Path:
-    repo, path = _in_repo(source, file)
-    return Path(hf_hub_download(repo, path, revision=source.revision))
+    repo, folder = _in_repo(source)
+    return Path(hf_hub_download(repo, file, subfolder=folder, revision=source.revision))
 
 
 def _is_cached(source: AdapterSource) -> bool:
-    repo, path = _in_repo(source, WEIGHTS_FILE)
+    repo, folder = _in_repo(source)
+    path = _path_in_repo(folder, WEIGHTS_FILE)
     return isinstance(try_to_load_from_cache(repo, path, revision=source.revision), str)
 
 

@@ -64,4 +64,5 @@ def test_the_library_names_no_flags(flags):
                     (file.name, flag) for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value) if flag in flags
                 ]
     # What vLLM is to be started with, and that it is the way to what our own server refuses.
-    assert found == [("files.py", "--lora-modules"), ("no_ops.py", "--engine")]
+    assert {("files.py", "--lora-modules")} < set(found)
+    assert {flag for file, flag in found if file != "files.py"} == {"--engine"}

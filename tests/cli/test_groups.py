@@ -16,7 +16,7 @@ from loraflow.cli import app
 from loraflow.cli.finetune import AdapterOptions
 from loraflow.cli.groups import Given, options_of, with_groups
 from loraflow.cli.recipe import Steps
-from loraflow.methods import METHODS
+from loraflow.methods import METHODS, make_method
 from loraflow.serving.config import EngineLimits, ServerConfig
 from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 
@@ -121,7 +121,7 @@ def test_defaults_are_the_configs():
 @pytest.mark.parametrize("name", ["max_steps", "learning_rate", "weight_decay"])
 def test_defaults_that_methods_change_are_told(name):
     usual = getattr(FitConfig(), name)
-    fits = {name: FitConfig.for_method(method) for name, method in METHODS.items() if method.learns}
+    fits = {name: FitConfig.for_method(make_method(name, {})) for name, method in METHODS.items() if method.learns}
     others = {method: value for method, config in fits.items() if (value := getattr(config, name)) != usual}
     [told] = re.findall(r"\[default: (.*)\]", command_line("fit")[name].help)
     first, *parts = told.split("; ")

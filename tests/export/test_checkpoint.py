@@ -174,7 +174,7 @@ def test_the_base_and_the_adapters_are_never_written_to(tmp_path):
 def test_what_cannot_be_folded_is_refused(tmp_path):
     with pytest.raises(MethodError, match=r"'lora-flow' weighs every token anew.*`mean_weights_on=examples`"):
         export_merged(fused(method=LoraFlow()), tmp_path / "out")
-    with pytest.raises(LoraflowError, match=r"has no bias in LlamaForCausalLM.*`--to peft`"):
+    with pytest.raises(LoraflowError, match=r"has no bias in LlamaForCausalLM.*Export it as an adapter instead"):
         export_merged(fused(kinds=("lora_bias", "plain")), tmp_path / "out")
     with pytest.raises(LoraflowError, match=r"has values that float16 cannot represent\. Load the base in a wider"):
         export_merged(fused(dtype=torch.float16, method={"zh": 1e6}), tmp_path / "out")
@@ -189,7 +189,7 @@ def test_a_base_that_is_not_all_there_is_refused(tmp_path):
     model = fused()
     head = model.base_model.lm_head
     head.weight = torch.nn.Parameter(head.weight.to("meta"))
-    with pytest.raises(LoraflowError, match=r"'lm_head\.weight' of the base is kept away .* `--device cpu`"):
+    with pytest.raises(LoraflowError, match=r"'lm_head\.weight' of the base is kept away .* `device='cpu'`"):
         export_merged(model, tmp_path / "out")
     head.register_parameter("weight", None)
     with pytest.raises(

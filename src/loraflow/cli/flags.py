@@ -16,6 +16,7 @@ _FLAGS = {
     "base": "--base",
     "cell_gpus": "--cell-gpus {value}",
     "chat_template": "--chat-template",
+    "device": "--device {value}",
     "fields": "--prompt-field and --completion-field",
     "load_from": "--load-from",
     "mean_weights_on": "--mean-weights-on data.jsonl",

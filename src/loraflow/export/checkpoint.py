@@ -215,7 +215,7 @@ def folded_weights(model: Fusion, modules: Mapping[str, LoraModule]) -> tuple[Pr
             if f"{name}.bias" not in state:
                 raise LoraflowError(
                     f"'{name}' has no bias in {type(base).__name__}, so the adapters' (`lora_bias`) has no place in "
-                    "its checkpoint. Export an adapter: `--to peft`."
+                    "its checkpoint. Export it as an adapter instead."
                 )
             bias = state[f"{name}.bias"]
             state[f"{name}.bias"] = (bias.cpu().double() + module.bias).to(bias.dtype)
@@ -255,7 +255,7 @@ def _own_tensors(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if value.is_meta:
             raise LoraflowError(
                 f"'{key}' of the base is kept away from the devices (offloaded), and cannot be written from there. "
-                "Load the base whole: `--device cpu`."
+                "Load the base whole (`device='cpu'`)."
             )
         module, _, leaf = key.rpartition(".")
         if leaf == "weight" and not value.is_floating_point():

@@ -148,7 +148,7 @@ def export_gguf_model(
             said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
             raise LoraflowError(
                 f"{converter} failed on the checkpoint (status {done.returncode}); its last words: {said[-1]}. Export "
-                "it with `--to merged`, and run the converter on that to see all that it says."
+                "it as a merged checkpoint, and run the converter on that to see all that it says."
             )
         os.replace(made, target)
     return GgufReport(target, report.folded, report)
@@ -186,7 +186,7 @@ def _architecture(model: Fusion) -> str:
     if kind not in ARCHITECTURES:
         raise ArchitectureError(
             f"A LoRA of a {kind!r} base was never read back from GGUF here, and llama.cpp may keep its weights in an "
-            f"order of their own. {did_you_mean(kind, ARCHITECTURES)} Export `--to peft`, and run llama.cpp's "
+            f"order of their own. {did_you_mean(kind, ARCHITECTURES)} Export it as a PEFT adapter, and run llama.cpp's "
             "convert_lora_to_gguf.py on that."
         )
     return ARCHITECTURES[kind]
@@ -211,12 +211,12 @@ def lora_tensors(model: Fusion, modules: Mapping[str, LoraModule], alpha: int) -
         if module.magnitude is not None or (module.bias is not None and module.bias.any()):
             what = "DoRA's magnitudes" if module.magnitude is not None else "biases (`lora_bias`)"
             raise LoraflowError(
-                f"'{name}' has {what}, of which GGUF knows nothing. Export a whole model instead: `--to gguf-model`."
+                f"'{name}' has {what}, of which GGUF knows nothing. Export a whole model instead."
             )
         place = names.get_name(name)
         if place is None:
             raise LoraflowError(
-                f"llama.cpp has no tensor for '{name}'. Export a whole model instead: `--to gguf-model`."
+                f"llama.cpp has no tensor for '{name}'. Export a whole model instead."
             )
         lora_B = module.lora_B.double() * (module.rank / alpha)
         if config.model_type in _REORDERED:

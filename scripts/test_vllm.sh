@@ -23,6 +23,10 @@ fi
 venv=${LORAFLOW_VLLM_VENV:-.venv-vllm}
 package=${packages[0]}
 
+if [ -e "$venv/.installed" ] && [ "$(cat "$venv/.installed")" != "$package" ]; then
+    echo "$venv has '$(cat "$venv/.installed")', not $package. Remove it, or name another by LORAFLOW_VLLM_VENV." >&2
+    exit 1
+fi
 if [ ! -e "$venv/.installed" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
     pip=("$venv/bin/python" -m pip)
@@ -46,7 +50,7 @@ stub.mkdir(exist_ok=True)
 EOF
     fi
     "${pip[@]}" install --quiet --editable . "pytest>=8" "hypothesis>=6.100" "beartype>=0.20"
-    touch "$venv/.installed"
+    echo "$package" >"$venv/.installed"
 fi
 
 # One process after the other: each test starts engines of its own.

@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,15 @@ def test_links_lead_somewhere(page):
 def test_pages_have_commands():
     # What finds nothing tests nothing.
     assert sum(len(commands(page)) for page in PAGES) > 30
+
+
+def test_every_extra_is_named_where_one_installs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = re.findall(r"^pip install 'loraflow\[(\w+)\]' *#", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(extras.keys() - {"docs", "test"})
+
+
+def test_no_page_is_in_the_navigation_twice():
+    pages = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pages) == len(set(pages))
+    assert set(pages) == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}

@@ -113,8 +113,9 @@ def test_a_part_of_a_base(monkeypatch, launched):
 
 @pytest.mark.parametrize("command", ["compare", "serve", "generate"])
 def test_a_command_that_does_not_train_is_not_started_several_times(launched, command):
-    result = CliRunner().invoke(app, [command, "--help"])
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+    result = CliRunner().invoke(app, [command])
     assert result.exit_code == 1
-    message = f"`loraflow {command}` is one process, and a launcher has started 2 of it (WORLD_SIZE). Start it without"
+    message = f"`loraflow {command}` is one process, and WORLD_SIZE (=2) says that a launcher has started several."
     assert message in result.output.replace("\n", " ")
     assert CliRunner().invoke(app, ["fit", "--help"]).exit_code == 0

@@ -126,7 +126,9 @@ def test_precisions_and_merges(tmp_path):
 
 def test_what_gguf_does_not_know_is_refused(tmp_path, monkeypatch):
     out = tmp_path / "a.gguf"
-    with pytest.raises(LoraflowError, match=r"has DoRA's magnitudes, of which GGUF knows nothing\..*Export a whole model instead"):
+    with pytest.raises(
+        LoraflowError, match=r"has DoRA's magnitudes, of which GGUF knows nothing\..*Export a whole model instead"
+    ):
         export_gguf(fused(kinds=("dora", "plain"))[1], out)
     with pytest.raises(LoraflowError, match=r"has biases \(`lora_bias`\), of which GGUF knows nothing"):
         export_gguf(fused(kinds=("lora_bias", "plain"))[1], out)

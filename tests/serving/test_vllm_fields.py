@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loraflow.errors import MethodError
+from loraflow.serving.vllm import fields
 from loraflow.serving.vllm.fields import RefusedFields, RequestFields, translate
 from loraflow.serving.vllm.request_weights import KEY
 
@@ -59,6 +60,8 @@ def test_what_has_no_such_fields_is_left_as_it_is(body):
         ({"fusion": {"method": "averag"}}, r"Did you mean 'average'\?"),
         ({"fusion": "average"}, r"`fusion` \(='average'\) must name a method"),
         ({"fusion": {"method": "static", "options": [1]}}, r"`options` \(=\[1\]\) of `fusion` must be an object"),
+        ({"fusion": {"method": "static", "weights": MIX}}, r"`fusion` has no field 'weights'. Give what the method"),
+        ({"fusion": {"method": "static"}}, r"'static' needs `weights` in its `options`. Give them by adapter name"),
         ({"fusion": {"method": "average", "options": {"top_k": 1}}}, r"'average' has no option 'top_k'. Leave it out"),
     ],
 )
@@ -112,7 +115,32 @@ def test_the_server_reads_the_translated_body(scope):
     assert sent == [{"length": str(len(read)).encode()}]
 
 
-@pytest.mark.parametrize("scope", [{"path": "/tokenize"}, {"method": "GET"}])
+@pytest.mark.parametrize("path", ["/invocations", "/v1/chat/completions/batch", "/tokenize"])
+def test_no_path_drops_the_fields(path):
+    sent, read = asked(RefusedFields, json.dumps({KEY: MIX}).encode(), path=path)
+    assert (sent[0]["status"], read) == (400, [])
+
+
+def test_who_has_no_key_is_left_to_the_server_unread(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    body = json.dumps({"fusion": {"method": "qa-flora"}}).encode()
+    for key in (b"Bearer other", b"secret", b""):
+        assert asked(RequestFields, body, headers=[(b"authorization", key)])[1] == [body]
+    sent, read = asked(RequestFields, body, headers=[(b"Authorization", b"Bearer secret")])
+    assert (sent[0]["status"], read) == (400, [])
+
+
+def test_what_is_too_large_to_be_looked_at_is_refused(monkeypatch):
+    monkeypatch.setattr(fields, "_MOST_BYTES", 10)
+    sent, read = asked(RequestFields, b'{"prompt": "x"}')
+    assert (sent[0]["status"], read) == (413, [])
+    assert "more than 10 bytes. Send less" in json.loads(sent[1]["body"])["error"]["message"]
+    assert asked(RequestFields, b'{"a": 12}')[1] == [b'{"a": 12}']
+
+
+@pytest.mark.parametrize(
+    "scope", [{"method": "GET"}, {"headers": [(b"content-type", b"multipart/form-data; boundary=x")]}]
+)
 def test_other_requests_go_through(scope):
     body = json.dumps({KEY: MIX}).encode()
     assert asked(RefusedFields, body, **scope)[1] == [body]

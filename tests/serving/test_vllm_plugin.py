@@ -732,7 +732,10 @@ class TestNamesThatVllmIsGiven:
             return request.block_hashes
 
         assert hashed(None) == ["prompt under None"]
-        assert hashed(None, "own") == ["prompt under own"]
+        assert hashed(None, "own") == hashed(None, "own") != hashed(None, "other")
+        # A salt that is written as that of weights is.
+        (of_weights,) = hashed({"zh": 1.0})
+        assert hashed(None, of_weights.removeprefix("prompt under ")) != [of_weights]
         mixes = [hashed(m) for m in ({}, {"zh": 1.0}, {"zh": 0.5}, [{"zh": 1.0}], '{"zh": 1.0}')]
         mixes += [hashed({"zh": 1.0}, "own"), hashed(None)]
         assert len({text for (text,) in mixes}) == len(mixes)

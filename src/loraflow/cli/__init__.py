@@ -42,7 +42,8 @@ class _Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        check_alone(name)
+        if not {"-h", "--help", "--list"} & {*rest}:
+            check_alone(name)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from loraflow.cli import advice
 from loraflow.cli.groups import panel
-from loraflow.cli.values import parse_adapters
+from loraflow.cli.values import parse_adapters, parse_method_options
 from loraflow.errors import LoraflowError
 
 if TYPE_CHECKING:
@@ -191,10 +192,12 @@ def commands(found: advice.Advice, situation: advice.Situation, places: Places, 
     way = found.way or next(iter(found.unmeasured), None)
     if way is None:
         return [*lines, "loraflow advise --help  # loosen a limit"]
-    names = ["task-a", "task-b"] if tasks is Tasks.MANY else ["tuned" if way.method == advice.FINETUNE else "fusion"]
+    # What learns nothing of a task is the same for all of them.
+    several = tasks is Tasks.MANY and way.needs == "examples"
+    names = ["task-a", "task-b"] if several else ["tuned" if way.method == advice.FINETUNE else "fusion"]
     for name in names:
-        lines += _making(way, places, name)
-    lines += _serving(way, places, names)
+        lines += _making(way, places, name, exported=tasks is Tasks.ONE)
+    lines += _serving(way, situation, places, names)
     measured = advice.read_table()["measured"]
     studies = ["methods"] if situation.examples else []
     studies += ["examples"] if 0 < situation.examples < measured["examples"] else []
@@ -203,7 +206,7 @@ def commands(found: advice.Advice, situation: advice.Situation, places: Places, 
     return lines + [f"loraflow compare {study} --setting mine.yaml --output runs/{study}" for study in studies]
 
 
-def _making(way: advice.Way, places: Places, name: str) -> list[str]:
+def _making(way: advice.Way, places: Places, name: str, *, exported: bool) -> list[str]:
     """The commands that make a fusion, or an adapter, of that name."""
     own = "" if name in ("fusion", "tuned") else f"{name}-"
     data = f"--data {own}train.jsonl --dev {own}dev.jsonl"
@@ -216,7 +219,7 @@ def _making(way: advice.Way, places: Places, name: str) -> list[str]:
         return [f"loraflow finetune --base {base}{further} {data} --output {name}"]
     chosen = f"--method {way.method}" + (f" --method-option {' '.join(way.options)}" if way.options else "")
     if way.needs == "nothing":
-        if own:
+        if not exported:
             return []
         made = [f'loraflow generate {places.words()} {chosen} --prompt "..."']
         return [*made, f"loraflow export {places.words()} {chosen} --output {name}-adapter"] if way.constant else made
@@ -226,11 +229,15 @@ def _making(way: advice.Way, places: Places, name: str) -> list[str]:
     return [*made, f"loraflow export {name} --output {name}-adapter"] if way.constant else made
 
 
-def _serving(way: advice.Way, places: Places, names: list[str]) -> list[str]:
+def _serving(way: advice.Way, situation: advice.Situation, places: Places, names: list[str]) -> list[str]:
     """The command that serves what was made."""
-    if way.method == advice.FINETUNE:
-        modules = " ".join(f"{name}={name}" for name in names)
+    if way.method == advice.FINETUNE or situation.one_adapter:
+        kept = "" if way.method == advice.FINETUNE else "-adapter"
+        modules = " ".join(f"{name}={name}{kept}" for name in names)
         return [f"loraflow serve --base {shlex.quote(places.base)} --lora-modules {modules}"]
     if way.needs == "nothing":
-        return [f'loraflow serve {places.words()}  # requests say "fusion": {{"method": "{way.method}"}}']
+        asked: dict[str, object] = {"method": way.method}
+        if way.options:
+            asked["options"] = parse_method_options(way.options)
+        return [f'loraflow serve {places.words()}  # requests say "fusion": {json.dumps(asked)}']
     return [f"loraflow serve {' '.join(names)}"]

@@ -57,9 +57,9 @@ def check_alone(command: str | None) -> None:
     """
     if is_launched() and command is not None and command not in _TRAIN:
         raise LoraflowError(
-            f"`loraflow {command}` is one process, and a launcher has started {os.environ['WORLD_SIZE']} of it "
-            "(WORLD_SIZE). Start it without one: `compare` measures in several processes with --workers or --ray, and "
-            "only `fit` and `finetune` train in several."
+            f"`loraflow {command}` is one process, and WORLD_SIZE (={os.environ['WORLD_SIZE']}) says that a launcher "
+            "has started several. Start it without one, or unset that: `compare` measures in several processes with "
+            "--workers or --ray, and only `fit` and `finetune` train in several."
         )
 
 

@@ -210,14 +210,10 @@ def lora_tensors(model: Fusion, modules: Mapping[str, LoraModule], alpha: int) -
     for name, module in modules.items():
         if module.magnitude is not None or (module.bias is not None and module.bias.any()):
             what = "DoRA's magnitudes" if module.magnitude is not None else "biases (`lora_bias`)"
-            raise LoraflowError(
-                f"'{name}' has {what}, of which GGUF knows nothing. Export a whole model instead."
-            )
+            raise LoraflowError(f"'{name}' has {what}, of which GGUF knows nothing. Export a whole model instead.")
         place = names.get_name(name)
         if place is None:
-            raise LoraflowError(
-                f"llama.cpp has no tensor for '{name}'. Export a whole model instead."
-            )
+            raise LoraflowError(f"llama.cpp has no tensor for '{name}'. Export a whole model instead.")
         lora_B = module.lora_B.double() * (module.rank / alpha)
         if config.model_type in _REORDERED:
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -5,7 +5,9 @@ vLLM's server takes classes like these by `--middleware`. What it hands on of a 
 
 from __future__ import annotations
 
+import hmac
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, ClassVar
 
@@ -16,9 +18,10 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _FIELDS = (KEY, "fusion", "return_fusion_weights")
 _XARGS = "vllm_xargs"
+# A body is read here before the server sees it; pictures are larger than texts.
+_MOST_BYTES = 32 * 2**20
 
 
 class RequestFields:
@@ -34,18 +37,20 @@ class RequestFields:
         self.app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it with status 400."""
-        # A proxy may have mounted the server below a path of its own.
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in _PATHS:
+        """Answer a request, or refuse it with status 400, or 413 where it is too large to be looked at."""
+        if not _is_read(scope):
             await self.app(scope, receive, send)
             return
-        chunks, more = [], True
+        chunks, size, more = [], 0, True
         while more:
             message = await receive()
             if message["type"] != "http.request":
                 return
             chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > _MOST_BYTES:
+                await _refuse(send, f"The request has more than {_MOST_BYTES} bytes. Send less in one request.", 413)
+                return
             more = message.get("more_body", False)
         try:
             body = translate(b"".join(chunks), allowed=self.allowed)
@@ -60,6 +65,19 @@ class RequestFields:
             return unread.pop() if unread else await receive()
 
         await self.app({**scope, "headers": headers}, replay, send)
+
+
+def _is_read(scope: MutableMapping[str, Any]) -> bool:
+    """Whether a request may have the fields: JSON, on any path, of somebody whom the server will answer."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    if not headers.get(b"content-type", b"application/json").lower().startswith(b"application/json"):
+        return False
+    # vLLM checks keys behind this: who has none is refused there, unread.
+    key = os.environ.get("VLLM_API_KEY")
+    given = headers.get(b"authorization", b"")
+    return not key or hmac.compare_digest(given, b"Bearer " + key.encode())
 
 
 class RefusedFields(RequestFields):
@@ -118,6 +136,9 @@ def _weights_of(fusion: Any) -> Any:
     """
     if not isinstance(fusion, dict) or not isinstance(fusion.get("method"), str):
         raise MethodError(f'`fusion` (={fusion!r}) must name a method, as in {{"method": "average"}}.')
+    others = sorted(fusion.keys() - {"method", "options"})
+    if others:
+        raise MethodError(f"`fusion` has no field {others[0]!r}. Give what the method is to have in its `options`.")
     name, options = fusion["method"], fusion.get("options") or {}
     if not isinstance(options, dict):
         raise MethodError(f"`options` (={options!r}) of `fusion` must be an object. Give them by name.")
@@ -130,13 +151,15 @@ def _weights_of(fusion: Any) -> Any:
     unused = sorted(set(options) - ({"weights"} if name == "static" else set()))
     if unused:
         raise MethodError(f"The method {name!r} has no option {unused[0]!r}. Leave it out.")
+    if name == "static" and "weights" not in options:
+        raise MethodError("The method 'static' needs `weights` in its `options`. Give them by adapter name.")
     return known[name]
 
 
-async def _refuse(send: Send, message: str) -> None:
+async def _refuse(send: Send, message: str, status: int = 400) -> None:
     """Answer as vLLM does where a request is wrong."""
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -11,12 +11,13 @@ from loraflow.serving.vllm.seam import AsyncScheduler, Request, Scheduler
 
 
 def salt(request: Request) -> None:
-    """Let a request that brings weights read and leave prefixes only for others of the same weights and salt."""
+    """Let a request read and leave prefixes only for others of the same weights and salt."""
     params = request.sampling_params
     weights = None if params is None else (params.extra_args or {}).get(KEY)
-    if weights is None:
+    if weights is None and request.cache_salt is None:
         return
-    # Equal weights that are written otherwise only share nothing.
+    # A client's own salt is hashed too: taken as it is, it could be that of somebody's weights. Equal weights that are
+    # written otherwise only share nothing.
     text = json.dumps([request.cache_salt, weights], sort_keys=True)
     request.cache_salt = f"{KEY}:{hashlib.sha256(text.encode()).hexdigest()}"
     # vLLM has hashed the prompt already, when it made the request.

@@ -89,9 +89,14 @@ def engine_settings(config: Any) -> EngineSettings:
         kv_transfer=config.kv_transfer_config is not None,
         cache_dir=bool(config.compilation_config.cache_dir),
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
-        salted=config.scheduler_config.scheduler_cls == SCHEDULER,
+        salted=_name_of(config.scheduler_config.scheduler_cls) == SCHEDULER,
         v2_runner=config.use_v2_model_runner,
     )
+
+
+def _name_of(kind: Any) -> Any:
+    """A class by its dotted name; vLLM takes either."""
+    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else kind
 
 
 def request_starts() -> Tensor | None:

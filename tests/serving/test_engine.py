@@ -415,7 +415,8 @@ def test_the_model_can_be_used_while_the_engine_runs():
         long = send(engine, job(prompt, new=200))
         for _ in range(3):
             assert alone(model, prompt, "a") == expected
-        assert model.base_model.config._attn_implementation == "sdpa"
+        with model.attachment.turn():
+            assert model.base_model.config._attn_implementation == "sdpa"
         assert long.ids() == alone(model, prompt, "base", new=200)
 
 

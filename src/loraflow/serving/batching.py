@@ -30,6 +30,7 @@ from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
 from loraflow.serving.likelihoods import PromptPosition, prompt_positions, read_prompts, token_of
 from loraflow.serving.prefixes import Prefixes
+from loraflow.serving.waiting import Waiting
 
 _NOT_FINITE = "The model's logits are no finite numbers. Ask for smaller weights."
 
@@ -79,6 +80,9 @@ class Manager(ContinuousBatchingManager):
     def __init__(self, model: Fusion, limits: EngineLimits, jobs: dict[str, Job]) -> None:
         self._fused = model
         self._jobs = jobs
+        self._waiting = Waiting()
+        self._inside: list[Job] = []
+        self._limits = limits
         self.batched = 0
         config = ContinuousBatchingConfig(
             page_size=limits.page_tokens,
@@ -119,6 +123,49 @@ class Manager(ContinuousBatchingManager):
             cache.get_seq_length = lambda *_: 0
         return processor
 
+    def submit(self, job: Job) -> bool:
+        """Let a job wait for its place; False where nothing is answered any more."""
+        self._waiting.put(job)
+        # Only now: what comes in after the engine's last look would wait for ever.
+        if self.background_thread_status.can_accept_new_requests() is not None:
+            self._waiting.remove(job)
+            return False
+        self._wake_up_loop.set()
+        return True
+
+    def give_up(self, job: Job) -> None:
+        """Answer a job no further."""
+        self._waiting.remove(job)
+        self.cancel_request(job.id)
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        self._let_in()
+        return super()._generation_loop_body(batch_processor, bootstrapping)
+
+    def _let_in(self) -> None:
+        """Let jobs in that have room in the next steps, so that those who come later may still be before the others."""
+        self._inside = [job for job in self._inside if job.id in self._jobs]
+        unread = sum(len(job.prompt) for job in self._inside if job.begun is None)
+        while len(self._inside) < self._limits.requests and unread < self._limits.batch_tokens:
+            job = self._waiting.take(self._inside)
+            if job is None:
+                return
+            if job.id not in self._jobs:
+                continue
+            added = self.add_request(
+                list(job.prompt),
+                request_id=job.id,
+                max_new_tokens=job.max_new_tokens,
+                streaming=True,
+                eos_token_id=list(job.ends) or -1,
+            )
+            if added is None:
+                # The engine ends: it fails with all that waits.
+                self._waiting.put(job)
+                return
+            self._inside.append(job)
+            unread += len(job.prompt)
+
     @property
     def cache_usage(self) -> float:
         """The used part of the cache; 1 is all of it. Pages that wait to be shared are free for whoever needs them."""
@@ -133,13 +180,16 @@ class Manager(ContinuousBatchingManager):
     def _fail(self, job: Job, message: str) -> None:
         """Give up one request; the others go on."""
         if self._jobs.pop(job.id, None) is not None:
-            self.cancel_request(job.id)
+            self.give_up(job)
             job.listener(Failure(message, asked_for=True))
 
     def _fail_all_remaining_requests(self, error: Exception, batch_processor: Any) -> None:
         # Called at every end: that of a failing step, and that which was asked for.
         if self.background_thread_status.tp_status == BackgroundThreadStatus.HARD_STOP:
             error = LoraflowError("The engine was closed before this answer was finished.")
+        while (job := self._waiting.take(())) is not None:
+            if self._jobs.pop(job.id, None) is not None:
+                job.listener(Failure(str(error)))
         super()._fail_all_remaining_requests(error, batch_processor)
 
     def _generation_step(self) -> None:

@@ -79,23 +79,15 @@ class Engine:
             else:
                 job.generator.manual_seed(job.sampling.seed)
         self._jobs[job.id] = job
-        added = None
-        if not self._closed:
-            added = self._manager.add_request(
-                list(job.prompt),
-                request_id=job.id,
-                max_new_tokens=job.max_new_tokens,
-                streaming=True,
-                eos_token_id=list(job.ends) or -1,
-            )
-        if added is None:
+        if self._closed or not self._manager.submit(job):
             self._jobs.pop(job.id, None)
             raise LoraflowError(f"The engine has ended: {self.failure or 'it was closed'}.")
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; its listener hears nothing more."""
-        if self._jobs.pop(request_id, None) is not None:
-            self._manager.cancel_request(request_id)
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            self._manager.give_up(job)
 
     @property
     def running(self) -> int:

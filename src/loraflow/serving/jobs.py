@@ -107,11 +107,12 @@ Listener = Callable[[Token | Failure], None]
 """Hears of every token, in the engine's own thread: it must return at once, and raise nothing."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way through the engine.
 
     Attributes:
+        client: who sent it; those of several clients take turns.
         weigher: who weighs it.
         ends: token ids that end an answer.
         wants_weights: whether tokens come with their fusion weights.
@@ -133,6 +134,7 @@ class Job:
     ends: Sequence[int]
     wants_weights: bool
     listener: Listener
+    client: str = ""
     constraint: Constraint | None = None
     tells_prompt: bool = False
     read: dict[int, Token] = field(default_factory=dict)

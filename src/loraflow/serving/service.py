@@ -28,6 +28,7 @@ from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.reading import Reader
 from loraflow.serving.text import TextStream, TokenTexts
 from loraflow.serving.tracing import Tracing
+from loraflow.serving.turns import current_client
 
 Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
 
@@ -241,6 +242,7 @@ class Service:
             sampling = Sampling(body.temperature, body.top_p, seed, wanted.logprobs)
             wants = bool(body.return_fusion_weights)
             job = Job(f"{name}-{index}", prompt, weigher, sampling, max(limit, 1), endings.token_ids, wants, listen)
+            job.client = current_client()
             job.tells_prompt = wanted.tells_prompt
             job.prefix = weigher.prefix(body.cache_salt)
             job.constraint = None if wanted.grammar is None else wanted.grammar.constraint()

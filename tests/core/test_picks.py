@@ -122,3 +122,23 @@ def test_the_cheapest_way_is_that_which_was_fastest_where_it_was_measured():
     assert way(8, 2, 2) == "all"
     assert way(1, 4, 3) == "all"
     assert way(8, 16, 2, span=64) == "gathered"
+
+
+@pytest.mark.parametrize(("width", "grouped"), [(512, True), (516, False)])
+def test_the_grouped_kernels_want_whole_rows_of_16_bytes(width, grouped):
+    def taken(in_features, out_features):
+        return cheapest(Sizes(256, 1, 64, 1, in_features, (16,), (out_features,), itemsize=2))
+
+    assert {taken(width, 512) == "grouped", taken(512, width) == "grouped"} == {grouped}
+
+
+def test_copies_of_unequal_ranks_are_counted_and_never_large():
+    bases, modules = [base_linear()], lora_modules([(4, "plain"), (6, "plain")])
+    _, (linear,) = fuse(bases, [modules])
+    reading = linear.fused.group.reading(None)
+    before = reading.nbytes
+    (part, _), *_ = reading.parts
+    assert reading.nbytes == before + part.nbytes
+    assert reading.pads_little
+    _, (linear,) = fuse([base_linear()], [lora_modules([(1, "plain")] * 5 + [(8, "plain")])])
+    assert not linear.fused.group.reading(None).pads_little

@@ -159,3 +159,21 @@ def test_cat_learns_by_its_own_recipe():
 def test_settings_that_cannot_be_are_refused(make, expected):
     with pytest.raises(MethodError, match=re.escape(expected)):
         make()
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer", "module"])
+def test_a_logit_of_zero_is_a_weight(granularity):
+    base = tiny_model()
+    method = LearnedStatic(granularity=granularity, activation="softmax", start="average")
+    model = FusedModel.from_adapters(
+        base, {"a": random_adapter(base, "a"), "b": random_adapter(base, "b", seed=2)}, method
+    )
+    for gate in model.gates.values():
+        gate.start_at([0.5, 0.5])
+        with torch.no_grad():
+            gate.weights.sub_(gate.weights[0].clone()).add_(torch.tensor([0.0, 1.0]))
+        assert torch.equal(gate.known_weights(), gate(torch.zeros(1, 1, 1)))
+    ids = random_ids()
+    learning = model(ids).logits
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, learning) < 1e-6

@@ -420,6 +420,26 @@ def test_the_model_can_be_used_while_the_engine_runs():
         assert long.ids() == alone(model, prompt, "base", new=200)
 
 
+def test_requests_that_were_put_aside_go_on_when_others_are_given_up():
+    model = tiny_fusion()
+    limits = EngineLimits(requests=8, batch_tokens=64, cache_tokens=128, page_tokens=16)
+    with running(model, limits) as engine:
+        # Two answers that do not fit into the cache together.
+        long = [job([3 + i * 7 % 50 for i in range(count)], new=80) for count in (30, 31)]
+        for one in long:
+            one.ends = ()
+            send(engine, one)
+        wait_for(lambda: engine._manager.batch_processor is not None)
+        scheduler = engine._manager.batch_processor.scheduler
+        wait_for(lambda: scheduler.block_new_requests)
+        for name in list(scheduler.active_requests):
+            engine.cancel(name)
+        for one in long:
+            if one.id in engine._jobs:
+                assert len(one.listener.tokens()) == 80
+        assert len(send(engine, job([5, 6], new=2)).tokens()) > 0
+
+
 # ---- What cannot be ------------------------------------------------------------------------------------------------
 
 

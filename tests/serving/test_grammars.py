@@ -224,6 +224,9 @@ def test_all_tokens_of_an_answer_have_so_much_time_together(monkeypatch):
         def consume_token(self, token):
             return True
 
+        def is_error(self):
+            return False
+
         is_stopped = is_accepting
 
     monkeypatch.setattr(grammars, "_PATIENCE_S", 0.12)
@@ -236,6 +239,29 @@ def test_all_tokens_of_an_answer_have_so_much_time_together(monkeypatch):
         constraint._patience_s = 0.001
         with pytest.raises(LoraflowError, match=r"takes more than 0\.12 s to be held to"):
             constraint.limit(torch.zeros(8), ())
+
+
+def test_a_form_that_fails_half_way_is_no_whole_answer():
+    class Failing:
+        def compute_bitmask(self):
+            return b"\xff"
+
+        def consume_token(self, token):
+            return False
+
+        def is_error(self):
+            return True
+
+        def is_stopped(self):
+            return True
+
+        def get_error(self):
+            return "too many items"
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        constraint = grammars.Constraint(Failing(), threads)
+        with pytest.raises(LoraflowError, match=r"cannot be held to: too many items\. Ask for a simpler one"):
+            constraint.accept(1)
 
 
 @pytest.mark.parametrize("fault", ["start", "memory"])

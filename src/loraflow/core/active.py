@@ -85,7 +85,8 @@ def _find(lanes: Lanes, adapters: int, learning: bool) -> Use:
             active.update(among)
             most = max(most, _most(gates, len(among)))
             continue
-        used = torch.stack([(weights != 0).reshape(-1, len(among)).to(known[0].device) for weights in known]).cpu()
+        rows = [weights.detach().to(known[0].device) for weights in known]
+        used = (torch.stack(rows).reshape(len(rows), -1, len(among)) != 0).cpu()
         active.update(among[position] for position in used.flatten(0, 1).any(dim=0).nonzero().flatten().tolist())
         most = max(most, int(used.sum(dim=-1).max()) if len(used[0]) else 0)
     if len(active) == adapters:

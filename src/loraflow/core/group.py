@@ -24,6 +24,9 @@ from loraflow.core.stack import StackedLora
 
 Counts = tuple[int, ...]
 
+# Padded to the largest rank, matrices may have so many times their own slots.
+_MOST_PADDED = 2
+
 # Prompts are of many lengths; each is reckoned once as long as there are not more.
 _KEPT_WAYS = 256
 
@@ -39,7 +42,6 @@ class Reading:
         slots: of each module, how many slots each adapter has.
         adapters: how many adapters there are.
         sizes: how many slots each module has.
-        nbytes: bytes of the matrices.
     """
 
     lora_A: Tensor
@@ -48,13 +50,16 @@ class Reading:
     slots: tuple[Counts, ...]
     adapters: int = field(init=False)
     sizes: list[int] = field(init=False)
-    nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.adapters = len(self.slots[0])
         self.sizes = [sum(counts) for counts in self.slots]
-        self.nbytes = self.lora_A.nbytes
         self._expansions: dict[bool, Tensor] = {}
+
+    @property
+    def pads_little(self) -> bool:
+        """Whether the matrices with an axis of adapters are not much larger: as many slots for each as the largest."""
+        return all(len(counts) * max(counts) <= _MOST_PADDED * sum(counts) for counts in self.slots)
 
     def expansion(self, each: bool) -> Float[Tensor, "gates slots"]:
         """The 0/1 matrix E for weights that all modules share; or for those of each, which stand side by side."""
@@ -65,6 +70,12 @@ class Reading:
                 self._expansions[each] = whole.to(self.lora_A.device)
         return self._expansions[each]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices, and of their copies with an axis of adapters."""
+        copies = [part for part, _ in self.parts] if "parts" in vars(self) else []
+        return self.lora_A.nbytes + sum(part.nbytes for part in copies if not _shares(part, self.lora_A))
+
     @functools.cached_property
     def parts(self) -> list[tuple[Float[Tensor, "adapters width in_features"], Float[Tensor, "adapters width"] | None]]:
         """Of each module, A and its bias with an axis of adapters."""
@@ -73,6 +84,10 @@ class Reading:
             (by_adapter(rows, counts), None if bias is None else by_adapter(bias[:, None], counts)[..., 0])
             for rows, bias, counts in zip(self.lora_A.split(self.sizes), biases, self.slots, strict=True)
         ]
+
+
+def _shares(part: Tensor, stack: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
 
 
 def _expansion(counts: Counts) -> Float[Tensor, "adapters slots"]:
@@ -183,7 +198,7 @@ class InputGroup(nn.Module):
             # A graph has one way for all sizes; and backwards are those of the one product.
             return "all", 1
         device = reading.lora_A.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) or not reading.pads_little:
             return "all", 1
         of_rows = context.by_row and self.rows == "tokens" and positions == math.prod(context.shape)
         span = context.shape[1] if of_rows else 1
@@ -298,8 +313,9 @@ class Writing:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrices."""
-        return self.lora_B.nbytes + (0 if self.output_scale is None else self.output_scale.nbytes)
+        """Bytes of the matrices, and of a copy of them with an axis of adapters."""
+        copied = self.part.nbytes if "part" in vars(self) and not _shares(self.part, self.lora_B) else 0
+        return self.lora_B.nbytes + copied + (0 if self.output_scale is None else self.output_scale.nbytes)
 
     @functools.cached_property
     def part(self) -> Float[Tensor, "adapters width out_features"]:

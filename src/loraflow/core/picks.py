@@ -68,6 +68,11 @@ class Sizes:
         pairs = zip(self.slots, self.out_features, strict=True)
         return sum(slots * (self.in_features + features) for slots, features in pairs)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether the grouped kernels take inputs and outputs of these widths."""
+        return all(width * self.itemsize % _ALIGNED_BYTES == 0 for width in (self.in_features, *self.out_features))
+
 
 def moved_bytes(way: Way, sizes: Sizes) -> int:
     """Bytes of matrices that a way reads, and of activations that it reads and writes.
@@ -100,8 +105,8 @@ def cost(way: Way, sizes: Sizes) -> float:
 
 
 def cheapest(sizes: Sizes) -> Way:
-    """The way that costs least."""
-    ways: tuple[Way, ...] = ("all", "gathered", "grouped")
+    """The way that costs least, of those that there are for such sizes."""
+    ways: tuple[Way, ...] = ("all", "gathered", "grouped") if sizes.aligned else ("all", "gathered")
     return min(ways, key=lambda way: cost(way, sizes))
 
 

@@ -46,7 +46,7 @@ class LearnedWeights(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, " adapters"]:
         """The weights, to be broadcast over the batch and the sequence."""
-        return self.weights
+        return self.known_weights()
 
     def known_weights(self) -> Float[Tensor, " adapters"]:
         """The weights, before anything is read."""
@@ -60,8 +60,8 @@ class SoftmaxWeights(LearnedWeights):
         """Forget what was learned and give these fusion weights, which `LearnedStatic.check` found to be possible."""
         super().start_at([math.log(weight) for weight in weights])
 
-    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, " adapters"]:
-        """The weights, to be broadcast over the batch and the sequence."""
+    def known_weights(self) -> Float[Tensor, " adapters"]:
+        """The weights, before anything is read."""
         return self.weights.softmax(dim=0)
 
 

@@ -114,6 +114,7 @@ class Manager(ContinuousBatchingManager):
         processor.model_runner.fail = self._fail
         if processor.cache.use_prefix_sharing:
             Prefixes(processor.cache, processor.scheduler.safety_margin, self._jobs)
+        _resume_after_cancelling(processor.scheduler)
         # Flash kernels know where each request's keys are; without a mask, SDPA is told so in each step.
         cast(Any, processor.inputs_and_outputs).attention_mask = None
         cache: Any = processor.cache
@@ -248,6 +249,23 @@ class Manager(ContinuousBatchingManager):
             job.sampled = dataclasses.replace(job.sampled, weights=weights)
 
 
+def _resume_after_cancelling(scheduler: Any) -> None:
+    """Let waiting requests in where one was cancelled too.
+
+    A request that was put aside because the cache was full keeps all others out until one is finished; transformers
+    takes none that was cancelled for one, and here those that end early are.
+    """
+    own = scheduler.clear_cancelled_requests
+
+    def clear() -> Any:
+        cancelled = own()
+        if cancelled:
+            scheduler.block_new_requests = False
+        return cancelled
+
+    scheduler.clear_cancelled_requests = clear
+
+
 def _are_same(one: Sequence[tuple[Job | None, int]], other: Sequence[tuple[Job | None, int]]) -> bool:
     """Whether these are the same requests with as many tokens each."""
     if len(one) != len(other):
@@ -342,8 +360,12 @@ class _Runner(ModelRunner):
                 chosen[row] = sample(options, job.sampling, job.generator)
             token = int(chosen[row])
             job.sampled = token_of(logits[row], token, job.sampling.logprobs)
-            if job.constraint is not None and token not in job.ends and job.constraint.accept(token):
-                job.sampled = dataclasses.replace(job.sampled, finish="stop")
+            try:
+                if job.constraint is not None and token not in job.ends and job.constraint.accept(token):
+                    job.sampled = dataclasses.replace(job.sampled, finish="stop")
+            except LoraflowError as error:
+                self.fail(job, str(error))
+                continue
             if job.tells_prompt and not job.told:
                 prompt = (Token(job.prompt[0]), *(token for _, token in sorted(job.read.items())))
                 job.sampled = dataclasses.replace(job.sampled, prompt=prompt)

@@ -75,13 +75,22 @@ class Constraint:
         for end in ends:
             allowed[end] = whole
         if not allowed.any():
-            reason = self._matcher.get_error().removesuffix("\n<non-verbose/>") or "no token of the model may follow"
-            raise LoraflowError(f"The form that was asked for cannot be held to: {reason}. Ask for a simpler one.")
+            raise LoraflowError(self._failed())
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
+    def _failed(self) -> str:
+        reason = self._matcher.get_error().removesuffix("\n<non-verbose/>") or "no token of the model may follow"
+        return f"The form that was asked for cannot be held to: {reason}. Ask for a simpler one."
+
     def accept(self, token: int) -> bool:
-        """Go on with a token that does not end the answer, and say whether nothing may follow it."""
-        self._matcher.consume_token(token)
+        """Go on with a token that does not end the answer, and say whether nothing may follow it.
+
+        Raises:
+            LoraflowError: if the form cannot be held to any further.
+        """
+        taken = self._matcher.consume_token(token)
+        if not taken or self._matcher.is_error():
+            raise LoraflowError(self._failed())
         if self._matcher.is_stopped():
             return True
         self._next = self._threads.submit(self._find)

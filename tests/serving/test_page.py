@@ -22,7 +22,6 @@ import uvicorn
 from loraflow import FusedModel
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.prompts import PromptFormat
-from loraflow.serving import replies
 from loraflow.serving.app import make_app
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.page import make_page
@@ -537,7 +536,8 @@ def test_nothing_that_a_model_says_becomes_markup(page, server, monkeypatch):
         return found
 
     monkeypatch.setattr(server.service, "_pieces_of", hostile)
-    monkeypatch.setattr(replies, "_text", lambda reply, token: HOSTILE[token % len(HOSTILE)])
+    texts = {token: HOSTILE[token % len(HOSTILE)] for token in range(len(server.service.tokenizer))}
+    monkeypatch.setattr(server.service, "token_texts", texts)
     page.select_option("#model", HOSTILE_NAME)
     elements = "document.querySelectorAll('img, b:not(.maker b), script, style').length"
     before = page.evaluate(elements)

@@ -14,7 +14,7 @@ from loraflow import FusedModel, LoraFlow, Static
 from loraflow.core.group import InputGroup
 from loraflow.demo.tasks import load_task
 from loraflow.demo.world import adapter_paths, base_path
-from loraflow.errors import LoraflowError
+from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.methods import Arrow, Logo, QaFlora
 from loraflow.serving.batching import sample
 from loraflow.serving.config import EngineLimits
@@ -441,6 +441,13 @@ def test_requests_that_were_put_aside_go_on_when_others_are_given_up():
 
 
 # ---- What cannot be ------------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_adds_to_its_mask_is_refused_at_the_start():
+    base = tiny_model("falcon")
+    model = FusedModel.from_adapters(base, {"a": random_adapter(base, "a")}, "average")
+    with pytest.raises(ArchitectureError, match=r"FalconForCausalLM cannot be answered in .* Call `generate`"):
+        Engine(model, SMALL)
 
 
 @pytest.mark.parametrize(

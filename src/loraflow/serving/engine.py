@@ -10,22 +10,24 @@ Requests that begin with the same tokens share pages of the cache only where the
 from __future__ import annotations
 
 import math
+import queue
 import time
 from collections.abc import Collection
 
 import torch
 
 from loraflow.core.fusion import Fusion
-from loraflow.errors import LoraflowError
+from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.serving.batching import Manager
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.jobs import Job
+from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 
 
 class Engine:
     """Answers requests until it is closed; other calls of the model wait for their turn between its steps.
 
     Raises:
+        ArchitectureError: if the base cannot be batched so.
         LoraflowError: if the base's attention cannot be shared with other calls.
     """
 
@@ -44,6 +46,24 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._manager = Manager(model, self.limits, self._jobs)
         self._manager.start()
+        self._try()
+
+    def _try(self) -> None:
+        """Answer one token, so that a base which cannot be batched so is refused before anybody asks.
+
+        Raises:
+            ArchitectureError: if it cannot.
+        """
+        heard: queue.SimpleQueue[Token | Failure] = queue.SimpleQueue()
+        trial = Job("trial", [0, 0], Weigher(), Sampling(), 1, (), wants_weights=False, listener=heard.put)
+        self.submit(trial)
+        found = heard.get()
+        if isinstance(found, Failure) and not found.asked_for:
+            self.close(finish=False)
+            raise ArchitectureError(
+                f"{type(self.model.base_model).__name__} cannot be answered in transformers' continuous batching: "
+                f"{found.message}. Call `generate`, which takes several prompts at once."
+            )
 
     def _check_rows(self) -> None:
         """Check that every linear reads the tokens of a step.

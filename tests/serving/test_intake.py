@@ -274,7 +274,7 @@ def test_work_that_was_given_up_ends_before_its_turn_and_says_nothing():
             go_on.wait(DEADLINE_S)
             raise ApiError(413, "It is too much.")
 
-        for do in (reader.do, reader.do_apart):
+        for do in (reader.do, reader.do_apart, reader.weigh):
             go_on.clear()
             work = asyncio.ensure_future(do(fails))
             await asyncio.sleep(0.01)

@@ -91,7 +91,7 @@ class _Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._entrance = Entrance(service.reader, _error_response)
+        self._entrance = Entrance(service.reader, service.metrics, _error_response)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -137,6 +137,9 @@ def _add_errors(app: FastAPI) -> None:
         if first["type"] == "not_supported":
             message = f"`{param}` (={reprlib.repr(first['input'])}) {first['msg']}."
             return _error_response(ApiError(400, message, param=param))
+        if first["type"] == "value_error":
+            # Those of our own say what was found, and what to do.
+            return _error_response(ApiError(400, f"`{param or 'body'}`: {first['ctx']['error']}", param=param))
         found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
         return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}{found}.", param=param))
 

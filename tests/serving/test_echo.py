@@ -112,7 +112,10 @@ def test_a_prompt_may_fill_all_that_there_is_room_for(address, catalog):
         ({"echo": True, "prompt": [999_999]}, "The prompt has the token 999999; tokens are from 0 to"),
         ({"echo": 1}, "`echo`: Input should be a valid boolean"),
         ({"best_of": 2}, "`best_of` (=2) is not supported. Leave it out."),
-        ({"stop": ["a" * 1000] * 5}, "the stop strings must have at most 4000 characters together"),
+        (
+            {"stop": ["a" * 1000] * 5},
+            "`stop`: the stop strings have 5000 characters, and may have at most 4000 together.",
+        ),
     ],
 )
 def test_what_cannot_be_told_is_refused(address, more, message):

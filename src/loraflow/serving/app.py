@@ -28,7 +28,7 @@ from loraflow.serving.pieces import Piece, Wanted
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Echo, Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
 from loraflow.serving.service import Asked, Outcome, Service, find_model
-from loraflow.serving.text import read_through
+from loraflow.serving.text import show_prompt
 from loraflow.serving.turns import end_reading, let_others_go_first
 
 log = logging.getLogger("loraflow.serving")
@@ -286,12 +286,13 @@ def _given(body: CompletionRequest) -> list[Any]:
 
 
 async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Echo]:
-    """The prompts as they are shown: text as it was given, tokens as they are read."""
+    """The prompts as they are shown, others being read between them."""
     echoes = []
     for given, ids in zip(_given(body), prompts, strict=True):
+        await let_others_go_first()
         service.check_prompt(ids, body.max_tokens)
-        text, starts = await service.reader.do(read_through, service.tokenizer, ids)
-        echoes.append(Echo(given if isinstance(given, str) else text, starts))
+        text = given if isinstance(given, str) else None
+        echoes.append(Echo(*await service.reader.do(show_prompt, service.tokenizer, text, ids)))
     return echoes
 
 

@@ -98,6 +98,10 @@ def test_what_the_image_copies_and_installs_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = re.findall(r"'\.\[(.*)\]'", "\n".join(rest for instruction, rest in build if instruction == "RUN"))
     assert set(extras[0].split(",")) <= project["optional-dependencies"].keys()
+    assert set(extras[0].split(",")) == {"serve", "otel", "schema"}
+    # Before the package is installed, whose version it is.
+    words = [instruction for instruction, rest in build if rest == "SETUPTOOLS_SCM_PRETEND_VERSION" or "'.[" in rest]
+    assert words == ["ARG", "RUN"]
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").replace("_", "-")
     for extra in extras[0].split(","):
         for requirement in project["optional-dependencies"][extra]:

@@ -201,6 +201,18 @@ def test_weights_are_those_of_the_requests_own_adapters(server, small_world):
     assert 'loraflow:fusion_weight_total{adapter="zh-chat"}' in metrics
 
 
+def test_no_series_comes_back_with_the_last_answer_of_what_was_unloaded(server):
+    service, address = server
+    running = Long(server, "layers", tokens=300)
+    assert unload(address, "layers").status == 200
+    assert service.engine.running
+    running.wait()
+    wait_for(lambda: not service.engine.running)
+    metrics = call("GET", f"{address}/metrics").text
+    assert 'model="layers"' not in metrics
+    assert "vllm:request_success_total" in metrics
+
+
 def test_loading_beside_requests_that_want_weights(server, small_world):
     _, address = server
     wanted = {"return_fusion_weights": "all"}

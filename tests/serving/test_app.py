@@ -376,7 +376,7 @@ PLAIN = {"model": "layers", "prompt": "1 + 1 =", "temperature": 0, "max_tokens":
         ),
         ({"model": "small", "return_fusion_weights": True}, 400, "The base has no fusion weights. Ask for", None),
         ({"max_tokens": 401}, 400, "`max_tokens` (=401) must be at most 400: the prompt has", "max_tokens"),
-        ({"stop": ""}, 400, "a stop string must not be empty", "stop"),
+        ({"stop": ""}, 400, "`stop`: a stop string is empty. Leave it out.", "stop"),
         ({"temperature": 3}, 400, "`temperature`: Input should be less than or equal to 2", "temperature"),
         ({"unknown": 1}, 400, "`unknown` is unknown or not supported. Leave it out.", "unknown"),
         (
@@ -403,6 +403,16 @@ def test_errors_are_openais(client, service, body, change, status, message, para
         assert error.value.code == "model_not_found"
     assert service.engine.failure is None
     wait_for(lambda: service.engine.running == 0)
+
+
+def test_what_is_no_text_is_named(server):
+    _, address = server
+    found = post(address, "completions", b'{"model": "layers", "prompt": "\\ud83d"}').json()["error"]["message"]
+    assert found == "`body`: '\\ud83d' is half of a surrogate pair, and no text. Leave it out."
+    body = b'{"model": "layers", "prompt": "1", "fusion": {"method": "arrow", "options": {"a": NaN}}}'
+    found = post(address, "completions", body).json()["error"]["message"]
+    assert found.startswith("`fusion.options`: the options are no JSON (Out of range float values")
+    assert found.endswith("). Give finite numbers.")
 
 
 def post(address, path, body, **headers):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import openai
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from loraflow import FusedModel
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.service import ServerConfig
+from loraflow.serving.text import show_prompt
+from loraflow.serving.turns import Reading
 from tests.serving.worlds import DEADLINE_S, call, serving
 
 # Steps that are shorter than the prompts, which are read in several.
@@ -97,6 +103,46 @@ def test_tokens_begin_where_the_offsets_say(client):
             assert token in top
 
 
+@pytest.fixture
+def lower_case():
+    """One that changes texts, and adds a token to each."""
+    words = {"<s>": 0, "a": 1, "b": 2, "e": 3, " ": 4}
+    backend = Tokenizer(models.BPE(words, []))
+    backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing("<s> $A <s>", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", clean_up_tokenization_spaces=False)
+
+
+def test_tokens_of_a_text_that_the_tokenizer_changes_begin_where_it_says(lower_case):
+    given = "A\u0065\u0301 É" + "b"
+    ids = lower_case(given)["input_ids"]
+    text, starts = show_prompt(lower_case, given, ids)
+    assert text == given
+    assert [given[start] for start in starts[1:-1]] == ["A", "e", " ", "É", "b"]
+    assert (starts[0], starts[-1]) == (0, len(given))
+    # Tokens that were given are read.
+    assert show_prompt(lower_case, None, ids)[0] == "ae eb"
+    # One that cannot say where its tokens come from has its own text shown.
+    with mock.patch.object(PreTrainedTokenizerFast, "is_fast", False):
+        assert show_prompt(lower_case, given, ids) == ("ae eb", [0, 0, 1, 2, 3, 4, 5])
+
+
+def test_others_are_read_between_the_prompts_that_are_told(address, monkeypatch):
+    pauses = []
+    pause = Reading.pause
+
+    async def counted(self):
+        pauses.append(self.client)
+        await pause(self)
+
+    monkeypatch.setattr(Reading, "pause", counted)
+    body = {"model": "math", "prompt": ["1"] * 5, "echo": True, "max_tokens": 0}
+    assert call("POST", f"{address}/v1/completions", body).status == 200
+    # Once before each is told, and once before each is handed over.
+    assert len(pauses) == 10
+
+
 def test_a_prompt_may_fill_all_that_there_is_room_for(address, catalog):
     longest = catalog.model.config.max_position_embeddings
     body = {"model": "math", "prompt": [5] * longest, "echo": True, "logprobs": 0, "max_tokens": 0}
@@ -112,7 +158,10 @@ def test_a_prompt_may_fill_all_that_there_is_room_for(address, catalog):
         ({"echo": True, "prompt": [999_999]}, "The prompt has the token 999999; tokens are from 0 to"),
         ({"echo": 1}, "`echo`: Input should be a valid boolean"),
         ({"best_of": 2}, "`best_of` (=2) is not supported. Leave it out."),
-        ({"stop": ["a" * 1000] * 5}, "the stop strings must have at most 4000 characters together"),
+        (
+            {"stop": ["a" * 1000] * 5},
+            "`stop`: the stop strings have 5000 characters, and may have at most 4000 together.",
+        ),
     ],
 )
 def test_what_cannot_be_told_is_refused(address, more, message):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
+import os
 import threading
 import time
 
@@ -18,6 +20,7 @@ from loraflow.serving import grammar_trial, grammars
 from loraflow.serving.forms import MOST_CHARACTERS, Form
 from loraflow.serving.grammar_trial import GivenUpError, Trial
 from loraflow.serving.service import ServerConfig
+from loraflow.serving.turns import READING, Reading, Turns
 from tests.serving.worlds import DEADLINE_S, call, serving
 
 pytest.importorskip("llguidance")
@@ -150,7 +153,10 @@ def test_a_schema_that_cannot_be_held_to_is_refused_with_the_reason(server, sche
         ),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "Field required"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "exclude each other"),
-        ({"structured_outputs": {}}, "exactly one of `json`, `json_object`, `regex` and `choice` must be given"),
+        (
+            {"structured_outputs": {}},
+            "0 of `json`, `json_object`, `regex` and `choice` are given, and exactly",
+        ),
         ({"structured_outputs": {"grammar": "a"}}, "start the server with --engine vllm"),
         ({"structured_outputs": {"regex": "("}}, "`structured_outputs` cannot be held to: "),
     ],
@@ -194,6 +200,61 @@ def test_one_that_was_built_is_kept(server, client, monkeypatch):
         form["json_schema"]["schema"] = {"const": number}
         client.completions.create(**PLAIN, extra_body={"response_format": form})
     assert len(service.grammars._kept) == 2
+
+
+def test_who_hangs_up_keeps_its_turn_and_one_thread_until_its_form_is_built(catalog, monkeypatch):
+    kept = grammars.Grammars(catalog.model.tokenizer, 1536, 1)
+    building, release = [], threading.Event()
+
+    def build(form):
+        building.append(form.content)
+        assert release.wait(60)
+        return "slow"
+
+    monkeypatch.setattr(kept, "_build", build)
+
+    async def run():
+        reading = Reading(Turns(), "hostile")
+        READING.set(reading)
+        for number in range(3):
+            asked = asyncio.ensure_future(kept.find(Form("regex", str(number), "response_format")))
+            await asyncio.sleep(0.05)
+            asked.cancel()
+            await asyncio.sleep(0.01)
+        assert building == ["0"]
+        release.set()
+        with pytest.raises(LoraflowError, match="cannot be held to: slow"):
+            await kept.find(Form("regex", "last", "response_format"))
+        assert building == ["0", "last"]
+        # What was built for nobody counts as read for nothing.
+        assert reading.seconds >= 0.1
+
+    try:
+        asyncio.run(run())
+    finally:
+        release.set()
+        kept.close()
+
+
+def test_what_is_kept_is_found_by_any_thread_while_another_stores(monkeypatch):
+    monkeypatch.setattr(grammars, "_KEPT_BYTES", 8 * 2**15)
+    kept, ended = grammars._Kept(), threading.Event()
+
+    def store():
+        for number in range(20_000):
+            kept.store(("regex", str(number % 50)), "reason")
+        ended.set()
+
+    storing = threading.Thread(target=store)
+    storing.start()
+    while not ended.is_set():
+        for number in range(50):
+            assert kept.get(("regex", str(number))) in (None, "reason")
+    storing.join(60)
+    assert kept._bytes == sum(map(grammars._bytes_of, kept._found)) <= 8 * 2**15
+    oldest = next(iter(kept._found))
+    assert kept.get(oldest) == "reason"
+    assert list(kept._found)[-1] == oldest
 
 
 def test_one_that_is_held_to_too_slowly_ends_its_own_request_alone(server, client, monkeypatch):
@@ -271,15 +332,20 @@ def test_a_process_that_ends_is_started_again(fault, monkeypatch):
         made.check("regex", "a")
         first = made._process.pid
         made._process.kill()
-        with pytest.raises(GivenUpError, match="it takes more than 2 s, or too much memory, to be prepared"):
+        with pytest.raises(
+            GivenUpError,
+            match=r"the process that prepares it ended \(exit code -9\), as it does where it needs",
+        ):
             made.check("regex", "b")
         if fault == "start":
             monkeypatch.setattr(grammar_trial.sys, "executable", "false")
-            with pytest.raises(GivenUpError, match="the process that tries grammars did not start"):
+            with pytest.raises(GivenUpError, match=r"that tries grammars did not start: .* \(exit code 1\)"):
                 made.check("regex", "b")
             monkeypatch.undo()
         made.check("regex", "b")
         assert made._process.pid != first
+        # A terminal's Ctrl-C goes to the server's group alone.
+        assert os.getpgid(made._process.pid) != os.getpgid(0)
     finally:
         made.close()
 
@@ -297,7 +363,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(monkeypatch, catalog):
 def test_without_the_library_it_is_named(server, monkeypatch):
     service = server[0]
     monkeypatch.setattr(service.grammars, "_trial", None)
-    monkeypatch.setattr(service.grammars, "_kept", grammars.OrderedDict())
+    monkeypatch.setattr(service.grammars, "_kept", grammars._Kept())
     monkeypatch.setattr(grammars.importlib.util, "find_spec", lambda name: None)
     message = refused(server, response_format={"type": "json_object"})
     assert message == "`response_format` needs llguidance: pip install 'loraflow[schema]'"

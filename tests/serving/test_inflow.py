@@ -66,6 +66,36 @@ def test_an_address_rests_that_has_sent_much():
     assert inflow.wait_s("a", 4 * MIB) == 0
 
 
+def test_who_comes_again_has_sent_what_it_had():
+    clock = [0.0]
+    inflow = Inflow(10, lambda: clock[0])
+    for address in ("a", "b"):
+        assert inflow.opened(address)
+    assert inflow.wait_s("a", 12 * MIB) == 1
+    assert inflow.wait_s("b", 4 * MIB) == 0
+    inflow.closed("a")
+    assert inflow.opened("a")
+    clock[0] = 0.5
+    assert inflow.wait_s("a", 4 * MIB) == 1
+    # What nobody has to wait for is forgotten.
+    inflow.closed("b")
+    assert list(inflow._came) == ["a"]
+    clock[0] = 2.0
+    inflow.closed("a")
+    assert not inflow._came
+
+
+def test_who_asks_for_a_websocket_is_counted_until_it_has_gone(server):
+    _, address, inflow = server
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    upgrade += b"Sec-WebSocket-Key: " + b"A" * 22 + b"==\r\n"
+    for _ in range(8):
+        with connect(address) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        wait_for(lambda: not inflow._connections)
+
+
 def test_no_address_has_more_connections_than_are_free():
     inflow = Inflow(12)
     assert [inflow.opened("a") for _ in range(7)] == [True] * 6 + [False]

@@ -238,6 +238,8 @@ def test_a_client_that_rests_is_not_even_received(tiny):
             pace._waiting["127.0.0.1"] = 16
             answer = post(address, ASKED)
             assert (answer.status, answer.json()["error"]["code"]) == (429, "too_many_refused")
+        counted = 'vllm:admission_rejections_total{model_name="tiny",reason="too_many_refused"} 1.0'
+        assert counted in service.metrics.text().decode()
 
 
 SCOPE = {"type": "http", "path": "/none", "client": ("192.0.2.1", 1), "headers": []}
@@ -253,7 +255,7 @@ def test_nobody_waits_for_a_client_that_does_not_take_its_answer():
         async def refusal(scope, receive, send):
             await send({"type": "http.response.start", "status": 404})
 
-        entrance = Entrance(reader, lambda error: refusal)
+        entrance = Entrance(reader, mock.Mock(), lambda error: refusal)
         slow = asyncio.ensure_future(entrance.answer_shortly(refusal, SCOPE, None, send))
         await asyncio.sleep(0)
         async with asyncio.timeout(DEADLINE_S), reader.turns.turn("other"):
@@ -274,7 +276,7 @@ def test_work_that_was_given_up_ends_before_its_turn_and_says_nothing():
             go_on.wait(DEADLINE_S)
             raise ApiError(413, "It is too much.")
 
-        for do in (reader.do, reader.do_apart):
+        for do in (reader.do, reader.do_apart, reader.weigh):
             go_on.clear()
             work = asyncio.ensure_future(do(fails))
             await asyncio.sleep(0.01)

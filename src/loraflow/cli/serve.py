@@ -108,7 +108,7 @@ class Limits:
             help="Share the cache among answers whose beginnings and weights are the same.",
         ),
     ] = EngineLimits.prefix_caching
-    timeout_s: Annotated[float, _limit("--timeout", help="Longest time of a request, in seconds.")] = (
+    timeout_s: Annotated[float, _limit("--timeout", help="Longest time of an answer, in seconds.")] = (
         ServerConfig.timeout_s
     )
     receive_timeout_s: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,12 +62,21 @@ class Accounts:
     Args:
         metrics: where they are counted.
         tracing: where their spans go; None for nowhere.
+        offered: gives the names of models and adapters that are offered: only these are counted by name, so that what
+            was unloaded does not come back with its last answers.
         text_of: gives the text of prompts for the log; None where it is not to be in there.
     """
 
-    def __init__(self, metrics: Metrics, tracing: Tracing | None, text_of: Callable[[list[int]], Any] | None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracing: Tracing | None,
+        offered: Callable[[], Collection[str]],
+        text_of: Callable[[list[int]], Any] | None,
+    ) -> None:
         self._metrics = metrics
         self._tracing = tracing
+        self._offered = offered
         self._text_of = text_of
 
     def open(self, served: Served) -> Stages:
@@ -89,7 +98,9 @@ class Accounts:
             metrics.observe("inter_token_latency_seconds", now - stages.last[index])
         stages.last[index] = now
         if token.weights is not None:
-            metrics.add_weights(asked.served.adapters, token.weights)
+            offered = self._offered()
+            at = [index for index, name in enumerate(asked.served.adapters) if name in offered]
+            metrics.add_weights([asked.served.adapters[index] for index in at], token.weights[:, at])
 
     def close(self, asked: Prompt) -> None:
         """Count a prompt that has ended, and tell of it."""
@@ -122,7 +133,8 @@ class Accounts:
 
     def _count(self, asked: Prompt, seconds: float, spent: dict[str, float]) -> None:
         metrics, stages = self._metrics, asked.stages
-        metrics.requests.labels(asked.served.id, asked.outcome).inc()
+        if asked.served.id in self._offered():
+            metrics.requests.labels(asked.served.id, asked.outcome).inc()
         metrics.prompt_tokens.inc(len(asked.prompt))
         queried = [job for job in asked.jobs if job.cached is not None]
         metrics.prefix_queries.inc(len(asked.prompt) * len(queried))

@@ -28,7 +28,7 @@ from loraflow.serving.pieces import Piece, Wanted
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Echo, Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
 from loraflow.serving.service import Asked, Outcome, Service, find_model
-from loraflow.serving.text import read_through
+from loraflow.serving.text import show_prompt
 from loraflow.serving.turns import end_reading, let_others_go_first
 
 log = logging.getLogger("loraflow.serving")
@@ -91,7 +91,7 @@ class _Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._entrance = Entrance(service.reader, _error_response)
+        self._entrance = Entrance(service.reader, service.metrics, _error_response)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -137,6 +137,9 @@ def _add_errors(app: FastAPI) -> None:
         if first["type"] == "not_supported":
             message = f"`{param}` (={reprlib.repr(first['input'])}) {first['msg']}."
             return _error_response(ApiError(400, message, param=param))
+        if first["type"] == "value_error":
+            # Those of our own say what was found, and what to do.
+            return _error_response(ApiError(400, f"`{param or 'body'}`: {first['ctx']['error']}", param=param))
         found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
         return _error_response(ApiError(400, f"`{param or 'body'}`: {first['msg']}{found}.", param=param))
 
@@ -283,12 +286,13 @@ def _given(body: CompletionRequest) -> list[Any]:
 
 
 async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Echo]:
-    """The prompts as they are shown: text as it was given, tokens as they are read."""
+    """The prompts as they are shown, others being read between them."""
     echoes = []
     for given, ids in zip(_given(body), prompts, strict=True):
+        await let_others_go_first()
         service.check_prompt(ids, body.max_tokens)
-        text, starts = await service.reader.do(read_through, service.tokenizer, ids)
-        echoes.append(Echo(given if isinstance(given, str) else text, starts))
+        text = given if isinstance(given, str) else None
+        echoes.append(Echo(*await service.reader.do(show_prompt, service.tokenizer, text, ids)))
     return echoes
 
 

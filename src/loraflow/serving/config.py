@@ -48,7 +48,8 @@ class ServerConfig:
         api_keys: keys of which requests must bring one; anybody may ask where there is none.
         max_waiting: answers that may be in the engine at the same time, those that wait included.
         max_new_tokens: the longest answer, and its length where a request says nothing.
-        timeout_s: the longest that a request may take.
+        timeout_s: the longest that an answer may take once the engine has its request; turns at being read, weighed or
+            prepared may be waited for before that, for any time.
         receive_timeout_s: how long a request may take to come in, and how long an answer may lie that its client does
             not take; the connection is broken off then.
         drain_s: how long running requests may go on when the server stops.

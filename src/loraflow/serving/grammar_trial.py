@@ -17,6 +17,7 @@ from loraflow.errors import LoraflowError
 
 LONGEST_S = 2.0
 _START_S = 60.0
+_END_S = 1.0
 _MEMORY_BYTES = 4 * 2**30
 
 # Below llguidance's own: some milliseconds for a token, and some megabytes of states.
@@ -92,12 +93,15 @@ class Trial:
         """
         if self._process is None:
             command = [sys.executable, "-m", "loraflow.serving.grammar_trial"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            if self._ask(self._settings, _START_S) is None:
-                raise GivenUpError("the process that tries grammars did not start")
+            # A terminal's Ctrl-C is for the server alone.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            try:
+                self._ask(self._settings, _START_S)
+            except GivenUpError as error:
+                raise GivenUpError(f"the process that tries grammars did not start: {error}") from error
         reason = self._ask({"kind": kind, "content": content}, LONGEST_S)
-        if reason is None:
-            raise GivenUpError(f"it takes more than {LONGEST_S:g} s, or too much memory, to be prepared")
         if reason:
             raise LoraflowError(reason)
 
@@ -111,13 +115,23 @@ class Trial:
                     pipe.close()  # type: ignore[union-attr]
             self._process = None
 
-    def _ask(self, question: dict[str, Any], timeout_s: float) -> str | None:
-        """Its answer; None where there is none in time, and then the process is ended."""
+    def _ask(self, question: dict[str, Any], timeout_s: float) -> str:
+        """Its answer; where there is none, or none in time, the process is ended.
+
+        Raises:
+            GivenUpError: with the reason, if there is none.
+        """
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(timeout_s, process.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout_s, end)
         timer.start()
         try:
             process.stdin.write(json.dumps(question) + "\n")
@@ -128,8 +142,15 @@ class Trial:
         finally:
             timer.cancel()
         if not answer:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
             self.close()
-            return None
+            if late.is_set():
+                raise GivenUpError(f"it takes more than {timeout_s:g} s to be prepared")
+            raise GivenUpError(
+                f"the process that prepares it ended (exit code {process.returncode}), as it does where it needs more "
+                f"than {_MEMORY_BYTES >> 30} GiB of memory"
+            )
         return str(json.loads(answer))
 
 

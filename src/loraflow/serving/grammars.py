@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
-import contextlib
 import copy
 import importlib.util
 import threading
@@ -23,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from loraflow.errors import LoraflowError
 from loraflow.serving.forms import Form
 from loraflow.serving.grammar_trial import GivenUpError, Trial, build, reading_tokenizer
-from loraflow.serving.turns import Turns, current_client, end_reading
+from loraflow.serving.turns import Turns, counted_as_reading, current_client, end_reading, work_in
 
 # How long one token may be waited for, and the time of a processor that all of an answer's may take of others'.
 _PATIENCE_S = 1.0
@@ -118,6 +116,35 @@ class Grammar:
         return Constraint(self.matcher.deep_copy(), self.threads)
 
 
+class _Kept:
+    """What was built, and of what cannot be the reason, as long as there is room; for all threads."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[str, str], Grammar | str] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, key: tuple[str, str]) -> Grammar | str | None:
+        """What was found for a form, which is used now; None where nothing is kept of it."""
+        with self._lock:
+            found = self._found.get(key)
+            if found is not None:
+                self._found.move_to_end(key)
+            return found
+
+    def store(self, key: tuple[str, str], found: Grammar | str) -> None:
+        """Keep it, and give up what was not used for longest."""
+        with self._lock:
+            if key not in self._found:
+                self._bytes += _bytes_of(key)
+            self._found[key] = found
+            while self._bytes > _KEPT_BYTES:
+                self._bytes -= _bytes_of(self._found.popitem(last=False)[0])
+
+
 class Grammars:
     """The grammars of one server, built one at a time, each client in its turn, and kept while there is room.
 
@@ -131,12 +158,13 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._threads = concurrent.futures.ThreadPoolExecutor(answers, "loraflow-grammar")
+        # Of its own, so that nothing else waits for a thread that builds.
+        self._builder = concurrent.futures.ThreadPoolExecutor(1, "loraflow-forms")
         self._turns = Turns()
         self._one_at_a_time = threading.Lock()
         self._reading: Any = None
         self._trial: Trial | None = None
-        # What cannot be built is kept too, with the reason.
-        self._kept: OrderedDict[tuple[str, str], Grammar | str] = OrderedDict()
+        self._kept = _Kept()
 
     def close(self) -> None:
         """Build nothing more."""
@@ -144,6 +172,7 @@ class Grammars:
             if self._trial is not None:
                 self._trial.close()
         self._threads.shutdown(wait=False)
+        self._builder.shutdown(wait=False)
 
     async def find(self, form: Form) -> Grammar:
         """The grammar of a form.
@@ -151,15 +180,12 @@ class Grammars:
         Raises:
             LoraflowError: if it cannot be had.
         """
-        key = (form.kind, form.content)
-        found = self._kept.get(key)
-        if found is not None:
-            with contextlib.suppress(KeyError):
-                self._kept.move_to_end(key)
-        else:
+        found = self._kept.get((form.kind, form.content))
+        if found is None:
             await end_reading()
             async with self._turns.turn(current_client()):
-                found = await asyncio.to_thread(self._build, form)
+                with counted_as_reading():
+                    found = await work_in(self._builder, self._build, form)
         if isinstance(found, str):
             raise LoraflowError(f"`{form.param}` cannot be held to: {found}. Ask for another form.")
         return found
@@ -167,10 +193,10 @@ class Grammars:
     def _build(self, form: Form) -> Grammar | str:
         with self._one_at_a_time:
             key = (form.kind, form.content)
-            if key in self._kept:
-                return self._kept[key]
+            found = self._kept.get(key)
+            if found is not None:
+                return found
             trial = self._started(form)
-            found: Grammar | str
             try:
                 trial.check(*key)
                 found = Grammar(build(self._reading, *key), self._threads)
@@ -179,9 +205,7 @@ class Grammars:
                 return str(error)
             except LoraflowError as error:
                 found = str(error)
-            self._kept[key] = found
-            while sum(map(_bytes_of, self._kept)) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
+            self._kept.store(key, found)
             return found
 
     def _started(self, form: Form) -> Trial:

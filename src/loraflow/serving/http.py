@@ -31,7 +31,8 @@ def http_config(app: FastAPI, config: ServerConfig, **options: Any) -> uvicorn.C
         patience_s = config.receive_timeout_s
         inflow = Inflow()
 
-    return uvicorn.Config(app, http=Protocol, h11_max_incomplete_event_size=_MOST_HEADER_BYTES, **options)
+    # Nothing here speaks WebSocket, for which uvicorn would put another protocol, without bounds, in this one's place.
+    return uvicorn.Config(app, http=Protocol, ws="none", h11_max_incomplete_event_size=_MOST_HEADER_BYTES, **options)
 
 
 class PatientProtocol(H11Protocol):
@@ -99,6 +100,10 @@ class PatientProtocol(H11Protocol):
             self._going.cancel()
             self._going = None
         super().resume_writing()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # It is no fault of the server, which would have to install something, and anybody could fill the log with it.
+        pass
 
     def _check_header(self, part: bytes) -> None:
         """Refuse what has too many lines before its body, and break off who asks on and on without waiting."""

@@ -45,19 +45,24 @@ class Inflow:
         return self._connections[address] <= self.most_connections - self._connections.total()
 
     def closed(self, address: Hashable) -> None:
-        """A connection of an address is no more."""
+        """A connection of an address is no more; what came on it counts as long as it would have."""
         self._connections[address] -= 1
         if not self._connections[address]:
             del self._connections[address]
-            self._came.pop(address, None)
+            now = self._seconds()
+            self._came = {one: found for one, found in self._came.items() if _left(*found, now) > 0}
 
     def wait_s(self, address: Hashable, size: int) -> float:
         """How long to take nothing more from an address that has sent so many bytes."""
         now = self._seconds()
-        came, at = self._came.get(address, (0.0, now))
-        came = max(came - (now - at) * _BYTES_PER_S, 0.0) + max(size, _LEAST)
+        came = _left(*self._came.get(address, (0.0, now)), now) + max(size, _LEAST)
         self._came[address] = came, now
         return max(came - _AT_ONCE, 0.0) / _BYTES_PER_S
+
+
+def _left(came: float, at: float, now: float) -> float:
+    """How many of the bytes that had come at a time still count."""
+    return max(came - (now - at) * _BYTES_PER_S, 0.0)
 
 
 class RestingFlow(FlowControl):

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraflow.serving.keys import ADMIN_PATHS, given_key
+from loraflow.serving.metrics import Metrics
 from loraflow.serving.protocol import ApiError
 from loraflow.serving.reading import Reader
 from loraflow.serving.service import Service
@@ -34,8 +35,9 @@ Take = Callable[[Reading, Scope, Receive, Send], Awaitable[None]]
 class Entrance:
     """Takes requests in one by one: when their client has rested, and in its turn."""
 
-    def __init__(self, reader: Reader, refuse: Callable[[ApiError], ASGIApp]) -> None:
+    def __init__(self, reader: Reader, metrics: Metrics, refuse: Callable[[ApiError], ASGIApp]) -> None:
         self._reader = reader
+        self._metrics = metrics
         self._refuse = refuse
 
     async def answer_shortly(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,6 +70,7 @@ class Entrance:
             try:
                 await pace.rested(client)
             except ApiError as error:
+                self._metrics.refused_at_rest.inc()
                 await self._refuse(error)(scope, receive, send)
                 return
             try:
@@ -93,7 +96,7 @@ class Intake:
         # Elsewhere what has begun is finished: adapters that come in half, say, would be in nobody's hands.
         self._paths = paths
         self._refuse = refuse
-        self._entrance = Entrance(service.reader, refuse)
+        self._entrance = Entrance(service.reader, service.metrics, refuse)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take one request in, and have it answered."""

@@ -65,6 +65,8 @@ class Metrics:
             "vllm:admission_rejections", "Requests refused with 429", ["model_name", "reason"], registry=registry
         )
         self.refused = rejections.labels(model_name, "max_num_queued_reqs")
+        # A reason that vLLM does not have.
+        self.refused_at_rest = rejections.labels(model_name, "too_many_refused")
         success = Counter("vllm:request_success", "Answers", [*names, "finished_reason"], registry=registry)
         self.answers = {reason: success.labels(**self._labels, finished_reason=reason) for reason in REASONS}
         tables = _SECONDS | {name: (text, _one_two_five(longest)) for name, text in _TOKENS.items()}

@@ -61,7 +61,10 @@ class FusionChoice(_Body):
     @classmethod
     def _are_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         # They are sent back with the answer. Python's parser takes NaN and Infinity.
-        json.dumps(value, allow_nan=False)
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"the options are no JSON ({error}). Give finite numbers.") from error
         return value
 
 
@@ -117,7 +120,10 @@ class StructuredOutputs(_Body):
     def _is_one(self) -> Self:
         given = [self.json_ is not None, bool(self.json_object), self.regex is not None, self.choice is not None]
         if sum(given) != 1:
-            raise ValueError("exactly one of `json`, `json_object`, `regex` and `choice` must be given")
+            raise ValueError(
+                f"{sum(given)} of `json`, `json_object`, `regex` and `choice` are given, and exactly one must be. "
+                "Give one."
+            )
         return self
 
     def form(self) -> Form:
@@ -176,9 +182,10 @@ class Generation(NoOps, _Body):
                 rest = {name: "" if name in texts else one for name, one in value.items()}
             json.dumps(rest, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("half of a surrogate pair is no text") from error
+            character = error.object[error.start]
+            raise ValueError(f"{character!a} is half of a surrogate pair, and no text. Leave it out.") from error
         except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
+            raise ValueError("it is nested too deeply to be read. Nest it less.") from error
         return value
 
     @model_validator(mode="after")
@@ -191,9 +198,13 @@ class Generation(NoOps, _Body):
     @classmethod
     def _no_empty_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and "" in ([value] if isinstance(value, str) else value):
-            raise ValueError("a stop string must not be empty")
+            raise ValueError("a stop string is empty. Leave it out.")
         if isinstance(value, list) and sum(map(len, value)) > _STOP_CHARACTERS:
-            raise ValueError(f"the stop strings must have at most {_STOP_CHARACTERS} characters together")
+            count = sum(map(len, value))
+            raise ValueError(
+                f"the stop strings have {count} characters, and may have at most {_STOP_CHARACTERS} together. Send "
+                "less."
+            )
         return value
 
     def form(self) -> Form | None:

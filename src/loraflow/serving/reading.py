@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraflow.serving.pace import Pace
 from loraflow.serving.protocol import ApiError
-from loraflow.serving.turns import Turns, current_client, end_reading, let_others_go_first
+from loraflow.serving.turns import Turns, current_client, end_reading, let_others_go_first, work_in
 
 Read = TypeVar("Read")
 
@@ -47,22 +46,11 @@ class Reader:
 
     async def do(self, work: Callable[..., Read], *args: Any) -> Read:
         """Do some of the work of reading a request."""
-        return await self._work(self._thread, work, *args)
+        return await work_in(self._thread, work, *args)
 
     async def do_apart(self, work: Callable[..., Read], *args: Any) -> Read:
         """Do some that needs neither tokenizers nor the catalog."""
-        return await self._work(None, work, *args)
-
-    async def _work(self, threads: concurrent.futures.Executor | None, work: Callable[..., Read], *args: Any) -> Read:
-        doing = asyncio.get_running_loop().run_in_executor(threads, work, *args)
-        try:
-            return await asyncio.shield(doing)
-        except asyncio.CancelledError:
-            # Who has gone has its turn as long as its work goes on.
-            await asyncio.wait({doing})
-            # Nobody asks any more what was wrong.
-            _ = doing.cancelled() or doing.exception()
-            raise
+        return await work_in(None, work, *args)
 
     async def weigh(self, work: Callable[..., Read], *args: Any) -> Read:
         """Do some of the work of weighing prompts, which is passes of the model, or long arithmetic.
@@ -71,7 +59,7 @@ class Reader:
         """
         await end_reading()
         async with self._weighing.turn(current_client()):
-            return await asyncio.to_thread(work, *args)
+            return await work_in(None, work, *args)
 
     async def ids(self, text: str) -> list[int]:
         """A text's tokens, in no chat format.

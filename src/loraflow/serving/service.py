@@ -94,7 +94,7 @@ class Service:
         endpoint = self.config.otlp_traces_endpoint
         self.tracing = Tracing.to(endpoint) if tracing is None and endpoint is not None else tracing
         text_of = self.tokenizer.decode if self.config.log_prompts else None
-        self.accounts = Accounts(self.metrics, self.tracing, text_of)
+        self.accounts = Accounts(self.metrics, self.tracing, lambda: catalog.served, text_of)
 
     def start(self) -> None:
         """Start the engine."""

@@ -116,6 +116,28 @@ def read_through(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tupl
     return "".join([*pieces, stream.finish()]), starts
 
 
+def show_prompt(tokenizer: PreTrainedTokenizerBase, given: str | None, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """A prompt as it is shown, and where each of its tokens begins in that.
+
+    Where a tokenizer changes texts (lower case, say), the decoded text is another one; it is shown where the tokenizer
+    cannot say where its tokens come from.
+
+    Args:
+        tokenizer: reads texts and tokens.
+        given: the text that the tokens are of; None where they were given themselves.
+        ids: the tokens.
+    """
+    text, starts = read_through(tokenizer, ids)
+    if given is None or text == given or not tokenizer.is_fast:
+        return text, starts
+    starts, after = [], 0
+    for start, end in tokenizer(given, return_offsets_mapping=True)["offset_mapping"]:
+        # Those that a tokenizer adds are nowhere in the text.
+        starts.append(start if end > start else after)
+        after = max(after, end)
+    return given, starts
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many of the last characters of a text are the first of a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
+from typing import TypeVar
+
+Done = TypeVar("Done")
 
 
 class Turns:
@@ -121,3 +125,35 @@ async def end_reading() -> None:
     reading = READING.get()
     if reading is not None:
         await reading.end()
+
+
+@contextlib.contextmanager
+def counted_as_reading() -> Iterator[None]:
+    """Count the seconds of the block as reading of the request in this context, though its turn at that has ended."""
+    reading, started = READING.get(), time.monotonic()
+    try:
+        yield
+    finally:
+        if reading is not None:
+            reading.seconds += time.monotonic() - started
+
+
+async def work_in(threads: concurrent.futures.Executor | None, work: Callable[..., Done], *args: object) -> Done:
+    """Do some work in a thread; who is cancelled goes when it is done, and keeps its turn as long as that.
+
+    Args:
+        threads: where; None for asyncio's own.
+        work: what to do.
+        args: its arguments.
+
+    Raises:
+        CancelledError: if it was cancelled.
+    """
+    doing = asyncio.get_running_loop().run_in_executor(threads, work, *args)
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait({doing})
+        # Nobody asks any more what was wrong.
+        _ = doing.cancelled() or doing.exception()
+        raise

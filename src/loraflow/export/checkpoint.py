@@ -33,7 +33,6 @@ from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example
 from loraflow.export.files import refuse_own_files
-from loraflow.export.folding import Compression
 from loraflow.export.fusion import Folded, fold
 from loraflow.files import staged
 from loraflow.merging import Loss, Merge, loss_from
@@ -80,7 +79,7 @@ class CheckpointReport:
     """What was written.
 
     Attributes:
-        directory: where it is.
+        directory: where it is; None where it was only made for another file, and is gone.
         folded: the adapter that was folded in, and what making it cost.
         dtype: precision of the weights.
         shards: number of files that they are in.
@@ -92,7 +91,7 @@ class CheckpointReport:
             (`do_sample`), which transformers refuses to write; they are left out.
     """
 
-    directory: Path
+    directory: Path | None
     folded: Folded
     dtype: torch.dtype
     shards: int
@@ -366,7 +365,7 @@ def _card(model: Fusion, report: CheckpointReport, merge: Merge | None) -> str:
             f"Its weights are the means of that method's on {cost.examples} examples. Loss per response token there: "
             f"{cost.dynamic_loss:.4f} with the fusion, {cost.exported_loss:.4f} with the means. {summary}"
         )
-    loss: Loss | Compression | None = report.folded.from_sum or report.folded.compression
+    loss: Loss | None = report.folded.from_sum or report.folded.compression
     if loss is not None:
         summary += f" Before that, they were {loss.error:.2g} away from the adapters' own, relative to these."
     if report.prompt is not None:

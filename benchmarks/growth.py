@@ -5,7 +5,8 @@
     python benchmarks/growth.py --ways                # the three ways of `core/picks.py`, and which one is taken
 
 Every contender answers in every round, in turn, and what counts is the median over the rounds of a ratio within one
-round. Times are the process's own (`time.process_time`), so that what else the machine does counts for less. A ceiling
+round. On CPUs, times are the process's own (`time.process_time`), so that what else the machine does counts for less;
+elsewhere they are the clock's, once the device has done what it was given. A ceiling
 is what the bytes of the matrices allow: those of the base and of two adapters, as a share of what a step reads.
 """
 
@@ -19,6 +20,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,30 +135,41 @@ def report(few: FusedModel, many: FusedModel, base_bytes: int, adapter_bytes: in
 def decode(model: FusedModel, methods: Sequence[object], args: argparse.Namespace) -> float:
     """Seconds of greedy decoding, prompt excluded."""
     prompt = torch.randint(3, args.vocab, (len(methods), 16), device=args.device)
+    device = torch.device(args.device)
     times = []
     for new_tokens in (1, 1 + args.new_tokens):
         length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-        start = time.process_time()
+        start = clock_s(device)
         model.generate(prompt, attention_mask=torch.ones_like(prompt), methods=list(methods), **length)
-        times.append(time.process_time() - start)
+        times.append(clock_s(device) - start)
     return times[1] - times[0]
+
+
+def clock_s(device: torch.device) -> float:
+    """The time: the process's own on CPUs, and elsewhere the clock's, after all that the device was given is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def report_ways(args: argparse.Namespace) -> None:
     """Times of the ways to what few adapters at each position add to one linear, as shares of that of all adapters."""
-    width, rank = args.hidden, args.rank
+    width, rank, device = args.hidden, args.rank, torch.device(args.device)
+    kind: dict[str, Any] = {"device": device, "dtype": getattr(torch, args.dtype)}
     # More than a cache holds, as the linears of a model are.
     copies = range(24)
     print("\nrows, adapters, of which each row uses; time of gathered and of grouped to that of all, and what is taken")
     for rows, adapters, most in ((1, 4, 3), (1, 64, 3), (8, 2, 2), (8, 16, 2), (8, 64, 2), (64, 64, 2), (256, 64, 2)):
-        A, B = ([torch.randn(adapters, rank, width) for _ in copies] for _ in range(2))
-        x, output, weights = torch.randn(rows, width), torch.zeros(rows, width), torch.zeros(rows, adapters)
+        A, B = ([torch.randn(adapters, rank, width, **kind) for _ in copies] for _ in range(2))
+        x, output = torch.randn(rows, width, **kind), torch.zeros(rows, width, **kind)
+        weights = torch.zeros(rows, adapters, **kind)
         for row in weights:
             row[torch.randperm(adapters)[:most]] = 1e-3
 
         def run(way: Way, *tensors: object) -> float:
             x, output, weights, A, B, most = tensors
-            start = time.process_time()
+            start = clock_s(device)
             for lora_A, lora_B in zip(A, B, strict=True):
                 if way == "all":
                     slots = F.linear(x, lora_A.flatten(0, 1)) * weights.repeat_interleave(lora_A.shape[1], dim=1)
@@ -164,7 +177,7 @@ def report_ways(args: argparse.Namespace) -> None:
                 else:
                     picks = Picks.of(weights, most, 1, way)
                     picks.write(picks.read(x, lora_A, None), lora_B, output)
-            return time.process_time() - start
+            return clock_s(device) - start
 
         ways: tuple[Way, ...] = ("all", "gathered", "grouped")
         tensors = (x, output, weights, A, B, most)
@@ -172,7 +185,7 @@ def report_ways(args: argparse.Namespace) -> None:
         ratios = [
             statistics.median(t / r for r, t in zip(seconds["all"], seconds[way], strict=True)) for way in ways[1:]
         ]
-        sizes = Sizes(rows, 1, adapters, most, width, (rank,), (width,), itemsize=4)
+        sizes = Sizes(rows, 1, adapters, most, width, (rank,), (width,), x.element_size(), device.type)
         print(f"  {rows:4} {adapters:4} {most:2}   {ratios[0]:6.2f} {ratios[1]:6.2f}   {cheapest(sizes)}")
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow import __version__, training
-from loraflow.adapters import Adapter, AdapterSource, load_adapter, tensors_digest
+from loraflow.adapters import Adapter, AdapterSource, BankEntry, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, BaseRecord, Manner, base_record, check_base, choose, with_tokens
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
@@ -50,7 +50,7 @@ class FusedModel(Fusion):
     def from_adapters(
         cls,
         base: str | Path | PreTrainedModel,
-        adapters: Mapping[str, str | Path | AdapterSource | Adapter],
+        adapters: Mapping[str, str | Path | AdapterSource | Adapter | BankEntry],
         method: str | Method = "lora-flow",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -63,7 +63,8 @@ class FusedModel(Fusion):
         Args:
             base: Hub id, path, or a loaded transformers model (which is changed in place until `unload`).
             adapters: where each adapter is, by the name it gets; their order is that of the fusion weights. A
-                directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`.
+                directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`; or an
+                `AdapterBank`, all of whose adapters come in.
             method: a method's name, an adapter's name (that one alone), or a method object.
             tokenizer: by default the base's, where `base` is an id or path.
             prompt: how questions become prompts; by default by the chat template that adapters bring, if all that bring
@@ -97,7 +98,7 @@ class FusedModel(Fusion):
         path: str | Path,
         *,
         base: str | Path | PreTrainedModel | None = None,
-        adapters: Mapping[str, str | Path | AdapterSource | Adapter] | None = None,
+        adapters: Mapping[str, str | Path | AdapterSource | Adapter | BankEntry] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
         stop_strings: Sequence[str] = (),
@@ -334,8 +335,10 @@ def check_adapter_names(names: Sequence[str]) -> None:
             )
 
 
-def _load(name: str, source: str | Path | AdapterSource | Adapter) -> Adapter:
-    return dataclasses.replace(source, name=name) if isinstance(source, Adapter) else load_adapter(name, source)
+def _load(name: str, source: str | Path | AdapterSource | Adapter | BankEntry) -> Adapter:
+    if isinstance(source, Adapter):
+        return dataclasses.replace(source, name=name)
+    return load_adapter(name, source.source if isinstance(source, BankEntry) else source)
 
 
 def _announce_to_pipelines() -> None:

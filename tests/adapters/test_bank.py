@@ -10,14 +10,19 @@ import types
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError, SafetensorsParsingError
 from safetensors import safe_open
 
-from loraflow import AdapterBank
+from loraflow import AdapterBank, FusedModel
 from loraflow.adapters import bank as bank_module
 from loraflow.adapters import load_adapter
+from loraflow.adapters.folders import names_of
 from loraflow.adapters.index import INDEX_FILE
+from loraflow.adapters.loading import outline_adapter
 from loraflow.errors import AdapterError
 from tests.tiny import edit_config, edit_tensors, save_adapter, tiny_model
+
+HTTP_ERROR = HfHubHTTPError.__bases__[0]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,7 @@ def test_sources_are_named_by_their_last_parts_or_as_the_user_says(folder):
     assert list(AdapterBank([folder / "zh", str(folder / "math")])) == ["zh", "math"]
     shutil.copytree(folder / "zh", folder / "law" / "zh")
     assert list(AdapterBank([folder / "zh", folder / "law" / "zh"])) == ["adapters.zh", "law.zh"]
+    assert list(names_of(["u/zh", "v/zh", "v/math", "w/v/zh"])) == ["u.zh", "v.zh", "math", "w.v.zh"]
     assert list(AdapterBank({"b": folder / "zh", "a": folder / "math"})) == ["b", "a"]
 
 
@@ -90,7 +96,7 @@ def test_sources_are_named_by_their_last_parts_or_as_the_user_says(folder):
         (lambda folder: folder / "zh", r"zh is one adapter\. Give the folder that it is in: .*adapters\."),
         (lambda folder: folder / "logs", r"logs has no adapter in it, 3 levels deep\. Give a folder whose subfolders"),
         (lambda folder: [], r"No adapters were given\. Give at least one\."),
-        (lambda folder: {}, r"None of the 0 adapters can be used\."),
+        (lambda folder: {}, r"No adapters were given\. Give at least one\."),
         (lambda folder: [folder / "zh"] * 2, r"zh' is given twice\. Give each adapter once, or name them\."),
     ],
 )
@@ -105,9 +111,17 @@ def test_two_folders_of_one_name_are_refused(folder):
         AdapterBank(folder)
 
 
-def test_the_bytes_that_are_held_are_at_least_one(folder):
-    with pytest.raises(AdapterError, match=r"`host_bytes` \(=0\) must be at least 1\."):
-        AdapterBank(folder, host_bytes=0)
+@pytest.mark.parametrize("host_bytes", [0, True, 4e9, "4GB"])
+def test_the_bytes_that_are_held_are_a_number(folder, host_bytes):
+    message = rf"`host_bytes` \(={re.escape(repr(host_bytes))}\) must be a whole number of bytes, at least 1\."
+    with pytest.raises(AdapterError, match=message):
+        AdapterBank(folder, host_bytes=host_bytes)
+
+
+def test_none_that_can_be_used_are_no_bank(folder):
+    edit_config(folder / "zh", r=5)
+    with pytest.raises(AdapterError, match=r"None of the 1 adapters can be used\. .*says rank 5.* Mend at least one\."):
+        AdapterBank([folder / "zh"], leave_out_broken=True)
 
 
 def break_header(folder):
@@ -196,6 +210,42 @@ def test_a_collection_of_the_hub_is_its_models(folder, monkeypatch):
     ]
     monkeypatch.setattr("huggingface_hub.get_collection", lambda slug: types.SimpleNamespace(items=items))
     assert list(AdapterBank.from_collection("user/title-0123")) == ["zh"]
+
+
+def test_a_collection_that_cannot_be_read_is_named(folder, monkeypatch):
+    def failing(slug):
+        raise HTTP_ERROR("cut")
+
+    monkeypatch.setattr("huggingface_hub.get_collection", failing)
+    with pytest.raises(AdapterError, match=r"The collection 'user/a' on .* cannot be read: cut\. Check"):
+        AdapterBank.from_collection("user/a")
+    items = [types.SimpleNamespace(item_id="user/data", item_type="dataset")]
+    monkeypatch.setattr("huggingface_hub.get_collection", lambda slug: types.SimpleNamespace(items=items))
+    with pytest.raises(AdapterError, match=r"'user/a' .* has no models in it\. Give one that has"):
+        AdapterBank.from_collection("user/a")
+    items += [types.SimpleNamespace(item_id=str(folder / name), item_type="model") for name in ("zh", "math")]
+    edit_config(folder / "zh", r=5)
+    assert list(AdapterBank.from_collection("user/a", leave_out_broken=True).left_out) == ["zh"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SafetensorsParsingError("no header"), r"of 'user/repo' .* is no readable safetensors file \(no header\)"),
+        (HTTP_ERROR("cut"), r"'user/repo' on the Hugging Face Hub cannot be read: cut"),
+    ],
+)
+def test_one_broken_repository_does_not_stop_a_bank(folder, monkeypatch, error, message):
+    def header(*args, **options):
+        raise error
+
+    monkeypatch.setattr(
+        "loraflow.adapters.files.hf_hub_download", lambda repo, file, **options: str(folder / "zh" / file)
+    )
+    monkeypatch.setattr("loraflow.adapters.files.HfApi.parse_safetensors_file_metadata", header)
+    bank = AdapterBank({"math": folder / "math", "zh": "user/repo"}, leave_out_broken=True)
+    assert list(bank) == ["math"]
+    assert re.search(message, bank.left_out["zh"])
 
 
 # ---- The index -----------------------------------------------------------------------------------------------------
@@ -297,6 +347,55 @@ def test_adapters_come_and_go(folder):
     for action in (bank.load, bank.remove, bank.replace):
         with pytest.raises(AdapterError, match=r"The bank has no adapter 'zhh'\. Known: 'zh'\. Did you mean 'zh'\?"):
             action("zhh")
+
+
+def test_files_that_are_written_while_a_header_is_read_are_refused(folder, monkeypatch):
+    def outlined(name, source):
+        outline = outline_adapter(name, source)
+        edit_tensors(folder / "zh", lambda ts: ts.update({key: 2 * tensor for key, tensor in ts.items()}))
+        return outline
+
+    monkeypatch.setattr(bank_module, "outline_adapter", outlined)
+    with pytest.raises(AdapterError, match=r"'zh': the files in .*zh were written while the bank read them\. Take"):
+        AdapterBank([folder / "zh"])
+
+
+def test_nothing_waits_for_an_adapter_that_is_gone(folder):
+    bank = AdapterBank(folder)
+    old = bank["zh"]
+    bank.replace("zh", folder / "math")
+    bank.load("zh", old)
+    bank.load("zh")
+    assert bank._reading.keys() == {bank["zh"].version}
+
+
+def test_what_is_held_is_counted_as_it_comes_and_goes(folder, monkeypatch):
+    bank = AdapterBank(folder)
+    for name in bank:
+        bank.load(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(bank_module, "_tensors", lambda module: pytest.fail("all tensors were walked"))
+        assert bank.held_bytes == sum(entry.size_bytes for entry in bank.values())
+    bank.remove("zh")
+    assert bank.held_bytes == sum(entry.size_bytes for entry in bank.values())
+
+
+def test_weights_first_read_in_inference_mode_can_be_trained(folder):
+    bank = AdapterBank(folder)
+    with torch.inference_mode():
+        adapter = bank.load("zh")
+    assert not any(m.lora_A.is_inference() or m.lora_B.is_inference() for m in adapter.modules.values())
+
+
+def test_a_bank_is_a_mapping_of_adapters_to_fuse(folder, tmp_path):
+    bank, base = AdapterBank(folder), tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    model = FusedModel.from_adapters(tmp_path / "base", bank, "average")
+    assert model.adapter_names == list(bank)
+    assert [adapter.digest for adapter in model.adapters] == [bank.load(name).digest for name in bank]
+    model.save_pretrained(tmp_path / "fusion")
+    again = FusedModel.from_pretrained(tmp_path / "fusion", adapters=bank)
+    assert [adapter.digest for adapter in again.adapters] == [adapter.digest for adapter in model.adapters]
 
 
 def test_threads_read_an_adapter_once(folder, monkeypatch):

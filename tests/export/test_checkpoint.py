@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraflow import BaseOptions, FusedModel, LoraFlow, PromptFormat
+from loraflow.cli.export import describe_checkpoint
 from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError, MethodError
-from loraflow.export import export_merged
+from loraflow.export import checkpoint, export_merged
 from loraflow.merging import make_merge, merge_adapters
 from tests.tiny import CHATML, chat_tokenizer, random_adapter, random_ids, relative_error, save_adapter, tiny_model
 
@@ -149,15 +150,64 @@ def test_what_is_there_is_kept(tmp_path):
     export_merged(model, out, max_shard_size="20KB")
     with pytest.raises(LoraflowError, match=r"holds a checkpoint already.*`overwrite=True`"):
         export_merged(model, out)
-    (out / "notes.txt").write_text("x")
     other = fused(method="zh")
     report = export_merged(other, out, overwrite=True)
     assert report.shards == 1
     assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
-    assert (out / "notes.txt").read_text() == "x"
     with torch.no_grad():
         assert relative_error(load(out)(random_ids()).logits, other(random_ids()).logits) < 1e-12
     assert {path.name for path in tmp_path.iterdir()} == {"file", "out"}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "fusion.safetensors", "adapter_config.json", "README.md"])
+def test_what_is_no_checkpoints_keeps_a_directory(tmp_path, name):
+    model, out = fused(), tmp_path / "out"
+    export_merged(model, out)
+    (out / name).write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(LoraflowError, match=rf"holds '{name}' \(1 such\), which is no part of a checkpoint.*Move that"):
+        export_merged(model, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_replaced_checkpoint_leaves_nothing_behind(tmp_path):
+    model, out = fused(), tmp_path / "out"
+    new = export_merged(model, tmp_path / "new").directory
+    export_merged(model, out)
+    for old in ("chat_template.jinja", "tokenizer.json", "vocab.json", "pytorch_model.bin", "added_tokens.json"):
+        (out / old).write_text("{}")
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "tool.jinja").write_text("x")
+    export_merged(model, out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {path.name for path in new.iterdir()}
+
+
+def test_settings_of_sampling_that_does_not_happen_are_left_out_and_named(tmp_path, monkeypatch):
+    model = fused()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    report = export_merged(model, tmp_path / "out")
+    assert report.unsampled == ("temperature",)
+    assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert model.generation_config.temperature == 0.6
+    assert any("has temperature: left out" in line for line in describe_checkpoint(report))
+    # What transformers would refuse at the end is refused before anything is computed.
+    model.generation_config.max_new_tokens = -1
+    monkeypatch.setattr(checkpoint, "fold", lambda *args, **options: pytest.fail("it was folded"))
+    with pytest.raises(
+        LoraflowError, match=r"generation configuration cannot be written .*`max_new_tokens`.* Correct it"
+    ):
+        export_merged(model, tmp_path / "other")
+
+
+def test_the_card_says_that_weights_are_means(tmp_path):
+    tokenizer = chat_tokenizer()
+    base = tiny_model(vocab_size=len(tokenizer))
+    adapters = {name: random_adapter(base, name, seed=i) for i, name in enumerate(("zh", "math"))}
+    model = FusedModel.from_adapters(base, adapters, LoraFlow(), tokenizer=tokenizer)
+    report = export_merged(model, tmp_path / "out", mean_weights_on=[{"prompt": "1", "completion": "2"}])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Its weights are the means of that method's on 1 examples. Loss per response token there" in card
+    assert f"{report.folded.cost.exported_loss:.4f} with the means. Rounding" in card
 
 
 def test_the_base_and_the_adapters_are_never_written_to(tmp_path):
@@ -189,7 +239,7 @@ def test_a_base_that_is_not_all_there_is_refused(tmp_path):
     model = fused()
     head = model.base_model.lm_head
     head.weight = torch.nn.Parameter(head.weight.to("meta"))
-    with pytest.raises(LoraflowError, match=r"'lm_head\.weight' of the base is kept away .* `device='cpu'`"):
+    with pytest.raises(LoraflowError, match=r"'lm_head\.weight' of the base is kept away .* \(`device='cpu'`"):
         export_merged(model, tmp_path / "out")
     head.register_parameter("weight", None)
     with pytest.raises(

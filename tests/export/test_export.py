@@ -243,7 +243,7 @@ def test_rank_and_its_error(adapters, tmp_path, names):
     full = export_peft(model, tmp_path / "full", dtype=DOUBLE)
     same = check_export(model, double(), tmp_path / "same", rank=full.rank)
     assert same.compression is not None
-    assert same.compression == Compression(full.rank, 0.0, same.compression.worst_module, 0.0)
+    assert same.compression == Compression(0.0, same.compression.worst_module, 0.0, full.rank)
 
     report = export_peft(model, tmp_path / "small", rank=2, dtype=DOUBLE)
     assert report.rank == 2

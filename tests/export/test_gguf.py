@@ -122,6 +122,8 @@ def test_precisions_and_merges(tmp_path):
         assert list(tensor.shape) == list(exact[tensor.name].shape)
     half = export_gguf(model, tmp_path / "half.gguf", dtype=torch.float16)
     assert {tensor.data.dtype for tensor in GGUFReader(half.file).tensors} == {np.dtype(np.float16)}
+    with pytest.raises(LoraflowError, match=r"`dtype` \(=torch\.float64\) must be one of torch\.float32, torch"):
+        export_gguf(model, tmp_path / "double.gguf", dtype=torch.float64)
 
 
 def test_what_gguf_does_not_know_is_refused(tmp_path, monkeypatch):
@@ -181,6 +183,7 @@ def test_a_whole_model_is_made_by_llama_cpps_converter(tmp_path):
     assert "model.safetensors" in said
     assert '"arguments": ["--outtype", "f32"]' in said
     assert report.checkpoint is not None
+    assert report.checkpoint.directory is None
     assert report.checkpoint.rounding.error < 1e-6
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such model')")
     with pytest.raises(LoraflowError, match=r"failed on the checkpoint \(status 1\); its last words: no such model"):

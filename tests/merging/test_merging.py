@@ -17,7 +17,7 @@ from peft import PeftModel
 from loraflow import FusedModel
 from loraflow.adapters import LoraModule, load_adapter, match_adapter
 from loraflow.errors import AdapterError, MethodError
-from loraflow.merging import MERGES, Lego, make_merge, merge_adapters
+from loraflow.merging import MERGES, Lego, knots, make_merge, merge_adapters
 from loraflow.merging.lego import k_means
 from tests.tiny import random_adapter, random_ids, relative_error, save_adapter, tiny_model
 
@@ -380,8 +380,10 @@ def test_what_cannot_be_merged_is_refused(base, unlike):
         dataclasses.replace(a, modules={n: dataclasses.replace(m, lora_B=0 * m.lora_B) for n, m in a.modules.items()})
         for a in unlike
     ]
-    for name in ("knots-ties", "core-sum"):
-        refuse(flat, "Take the merge 'sum'.", name)
+    for name in ("knots-ties", "knots-dare-ties", "core-sum", "core-iso-c", "sum"):
+        refuse(flat, "leaves nothing of the adapters ['zh', 'math', 'code']: every merged update is zero. Keep", name)
+    for name in ("knots-ties", "core-ties"):
+        refuse(unlike, "density=1e-09", name, density=1e-9)
     more = {"rank": 0}
     refuse(unlike, "`rank` (=0) must be at least 1.")
     more = {"dtype": torch.float16}
@@ -393,3 +395,44 @@ def test_weight_zero_leaves_an_adapter_out(unlike):
     assert merged.names == ("zh", "math")
     assert not any("down_proj" in place for place in merged.adapter.modules)
     assert merged.adapter.ranks == tuple(sorted({*itertools.accumulate((2, 1)), 5}))
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_linear_whose_updates_are_all_zero_stays_as_it_is(unlike, name):
+    """It brings a zero of rank 1, and the others are merged as if it were not there."""
+    place = "model.layers.0.self_attn.q_proj"
+
+    def flattened(adapter):
+        module = adapter.modules.get(place)
+        changed = {} if module is None else {place: dataclasses.replace(module, lora_B=0 * module.lora_B)}
+        return dataclasses.replace(adapter, modules={**adapter.modules, **changed})
+
+    def without(adapter):
+        return dataclasses.replace(adapter, modules={n: m for n, m in adapter.modules.items() if n != place})
+
+    # Draws at random go on from linear to linear: the zero one takes none of them.
+    merge = make_merge(name, OPTIONS.get(name, {}))
+    merged = merge_adapters([flattened(adapter) for adapter in unlike], merge, dtype=DOUBLE).adapter.modules
+    expected = merge_adapters([without(adapter) for adapter in unlike], merge, dtype=DOUBLE).adapter.modules
+    assert not dense(merged[place]).any()
+    if name != "sum":
+        assert merged[place].rank == 1
+    assert merged.keys() == {place, *expected}
+    for other, module in expected.items():
+        assert torch.equal(dense(merged[other]), dense(module))
+
+
+@pytest.mark.parametrize("name", ["knots-ties", "knots-dare-ties"])
+def test_knots_that_keeps_all_has_one_linear_in_memory(unlike, monkeypatch, name):
+    sizes = []
+    in_shared_basis = knots.in_shared_basis
+    merge = make_merge(name, {"density": 1})
+    together = type(merge).together
+    monkeypatch.setattr(knots, "in_shared_basis", lambda updates: (sizes.append("in"), in_shared_basis(updates))[1])
+    monkeypatch.setattr(type(merge), "together", lambda self, vs: (sizes.append("out"), together(self, vs))[1])
+    merged = merge_adapters(unlike, merge, dtype=DOUBLE).adapter
+    assert sizes == ["in", "out"] * len(merged.modules)
+    if name == "knots-ties":
+        by_hand = knots_by_hand(dense_updates(unlike, [1, 1, 1], bias=False), lambda v: ties_by_hand(v, 1.0))
+        for place, expected in by_hand.items():
+            assert relative_error(dense(merged.modules[place]), 0.5 * expected) < 1e-10

@@ -16,7 +16,7 @@ from loraflow.errors import DataError, LoraflowError, MethodError
 from loraflow.evaluation.sandbox import ExecutionResult
 from loraflow.evaluation.scoring import get_scorer
 from loraflow.training import fit, mean_loss, search
-from loraflow.training.checkpoints import COMPLETE, complete_checkpoints
+from loraflow.training.checkpoints import COMPLETE, check_same, complete_checkpoints
 from loraflow.training.data import prepare
 from loraflow.training.learners import LEARNERS
 from loraflow.training.learners.gradient import Gradient
@@ -245,6 +245,11 @@ def test_resuming_another_run_is_refused(make_model, tmp_path, console):
     }.items():
         with pytest.raises(LoraflowError, match=rf"its run had another {changed}\. Give the same"):
             fit(make_model(), **arguments, checkpoints=tmp_path / "run", resume=True, console=console)
+
+
+def test_a_setting_that_one_run_lacks_differs_from_none(tmp_path):
+    with pytest.raises(LoraflowError, match=r"its run had another `seed` \(nothing then, null now\)\. Give the same"):
+        check_same({"config": {}}, {"config": {"seed": None}}, tmp_path, "run")
 
 
 def test_search_keeps_the_best_and_resumes(make_model, tmp_path, console):

@@ -10,9 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loraflow.adapters.base import Adapter, AdapterSource, LoraModule
+from loraflow.adapters.files import models_of_collection
 from loraflow.adapters.folders import find_adapters, names_of
 from loraflow.adapters.index import INDEX_FILE, IndexEntry, Signature, read_index, signature_of, write_index
 from loraflow.adapters.loading import load_adapter, outline_adapter
@@ -55,7 +57,7 @@ class AdapterBank(Mapping[str, BankEntry]):
     Args:
         adapters: a folder with adapters in it (at most three levels deep), named by their folders; a list of sources,
             named by their last parts; or sources by name.
-        host_bytes: how many bytes of weights are kept, beside those that somebody holds.
+        host_bytes: how many bytes of weights are kept, beside those that somebody holds; a whole number.
         leave_out_broken: leave adapters out that cannot be read, and say so in `left_out`.
 
     Attributes:
@@ -63,7 +65,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         left_out: why adapters were left out, by name, where the user asked for that.
 
     Raises:
-        AdapterError: if there are none, or some cannot be read; the message names them.
+        AdapterError: if there are none, some cannot be read (the message names them), or the bytes are no number.
     """
 
     host_bytes: int
@@ -76,14 +78,15 @@ class AdapterBank(Mapping[str, BankEntry]):
         host_bytes: int = DEFAULT_HOST_BYTES,
         leave_out_broken: bool = False,
     ) -> None:
-        if host_bytes < 1:
-            raise AdapterError(f"`host_bytes` (={host_bytes}) must be at least 1.")
+        if isinstance(host_bytes, bool) or not isinstance(host_bytes, int) or host_bytes < 1:
+            raise AdapterError(f"`host_bytes` (={host_bytes!r}) must be a whole number of bytes, at least 1.")
         self.host_bytes = host_bytes
         self._lock = threading.RLock()
         self._versions = count(1)
         self._entries: dict[str, BankEntry] = {}
         self._reading: dict[int, threading.Lock] = {}
         self._held: OrderedDict[int, Adapter] = OrderedDict()
+        self._held_bytes = 0
         self._folder: Path | None = None
         if isinstance(adapters, str | Path):
             self._folder = Path(adapters).expanduser().resolve()
@@ -93,12 +96,20 @@ class AdapterBank(Mapping[str, BankEntry]):
         self.left_out = self._open(adapters, leave_out_broken=leave_out_broken)
 
     @classmethod
-    def from_collection(cls, slug: str, *, host_bytes: int = DEFAULT_HOST_BYTES) -> AdapterBank:
-        """Open the adapters of a collection on the Hugging Face Hub (`user/title-0123456789abcdef`)."""
-        from huggingface_hub import get_collection
+    def from_collection(
+        cls, slug: str, *, host_bytes: int = DEFAULT_HOST_BYTES, leave_out_broken: bool = False
+    ) -> AdapterBank:
+        """Open the adapters of a collection on the Hugging Face Hub (`user/title-0123456789abcdef`).
 
-        models = [item.item_id for item in get_collection(slug).items if item.item_type == "model"]
-        return cls(models, host_bytes=host_bytes)
+        Args:
+            slug: its name there.
+            host_bytes: how many bytes of weights are kept.
+            leave_out_broken: leave models out that cannot be read as adapters, and say so in `left_out`.
+
+        Raises:
+            AdapterError: if the collection cannot be read or has no models, or as for a bank of those.
+        """
+        return cls(models_of_collection(slug), host_bytes=host_bytes, leave_out_broken=leave_out_broken)
 
     def __getitem__(self, name: str) -> BankEntry:
         """What is known of an adapter.
@@ -121,7 +132,7 @@ class AdapterBank(Mapping[str, BankEntry]):
     def held_bytes(self) -> int:
         """Bytes of weights that are kept now."""
         with self._lock:
-            return sum(_size_bytes(adapter) for adapter in self._held.values())
+            return self._held_bytes
 
     def load(self, name: str, entry: BankEntry | None = None) -> Adapter:
         """An adapter with its weights, from memory or else from its files.
@@ -137,18 +148,24 @@ class AdapterBank(Mapping[str, BankEntry]):
         with self._lock:
             entry = entry or self._entry(name)
             reading = self._reading.setdefault(entry.version, threading.Lock())
-        # Others are served meanwhile; who wants the same waits for it.
-        with reading:
+        try:
+            # Others are served meanwhile; who wants the same waits for it.
+            with reading:
+                with self._lock:
+                    held = self._held.get(entry.version)
+                    if held is not None:
+                        self._held.move_to_end(entry.version)
+                        return held
+                    entry = self._known(entry)
+                adapter = _read(entry)
+                with self._lock:
+                    self._remember(entry, adapter)
+            return adapter
+        finally:
+            # One that was replaced or removed is remembered nowhere, and neither is who waits for it.
             with self._lock:
-                held = self._held.get(entry.version)
-                if held is not None:
-                    self._held.move_to_end(entry.version)
-                    return held
-                entry = self._known(entry)
-            adapter = _read(entry)
-            with self._lock:
-                self._remember(entry, adapter)
-        return adapter
+                if not self._is_present(entry):
+                    self._reading.pop(entry.version, None)
 
     def add(self, name: str, source: str | Path | AdapterSource) -> BankEntry:
         """Take in another adapter, as the last.
@@ -233,7 +250,11 @@ class AdapterBank(Mapping[str, BankEntry]):
                 f"{more} Mend them, or leave them out with `leave_out_broken=True`."
             )
         if not self._entries:
-            raise AdapterError(f"None of the {len(sources)} adapters can be used. {' '.join(broken.values())}".strip())
+            if not broken:
+                raise AdapterError("No adapters were given. Give at least one.")
+            raise AdapterError(
+                f"None of the {len(sources)} adapters can be used. {' '.join(broken.values())} Mend at least one."
+            )
         return broken
 
     def _indexed(self, name: str, source: str | Path | AdapterSource, known: IndexEntry | None) -> BankEntry | None:
@@ -255,9 +276,20 @@ class AdapterBank(Mapping[str, BankEntry]):
         )
 
     def _outlined(self, name: str, source: str | Path | AdapterSource) -> BankEntry:
-        """An adapter as the headers of its files have it."""
-        outline = outline_adapter(name, source)
+        """An adapter as the headers of its files have it.
+
+        Raises:
+            AdapterError: if it cannot be read, or its files change meanwhile.
+        """
+        resolved = AdapterSource.parse(source)
+        before = signature_of(Path(resolved.path).expanduser()) if resolved.is_local else None
+        outline = outline_adapter(name, resolved)
         signature = signature_of(Path(outline.source.path)) if outline.source.is_local else None
+        if signature != before:
+            raise AdapterError(
+                f"Adapter {name!r}: the files in {outline.source.path} were written while the bank read them. Take "
+                "them in once they are whole."
+            )
         return BankEntry(
             name, next(self._versions), outline.source, _size_bytes(outline), outline.ranks, None, signature
         )
@@ -269,20 +301,29 @@ class AdapterBank(Mapping[str, BankEntry]):
 
     def _known(self, entry: BankEntry) -> BankEntry:
         """An entry as it is now, its digest with it."""
+        return self._entries[entry.name] if self._is_present(entry) else entry
+
+    def _is_present(self, entry: BankEntry) -> bool:
         present = self._entries.get(entry.name)
-        return present if present is not None and present.version == entry.version else entry
+        return present is not None and present.version == entry.version
 
     def _remember(self, entry: BankEntry, adapter: Adapter) -> None:
-        present = self._entries.get(entry.name)
-        if present is None or present.version != entry.version:
+        if not self._is_present(entry):
             return
-        self._entries[entry.name] = replace(present, digest=adapter.digest)
+        self._entries[entry.name] = replace(self._entries[entry.name], digest=adapter.digest)
+        self._drop(entry.version)
         self._held[entry.version] = adapter
-        while len(self._held) > 1 and self.held_bytes > self.host_bytes:
-            self._held.popitem(last=False)
+        self._held_bytes += _size_bytes(adapter)
+        while len(self._held) > 1 and self._held_bytes > self.host_bytes:
+            self._drop(next(iter(self._held)))
+
+    def _drop(self, version: int) -> None:
+        gone = self._held.pop(version, None)
+        if gone is not None:
+            self._held_bytes -= _size_bytes(gone)
 
     def _forget(self, entry: BankEntry) -> None:
-        self._held.pop(entry.version, None)
+        self._drop(entry.version)
         self._reading.pop(entry.version, None)
 
 
@@ -298,7 +339,9 @@ def _read(entry: BankEntry) -> Adapter:
     )
     if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
         raise changed
-    adapter = _copied(load_adapter(entry.name, entry.source, digest=entry.digest))
+    # Tensors that are made in inference mode stay out of autograd for good, and the bank keeps these for whoever comes.
+    with torch.inference_mode(False):
+        adapter = _copied(load_adapter(entry.name, entry.source, digest=entry.digest))
     if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
         raise changed
     return adapter

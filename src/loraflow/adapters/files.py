@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +25,9 @@ from loraflow.adapters.foreign import kind_of_files
 from loraflow.errors import AdapterError
 
 PICKLE_FILE = "adapter_model.bin"
+# What the Hub's own error is of: the HTTP client's, of whichever client huggingface_hub has. A connection that is cut
+# raises it as it is.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def locate_config(name: str, source: AdapterSource) -> tuple[Path, AdapterSource]:
@@ -98,6 +107,27 @@ def read_header(name: str, source: AdapterSource) -> dict[str, Tensor]:
         key: torch.empty(tuple(shape), dtype=str_to_torch_dtype[dtype], device="meta")
         for key, (dtype, shape) in said.items()
     }
+
+
+def models_of_collection(slug: str) -> list[str]:
+    """The ids of the models in a collection on the Hub, in its order.
+
+    Raises:
+        AdapterError: if it cannot be read, or has none.
+    """
+    from huggingface_hub import get_collection
+
+    where = f"The collection {slug!r} on the Hugging Face Hub"
+    try:
+        models = [item.item_id for item in get_collection(slug).items if item.item_type == "model"]
+    except (_HTTP_ERROR, HFValidationError, OSError) as error:
+        raise AdapterError(
+            f"{where} cannot be read: {error}. Check its name (`user/title-0123456789abcdef`), the token and the "
+            "network, or give the adapters themselves."
+        ) from error
+    if not models:
+        raise AdapterError(f"{where} has no models in it. Give one that has, or the adapters themselves.")
+    return models
 
 
 @contextmanager
@@ -180,7 +210,11 @@ def _hub_errors(name: str, where: str, missing: str) -> Iterator[None]:
         ) from error
     except EntryNotFoundError as error:
         raise AdapterError(f"Adapter {name!r}: {missing}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except SafetensorsParsingError as error:
+        raise AdapterError(
+            f"Adapter {name!r}: {WEIGHTS_FILE} of {where} is no readable safetensors file ({error}). Upload it again."
+        ) from error
+    except (_HTTP_ERROR, HFValidationError, OSError) as error:
         raise AdapterError(f"Adapter {name!r}: {where} cannot be read: {error}") from error
 
 

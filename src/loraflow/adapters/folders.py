@@ -40,21 +40,25 @@ def find_adapters(folder: Path) -> dict[str, str]:
 
 
 def names_of(sources: Sequence[str | Path | AdapterSource]) -> dict[str, AdapterSource]:
-    """Sources by their last parts, and by one part more where two would have the same name.
+    """Sources by their last parts; those that would have the same name, by as many more as tell them apart.
 
     Raises:
         AdapterError: if the same one is given twice.
     """
     parsed = [AdapterSource.parse(source) for source in sources]
     parts = [Path(one.path).parts for one in parsed]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = [".".join(part.strip("/") for part in one[-length:]) for one in parts]
-        if len(set(names)) == len(names):
+    lengths = [1] * len(parts)
+    while True:
+        names = [".".join(part.strip("/") for part in one[-n:]) for one, n in zip(parts, lengths, strict=True)]
+        count = Counter(names)
+        clashing = [index for index, name in enumerate(names) if count[name] > 1]
+        if not clashing:
             return dict(zip(names, parsed, strict=True))
-    twice, _ = Counter(one.path for one in parsed).most_common(1)[0] if parsed else ("", 0)
-    if not parsed:
-        raise AdapterError("No adapters were given. Give at least one.")
-    raise AdapterError(f"{twice!r} is given twice. Give each adapter once, or name them.")
+        longer = [index for index in clashing if lengths[index] < len(parts[index])]
+        if not longer:
+            raise AdapterError(f"{parsed[clashing[0]].path!r} is given twice. Give each adapter once, or name them.")
+        for index in longer:
+            lengths[index] += 1
 
 
 def _inside(folder: Path, depth: int) -> Iterator[Path]:

@@ -244,6 +244,11 @@ def describe_checkpoint(report: CheckpointReport) -> list[str]:
     )
     if report.prompt is not None:
         lines.append(f"a checkpoint has no place for the fusion's {report.prompt}: give that yourself")
+    if report.unsampled:
+        lines.append(
+            f"the base's generation configuration does not sample, and transformers writes none that then has "
+            f"{', '.join(report.unsampled)}: left out; give it where you sample"
+        )
     return lines
 
 

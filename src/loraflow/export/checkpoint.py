@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,34 @@ from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example
 from loraflow.export.files import refuse_own_files
-from loraflow.export.folding import Compression
 from loraflow.export.fusion import Folded, fold
 from loraflow.files import staged
 from loraflow.merging import Loss, Merge, loss_from
 from loraflow.saved.records import CARD_FILE
 
 _CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
+# All that a checkpoint and its tokenizer are made of, whoever wrote them: a replaced one leaves none of it behind.
+_OF_CHECKPOINTS = (
+    *(_CONFIG, "generation_config.json", ".gitattributes"),
+    *("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("tokenizer*.json", "*tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+)
+# What sampling does, by what does nothing: transformers writes no other value where nothing is sampled.
+_OF_SAMPLING = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_OUR_CARD = "exported by [loraflow](https://pypi.org/project/loraflow)"
 _CARD = """---
 library_name: transformers
 {base_line}pipeline_tag: text-generation
@@ -47,7 +69,7 @@ tags: [loraflow]
 
 # {names}, folded into their base
 
-An ordinary checkpoint, exported by [loraflow](https://pypi.org/project/loraflow) {version}: the base with {count} LoRA
+An ordinary checkpoint, {ours} {version}: the base with {count} LoRA
 adapters ({names}) folded into its weights by the {method}. {summary}
 """
 
@@ -57,7 +79,7 @@ class CheckpointReport:
     """What was written.
 
     Attributes:
-        directory: where it is.
+        directory: where it is; None where it was only made for another file, and is gone.
         folded: the adapter that was folded in, and what making it cost.
         dtype: precision of the weights.
         shards: number of files that they are in.
@@ -65,9 +87,11 @@ class CheckpointReport:
         rounding: what rounding to `dtype` changed of the updates, relative to them.
         tokenizer: whether a tokenizer is with it.
         prompt: what of the fusion's prompt format has no place in a checkpoint, in words; None where all of it has.
+        unsampled: settings of sampling that the base's generation configuration has although it does not sample
+            (`do_sample`), which transformers refuses to write; they are left out.
     """
 
-    directory: Path
+    directory: Path | None
     folded: Folded
     dtype: torch.dtype
     shards: int
@@ -75,6 +99,7 @@ class CheckpointReport:
     rounding: Loss
     tokenizer: bool
     prompt: str | None
+    unsampled: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -108,6 +133,7 @@ def export_merged(
         MethodError: if the fusion weights are not constant, or are all zero.
     """
     target = checked_checkpoint(model, Path(directory), overwrite)
+    generation, unsampled = _generation_config(model)
     folded = fold(
         model,
         rank=rank,
@@ -118,6 +144,7 @@ def export_merged(
         console=console,
     )
     dense, state, rounding = folded_weights(model, folded.adapter.modules)
+    dense.generation_config = generation
     tokenizer, prompt = _with_prompt(model)
     with staged(target, folder=True) as folder:
         with bar_for_people():
@@ -133,6 +160,7 @@ def export_merged(
             rounding,
             tokenizer is not None,
             prompt,
+            unsampled,
         )
         (folder / CARD_FILE).write_text(_card(model, report, merge), encoding="utf-8")
         _put(folder, target)
@@ -161,9 +189,22 @@ def checked_checkpoint(model: Fusion, directory: Path, overwrite: bool) -> Path:
         raise LoraflowError(
             f"{directory} holds {sorted(found)[0]!r} and no checkpoint. Give a new or an empty directory."
         )
+    others = sorted(path.name for path in target.iterdir() if not _is_of_checkpoint(path))
+    if others:
+        raise LoraflowError(
+            f"{directory} holds {others[0]!r} ({len(others)} such), which is no part of a checkpoint, and is never "
+            "written to. Move that elsewhere, or give a new or an empty directory."
+        )
     if found and not overwrite:
         raise LoraflowError(f"{directory} holds a checkpoint already. Give another directory, or say `overwrite=True`.")
     return target
+
+
+def _is_of_checkpoint(path: Path) -> bool:
+    """Whether a file is one that checkpoints have; of the cards, only ours is."""
+    if path.name == CARD_FILE and path.is_file():
+        return _OUR_CARD in path.read_text(encoding="utf-8", errors="replace")
+    return any(fnmatchcase(path.name, pattern) for pattern in _OF_CHECKPOINTS)
 
 
 def _put(folder: Path, target: Path) -> None:
@@ -173,8 +214,11 @@ def _put(folder: Path, target: Path) -> None:
         return
     # Without a configuration, weights are no checkpoint: old and new can never be taken for one.
     (target / _CONFIG).unlink(missing_ok=True)
-    for old in [*target.glob("model*.safetensors"), target / _INDEX]:
-        old.unlink(missing_ok=True)
+    for old in [path for path in target.iterdir() if _is_of_checkpoint(path)]:
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == _CONFIG)
     for name in names:
         os.replace(folder / name, target / name)
@@ -221,7 +265,6 @@ def folded_weights(model: Fusion, modules: Mapping[str, LoraModule]) -> tuple[Pr
             state[f"{name}.bias"] = (bias.cpu().double() + module.bias).to(bias.dtype)
     dtypes = {state[f"{name}.weight"].dtype for name in modules}
     dense = _empty(base, dtypes.pop() if len(dtypes) == 1 else base.dtype)
-    dense.generation_config = _generation_config(model)
     wanted = dense.state_dict().keys()
     lost = sorted(wanted - state.keys())
     if lost:
@@ -273,12 +316,29 @@ def _empty(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return made.to(dtype)  # type: ignore[return-value]
 
 
-def _generation_config(model: Fusion) -> GenerationConfig:
-    """The base's, whose answers end where the fusion's end, as far as tokens say it."""
+def _generation_config(model: Fusion) -> tuple[GenerationConfig, tuple[str, ...]]:
+    """The base's, whose answers end where the fusion's end, as far as tokens say it, and what was left out of it.
+
+    Raises:
+        LoraflowError: if transformers would not write it.
+    """
     config = copy.deepcopy(model.generation_config)
     if model.endings.token_ids:
         config.eos_token_id = list(model.endings.token_ids)
-    return config
+    unsampled = []
+    if config.do_sample is not True:
+        unsampled = [name for name, none in _OF_SAMPLING.items() if getattr(config, name, None) not in (None, none)]
+    for name in unsampled:
+        setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise LoraflowError(
+            f"The base's generation configuration cannot be written with the checkpoint: "
+            f"{' '.join(str(error).split())} Correct it in "
+            "`model.generation_config`, or in the base's generation_config.json."
+        ) from error
+    return config, tuple(unsampled)
 
 
 def _with_prompt(model: Fusion) -> tuple[Any, str | None]:
@@ -299,12 +359,19 @@ def _card(model: Fusion, report: CheckpointReport, merge: Merge | None) -> str:
     summary = (
         f"Rounding to {str(report.dtype).removeprefix('torch.')} changed the updates by {report.rounding.error:.2g}."
     )
-    loss: Loss | Compression | None = report.folded.from_sum or report.folded.compression
+    cost = report.folded.cost
+    if cost is not None:
+        summary = (
+            f"Its weights are the means of that method's on {cost.examples} examples. Loss per response token there: "
+            f"{cost.dynamic_loss:.4f} with the fusion, {cost.exported_loss:.4f} with the means. {summary}"
+        )
+    loss: Loss | None = report.folded.from_sum or report.folded.compression
     if loss is not None:
         summary += f" Before that, they were {loss.error:.2g} away from the adapters' own, relative to these."
     if report.prompt is not None:
         summary += f" Of the fusion's prompt format it has no {report.prompt}: give that yourself."
     return _CARD.format(
+        ours=_OUR_CARD,
         base_line=f"base_model: {path}\n" if path and not Path(path).is_absolute() else "",
         names=", ".join(report.folded.sources),
         version=__version__,

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
 from loraflow.errors import LoraflowError
+from loraflow.merging import Loss, loss_from
 from loraflow.merging.base import Factors, truncated
 from loraflow.methods.base import AddsUpdate, Mixing
 
@@ -40,20 +41,14 @@ _SMALLEST_SCALE = 1e-6
 
 
 @dataclass(frozen=True)
-class Compression:
-    """What a lower rank cost.
+class Compression(Loss):
+    """What a lower rank cost of the low-rank updates.
 
     Attributes:
         rank: the largest rank that was allowed.
-        error: Frobenius norm of what was cut off all modules' low-rank updates, relative to that of the updates.
-        worst_module: the module with the largest error of its own.
-        worst_error: that error.
     """
 
     rank: int
-    error: float
-    worst_module: str
-    worst_error: float
 
 
 @dataclass(frozen=True)
@@ -104,14 +99,10 @@ def own_update(gate: nn.Module) -> LoraModule | None:
 
 def compression_of(rank: int, errors: Mapping[str, Sequence[float]]) -> Compression:
     """What a lower rank cost, from each module's squared norms of what was cut off and of all."""
-
-    def relative(cut: float, norm: float) -> float:
-        return (cut / norm) ** 0.5 if norm else 0.0
-
-    each = {name: relative(cut, norm) for name, (cut, norm) in errors.items()}
-    worst = max(each, key=each.__getitem__)
-    whole = relative(sum(cut for cut, _ in errors.values()), sum(norm for _, norm in errors.values()))
-    return Compression(rank, whole, worst, each[worst])
+    loss = loss_from(
+        {name: cut for name, (cut, _) in errors.items()}, {name: norm for name, (_, norm) in errors.items()}
+    )
+    return Compression(loss.error, loss.worst_module, loss.worst_error, rank)
 
 
 def as_module(

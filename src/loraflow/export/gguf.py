@@ -12,6 +12,7 @@ knows (the package has none of it): it is run on the merged checkpoint, from a c
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -49,7 +50,8 @@ class GgufReport:
     Attributes:
         file: where it is.
         folded: the adapter that it is, or that is folded into it, and what making that cost.
-        checkpoint: of a whole model, what the checkpoint said that it was converted from; None for a LoRA.
+        checkpoint: of a whole model, what the checkpoint said that it was converted from, which has no directory any
+            more; None for a LoRA.
     """
 
     file: Path
@@ -85,10 +87,14 @@ def export_gguf(
 
     Raises:
         ArchitectureError: if it was not verified for the base's architecture.
-        LoraflowError: if the file cannot be used, `gguf` is not installed, or GGUF knows no such adapter.
+        LoraflowError: if the file or precision cannot be used, `gguf` is not installed, or GGUF knows no such adapter.
         MethodError: if the fusion weights are not constant, or are all zero.
     """
     gguf = _package()
+    if dtype not in DTYPES:
+        raise LoraflowError(
+            f"`dtype` (={dtype}) must be one of {', '.join(map(str, DTYPES))}: llama.cpp reads no other in a LoRA."
+        )
     target = checked_file(Path(file), overwrite)
     architecture = _architecture(model)
     folded = fold(
@@ -138,9 +144,10 @@ def export_gguf_model(
     if not converter.is_file():
         raise LoraflowError(f"There is no {converter}. Give a copy of llama.cpp, which has its {CONVERTER}.")
     with staged(target, folder=True) as folder:
-        report = export_merged(model, folder / "checkpoint", **options)
+        checkpoint = folder / "checkpoint"
+        report = export_merged(model, checkpoint, **options)
         made = folder / "model.gguf"
-        command = [sys.executable, str(converter), str(report.directory), "--outfile", str(made)]
+        command = [sys.executable, str(converter), str(checkpoint), "--outfile", str(made)]
         if report.dtype in DTYPES:
             command += ["--outtype", DTYPES[report.dtype]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -151,7 +158,7 @@ def export_gguf_model(
                 "it as a merged checkpoint, and run the converter on that to see all that it says."
             )
         os.replace(made, target)
-    return GgufReport(target, report.folded, report)
+    return GgufReport(target, report.folded, dataclasses.replace(report, directory=None))
 
 
 def checked_file(file: Path, overwrite: bool) -> Path:

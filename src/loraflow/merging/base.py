@@ -1,7 +1,8 @@
 r"""The contract of a merge: from every adapter's update of every linear, one update of each.
 
 $D_i = \omega_i s_i B_i A_i$ is adapter i's update of one linear, with its scaling $s_i$ and a weight $\omega_i$ that
-its user gives it (1 by default). All arithmetic is float64, on the factors: no matrix is as large as the base's.
+its user gives it (1 by default). All arithmetic is float64, on the factors: while the ranks together are fewer than
+a linear's features, no matrix is as large as the base's. What KnOTS keeps beside the factors, it says itself.
 """
 
 from __future__ import annotations
@@ -129,6 +130,12 @@ def stacked(updates: Sequence[Update | None]) -> Factors:
     """The sum of updates, with their matrices concatenated along the rank."""
     present = [update for update in updates if update is not None]
     return Factors(torch.cat([one.lora_A for one in present]), torch.cat([one.up for one in present], dim=1))
+
+
+def nothing(updates: Sequence[Update | None]) -> Factors:
+    """The update that changes nothing, of rank 1: what is merged where all of a linear's updates are zero."""
+    present = next(update for update in updates if update is not None)
+    return Factors(torch.zeros_like(present.lora_A[:1]), torch.zeros_like(present.lora_B[:, :1]))
 
 
 def core_of(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

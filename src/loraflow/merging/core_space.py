@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraflow.errors import MethodError
-from loraflow.merging.base import Factors, Merge, Places, Update, check_density, check_scale
+from loraflow.merging.base import Factors, Merge, Places, Update, check_density, check_scale, nothing
 from loraflow.merging.voting import trimmed, voted
 
 # A singular value below this share of the largest is rounding: the matrices have no such direction.
@@ -37,17 +36,11 @@ class Cores(NamedTuple):
     cores: list[Float[Tensor, "rank_B rank_A"]]
 
 
-def cores_of(place: str, updates: Sequence[Update | None]) -> Cores:
-    """The updates of one linear in core space; zero where an adapter has none.
-
-    Raises:
-        MethodError: if all of them are zero.
-    """
+def cores_of(updates: Sequence[Update | None]) -> Cores:
+    """The updates of one linear in core space; zero where an adapter has none, and empty where all of them are zero."""
     present = [update for update in updates if update is not None]
     U_B = _directions(torch.cat([update.lora_B for update in present], dim=1))
     V_A = _directions(torch.cat([update.lora_A for update in present]).T)
-    if not U_B.shape[1] or not V_A.shape[1]:
-        raise MethodError(f"The updates of '{place}' are all zero: they span nothing. Take the merge 'sum'.")
     zero = torch.zeros(U_B.shape[1], V_A.shape[1]).double()
     return Cores(U_B, V_A, [zero if one is None else (U_B.T @ one.up) @ (one.lora_A @ V_A) for one in updates])
 
@@ -71,9 +64,13 @@ class _CoreSpace(Merge):
         """The merged core of every place."""
 
     def merge(self, places: Places) -> dict[str, Factors]:
-        found = {place: cores_of(place, updates) for place, updates in places.items()}
-        merged = self.together(list(found.values()))
-        return {place: self._factors(one, core) for (place, one), core in zip(found.items(), merged, strict=True)}
+        spaces = {place: cores_of(updates) for place, updates in places.items()}
+        found = {place: one for place, one in spaces.items() if one.cores[0].numel()}
+        merged = {place: nothing(updates) for place, updates in places.items()}
+        if found:
+            cores = self.together(list(found.values()))
+            merged |= {place: self._factors(one, core) for (place, one), core in zip(found.items(), cores, strict=True)}
+        return merged
 
     def _factors(self, one: Cores, core: Tensor) -> Factors:
         core = self.scale * core

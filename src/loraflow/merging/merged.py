@@ -70,7 +70,7 @@ def merge_adapters(
 
     Raises:
         AdapterError: if one is a DoRA, or they are of bases of different shapes.
-        MethodError: if the merge cannot take them, or the rank is none.
+        MethodError: if the merge cannot take them or leaves nothing of them, or the rank is none.
     """
     if rank is not None and rank < 1:
         raise MethodError(f"`rank` (={rank}) must be at least 1.")
@@ -88,6 +88,11 @@ def merge_adapters(
         widened = set(biases)
     else:
         widened = {place for place in places if _of(place)[0] in _biased(adapters)}
+    if not any(one.lora_A.any() and one.lora_B.any() for one in factors.values()):
+        raise MethodError(
+            f"{merge!r} leaves nothing of the adapters {[adapter.name for adapter in adapters]}: every merged update "
+            "is zero. Keep more of their entries (a larger `density`), or take the merge 'sum'."
+        )
     if rank is not None:
         factors = {place: _compressed(one, rank, place in widened) for place, one in factors.items()}
     loss = loss_of(factors, summed)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from loraflow import __version__
-from loraflow.adapters import Adapter, AdapterSource, load_adapter
+from loraflow.adapters import Adapter, AdapterSource, BankEntry, load_adapter
 from loraflow.bases import BaseOptions, BaseRecord
 from loraflow.bases.precision import settled_dtype
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
@@ -22,7 +22,7 @@ from loraflow.methods import Method, make_method
 from loraflow.saved.records import AdapterRecord, FusionConfig, resolve_source
 from loraflow.saved.storage import Stamp, read_fusion
 
-Source = str | Path | AdapterSource | Adapter
+Source = str | Path | AdapterSource | Adapter | BankEntry
 """Where an adapter is, or the adapter itself."""
 
 Permit = Callable[[str], str]
@@ -172,6 +172,7 @@ class SavedFusion:
         if isinstance(source, Adapter):
             adapter = dataclasses.replace(source, name=record.name)
         else:
+            source = source.source if isinstance(source, BankEntry) else source
             try:
                 if isinstance(source, AdapterSource):
                     source = AdapterSource(permit(source.path), source.revision)

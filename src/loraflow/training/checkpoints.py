@@ -31,6 +31,7 @@ _RESULT_FILE = "result.json"
 _GATES_FILE = "gates.safetensors"
 # Digests say nothing to a reader.
 _LONGEST_DIFFERENCE = 80
+_ABSENT = object()
 
 
 def identity_of(fusion: Fusion, data: FitData, run: Run) -> dict[str, Any]:
@@ -138,10 +139,15 @@ def check_same(recorded: Mapping[str, Any], identity: Mapping[str, Any], place: 
 def _difference(name: str, then: Any, now: Any) -> str:
     """The first setting that is another now, with both of its values where they are short enough to tell."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        inner = next(key for key in {**then, **now} if then.get(key) != now.get(key))
-        return _difference(inner, then.get(inner), now.get(inner))
-    told = f" ({json.dumps(then)} then, {json.dumps(now)} now)"
+        # A key that one side lacks is another than one whose value is None.
+        inner = next(key for key in {**then, **now} if then.get(key, _ABSENT) != now.get(key, _ABSENT))
+        return _difference(inner, then.get(inner, _ABSENT), now.get(inner, _ABSENT))
+    told = f" ({_told(then)} then, {_told(now)} now)"
     return f"`{name}`{told}" if len(told) <= _LONGEST_DIFFERENCE else f"`{name}`"
+
+
+def _told(value: Any) -> str:
+    return "nothing" if value is _ABSENT else json.dumps(value)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

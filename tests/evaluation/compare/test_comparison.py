@@ -40,6 +40,7 @@ from loraflow.evaluation.compare import (
     running,
     workers,
 )
+from loraflow.evaluation.compare.comparison import difference
 from loraflow.evaluation.compare.plan import Plan, read_plan
 from loraflow.evaluation.compare.store import Cell, Record, Store, file_name
 from loraflow.evaluation.compare.tasks import HarnessTask, Task
@@ -725,3 +726,8 @@ def test_a_wrong_base_is_found_before_anything_is_written(setting: dict[str, Any
     with pytest.raises(LoraflowError, match=r"The base model '.*no-such-base' cannot be read"):
         run(plan, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_one_cell_lacks_differs_from_none():
+    assert difference({}, {"seed": None}) == "`seed`: nothing, not null"
+    assert difference({"seed": None}, {}) == "`seed`: null, not nothing"

@@ -16,6 +16,8 @@ from loraflow.evaluation.harness.evaluate import check_task
 from loraflow.evaluation.sandbox import check_available
 from loraflow.saved.fusion import SavedFusion
 
+_ABSENT = object()
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -161,10 +163,13 @@ def unfinished(comparison: Comparison, store: Store, *, overwrite: bool) -> dict
 
 def difference(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """In what a cell that is not the wanted one differs from it."""
-    key = next(key for key in {**wanted, **identity} if identity.get(key) != wanted.get(key))
-    return f"`{key}`: {_shown(identity.get(key))}, not {_shown(wanted.get(key))}"
+    # A key that one side lacks is another than one whose value is None.
+    key = next(key for key in {**wanted, **identity} if identity.get(key, _ABSENT) != wanted.get(key, _ABSENT))
+    return f"`{key}`: {_shown(identity.get(key, _ABSENT))}, not {_shown(wanted.get(key, _ABSENT))}"
 
 
 def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "nothing"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -117,7 +117,7 @@ class Engine:
     @property
     def batched(self) -> int:
         """How many of them were in its last step."""
-        return min(self._manager.batched, len(self._jobs))
+        return min(self._manager.batched, sum(job.begun is not None for job in list(self._jobs.values())))
 
     @property
     def cache_usage(self) -> float:

@@ -21,7 +21,7 @@ _END_S = 1.0
 _MEMORY_BYTES = 4 * 2**30
 
 # Below llguidance's own: some milliseconds for a token, and some megabytes of states.
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 10_000,
@@ -32,7 +32,7 @@ _LIMITS = {
 }
 # Between the parts of JSON: a model that likes blanks would fill its answer with them. Keywords that are not known are
 # refused, whatever the schema itself says of that.
-_JSON = {"whitespace_pattern": " ?", "lenient": False}
+_JSON: Any = {"whitespace_pattern": " ?", "lenient": False}
 
 
 def reading_tokenizer(settings: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ from loraflow.core.layers import LayerFusion
 from loraflow.core.stack import dense_weight
 from loraflow.errors import LoraflowError
 from loraflow.examples import Example
-from loraflow.export.files import refuse_own_files
+from loraflow.export.files import checked_directory
 from loraflow.export.fusion import Folded, fold
 from loraflow.files import staged
 from loraflow.merging import Loss, Merge, loss_from
@@ -173,12 +173,9 @@ def checked_checkpoint(model: Fusion, directory: Path, overwrite: bool) -> Path:
     Raises:
         LoraflowError: if something is there that must not be replaced.
     """
-    target = directory.expanduser().resolve()
+    target = checked_directory(model, directory)
     if not target.exists():
         return target
-    if not target.is_dir():
-        raise LoraflowError(f"{directory} is a file. Give a directory.")
-    refuse_own_files(model, directory, target)
     base = Path(model.base_record.path).expanduser()
     if model.base_record.path and base.exists() and base.resolve() == target:
         raise LoraflowError(

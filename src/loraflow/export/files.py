@@ -97,18 +97,29 @@ class ExportReport:
         return f"vLLM can load it: --enable-lora --max-lora-rank {needed} --lora-modules name={self.directory}"
 
 
+def checked_directory(model: Fusion, directory: Path) -> Path:
+    """A directory by its whole path, whether it is there or not.
+
+    Raises:
+        LoraflowError: if it is a file, or one of the fusion's own adapters.
+    """
+    target = directory.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise LoraflowError(f"{directory} is a file. Give a directory.")
+    if target.exists():
+        refuse_own_files(model, directory, target)
+    return target
+
+
 def checked_target(model: Fusion, directory: Path, overwrite: bool) -> Path:
     """Where the export goes.
 
     Raises:
         LoraflowError: if something is there that must not be replaced.
     """
-    target = directory.expanduser().resolve()
+    target = checked_directory(model, directory)
     if not target.exists():
         return target
-    if not target.is_dir():
-        raise LoraflowError(f"{directory} is a file. Give a directory.")
-    refuse_own_files(model, directory, target)
     found = {path.name for path in target.iterdir()}
     if found and not found & {CONFIG_FILE, WEIGHTS_FILE}:
         raise LoraflowError(f"{directory} holds {sorted(found)[0]!r} and no adapter. Give a new or an empty directory.")

@@ -49,11 +49,15 @@ class Prompt(Protocol):
     started: float
     stages: Stages
     generated: int
-    first_token_s: float | None
 
     @property
     def outcome(self) -> str:
         """How it ended."""
+
+
+def _first_token_s(asked: Prompt) -> float | None:
+    """Seconds from when its request came till a prompt's first token."""
+    return None if asked.stages.first is None else asked.stages.first - asked.started
 
 
 class Accounts:
@@ -91,9 +95,9 @@ class Accounts:
         now, stages, metrics = time.monotonic(), asked.stages, self._metrics
         asked.generated += 1
         metrics.generated.inc()
-        if asked.first_token_s is None:
-            stages.first, asked.first_token_s = now, now - asked.started
-            metrics.observe("time_to_first_token_seconds", asked.first_token_s)
+        if stages.first is None:
+            stages.first = now
+            metrics.observe("time_to_first_token_seconds", now - asked.started)
         elif index in stages.last:
             metrics.observe("inter_token_latency_seconds", now - stages.last[index])
         stages.last[index] = now
@@ -113,6 +117,7 @@ class Accounts:
             record.generated_tokens += asked.generated
             if self._tracing is not None and record.span is not None:
                 _trace(self._tracing, record, asked, ended)
+        first_s = _first_token_s(asked)
         facts: dict[str, Any] = {
             "request": asked.id,
             "model": asked.served.id,
@@ -121,7 +126,7 @@ class Accounts:
             "generated_tokens": asked.generated,
             "answers": len(asked.jobs),
             "seconds": round(ended - asked.started, 4),
-            "first_token_s": None if asked.first_token_s is None else round(asked.first_token_s, 4),
+            "first_token_s": None if first_s is None else round(first_s, 4),
             "finished": asked.outcome == "finished",
             "outcome": asked.outcome,
         }
@@ -192,8 +197,9 @@ def _trace(tracing: Tracing, record: Record, asked: Prompt, ended: float) -> Non
         "loraflow.method": served.method.name,
         "loraflow.outcome": asked.outcome,
     }
-    if asked.first_token_s is not None:
-        attributes["gen_ai.latency.time_to_first_token"] = asked.first_token_s
+    first_s = _first_token_s(asked)
+    if first_s is not None:
+        attributes["gen_ai.latency.time_to_first_token"] = first_s
     for stage, name in (("wait", "queue"), ("first_token", "model_prefill"), ("decode", "model_decode")):
         if stage in spent:
             attributes[f"gen_ai.latency.time_in_{name}"] = spent[stage]

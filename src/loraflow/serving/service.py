@@ -55,7 +55,6 @@ class Asked:
         started: when it came, before it was read and weighed, in seconds of a monotonic clock.
         stages: how far it came since.
         generated: tokens so far, of all answers.
-        first_token_s: seconds till the first token.
         outcome: how it ended; it was given up by its client where nothing else is known.
         ended: whether it was counted.
         only_prompt: whether nothing is wanted but the prompt.
@@ -70,7 +69,6 @@ class Asked:
     started: float
     stages: Stages = field(default_factory=Stages)
     generated: int = 0
-    first_token_s: float | None = None
     outcome: Outcome = "cancelled"
     ended: bool = False
     only_prompt: bool = False

@@ -103,7 +103,15 @@ def cost_texts(row: Row) -> list[str]:
     ]
 
 
+OWN_CHOSEN = "own adapter chosen"
+# Of so many adapters' mean weights a table can be read; those of more are in `report.json`.
+MOST_WEIGHTS = 12
 COSTS = ("values learned", "examples", "fit, s", "tokens/s", "memory, MiB")
+
+
+def own_chosen(row: Row) -> str:
+    """In how many answers the adapter made for the problem has the most weight, in per cent; empty where unknown."""
+    return "" if row.own_chosen is None else f"{100 * row.own_chosen:.1f}"
 
 
 def _note(table: Table) -> str:
@@ -145,6 +153,8 @@ def markdown(table: Table, settings: Mapping[str, str]) -> str:
     costs = [list(COSTS), *map(cost_texts, last.values())]
     against = [[f"difference to {table.reference}{of}", "p", "p, corrected"], *map(_against, last.values())]
     blocks = [against, costs] if any(row.difference is not None for row in last.values()) else [costs]
+    if any(row.own_chosen is not None for row in last.values()):
+        blocks.insert(0, [[OWN_CHOSEN], *([own_chosen(row)] for row in last.values())])
     if len(columns) == 1:
         parts += [_markdown_table(names, scores, *blocks), _note(table)]
     else:
@@ -176,6 +186,8 @@ def _weights(table: Table) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row.weights))
+    if len(names) > MOST_WEIGHTS:
+        return f"The mean fusion weights of {len(names)} adapters are in `report.json`."
     lines = [
         [row.task, *(f"{row.weights[n][0]:.3f} ± {row.weights[n][1]:.3f}" if n in row.weights else "" for n in names)]
         for row in rows
@@ -202,14 +214,14 @@ def table_csv(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     head = ["contender", "task", "metric", "seeds", "problems", "mean", "low", "high", "difference", "difference_low",
             "difference_high", "test", "p", "p_corrected", "learned_parameters", "examples", "fit_s", "tokens_per_s",
-            "memory_mib", "fitted_on"]  # fmt: skip
+            "memory_mib", "fitted_on", "own_chosen"]  # fmt: skip
     writer.writerow(head)
     for row in table.rows:
         differences = [row.difference, *(row.difference_interval or (None, None))]
         writer.writerow(
             [row.contender, row.task, row.metric, row.seeds, row.problems, row.mean, *row.interval, *differences,
              row.test, row.p, row.p_corrected, row.learned_parameters, row.examples, row.fit_s, row.tokens_per_s,
-             row.memory_mib, row.fitted_on]
+             row.memory_mib, row.fitted_on, row.own_chosen]
         )  # fmt: skip
     return text.getvalue()
 
@@ -235,6 +247,8 @@ def html(table: Table, settings: Mapping[str, str], answers: Mapping[str, Any]) 
         difference=difference,
         p_text=p_text,
         cost_texts=cost_texts,
+        own_heading=OWN_CHOSEN if any(row.own_chosen is not None for row in table.rows) else "",
+        own_chosen=own_chosen,
         forests=[_forest(table, column) for column in columns],
         data=jinja2.utils.markupsafe.Markup(data.replace("\u2029", "\\u2029")),
     )

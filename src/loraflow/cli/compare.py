@@ -205,7 +205,7 @@ def compare(
     ] = None,
     rows: Rows,
     setting: Annotated[
-        str | None, _task("--setting", help="Base, adapters and tasks: small-world, or a YAML file.")
+        str | None, _task("--setting", help="Base, adapters and tasks: small-world, many-world, or a YAML file.")
     ] = None,
     tasks: Annotated[
         list[str],

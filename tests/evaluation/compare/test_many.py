@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from loraflow.errors import DataError
 from loraflow.evaluation.compare import Store, open_comparison, write_report
 from loraflow.evaluation.compare.comparison import identities
+from loraflow.evaluation.compare.plan import make_plan, read_plan
 from loraflow.evaluation.compare.report import MOST_WEIGHTS
 from loraflow.evaluation.compare.running import compare, rescore
 from loraflow.evaluation.compare.table import make_table
@@ -284,3 +285,26 @@ def test_mean_weights_of_many_adapters_are_in_the_json(tmp_path: Path, count: in
     )
     assert said == (count > MOST_WEIGHTS)
     assert json.loads((store.root / "report.json").read_text())["rows"][0]["weights"].keys() == weights.keys()
+
+
+# ---- The study -----------------------------------------------------------------------------------------------------
+
+
+def test_the_study_asks_for_one_and_many_tasks() -> None:
+    comparison = open_comparison(read_plan("many"))
+    assert comparison.left_out == []
+    assert {
+        row: len(spec.adapters(comparison.setting.tasks["add-en-said"])) for row, spec in comparison.rows.items()
+    } == {row: 47 if "left out" in row else 48 for row in comparison.rows}
+    together = open_comparison(read_plan("many", tasks=["together"]))
+    assert {reason.partition(" on ")[0] for reason in together.left_out} == {
+        row for row, spec in together.rows.items() if spec.spec.without or spec.spec.adapter
+    }
+
+
+def test_the_study_can_be_run_on_a_setting_of_ones_own(setting: dict[str, Any]) -> None:
+    plan = read_plan("many")
+    own = make_plan(
+        {**plan.model_dump(exclude_defaults=True), "setting": setting, "tasks": ["zh", "es"]}, Path("x.yaml")
+    )
+    assert open_comparison(own).left_out == []

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraflow.demo.world import adapter_paths
 from loraflow.errors import DataError
 from loraflow.evaluation.compare import Store, open_comparison, write_report
 from loraflow.evaluation.compare.comparison import identities
@@ -303,8 +304,10 @@ def test_the_study_asks_for_one_and_many_tasks() -> None:
 
 
 def test_the_study_can_be_run_on_a_setting_of_ones_own(setting: dict[str, Any]) -> None:
-    plan = read_plan("many")
-    own = make_plan(
-        {**plan.model_dump(exclude_defaults=True), "setting": setting, "tasks": ["zh", "es"]}, Path("x.yaml")
-    )
-    assert open_comparison(own).left_out == []
+    # One more, so that three are left without a task's own.
+    setting["adapters"]["ru-chat"] = str(adapter_paths()["ru-chat"])
+    setting["adapter_data"]["ru-chat"] = setting["adapter_data"]["math"]
+    for name in ("zh", "es"):
+        setting["tasks"][name]["adapters"] = [*ALL, "ru-chat"]
+    content = {**read_plan("many").model_dump(exclude_defaults=True), "setting": setting, "tasks": ["zh", "es"]}
+    assert open_comparison(make_plan(content, Path("x.yaml"))).left_out == []

@@ -209,7 +209,7 @@ MISTAKES = {
     "no adapters": ({"setting": {**SETTING, "adapters": {}}}, "`setting.adapters`: Dictionary should have at least 1"),
     "no source": (
         {"setting": {**SETTING, "tasks": {"math": {}}}},
-        "`setting.tasks.math`: give exactly one of `test`, `harness` and `mixed`.",
+        "`setting.tasks.math`: give exactly one of `test`, `harness`, `mixed` and `together`.",
     ),
     "two sources": (
         {"setting": {**SETTING, "tasks": {"math": {**TASK, "harness": "gsm8k"}}}},

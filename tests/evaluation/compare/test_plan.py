@@ -55,6 +55,32 @@ def test_a_row_may_be_a_name_alone_or_have_one() -> None:
     ]
 
 
+def test_a_row_with_several_numbers_of_examples_is_a_row_for_each() -> None:
+    methods = {"gates": {"method": "lora-flow", "examples": [20, 200]}, "one": {"method": "average"}}
+    plan = plan_of(methods=methods, reference="gates, 200")
+    assert plan.methods == {
+        "gates, 20": RowSpec(method="lora-flow", examples=20, curve="gates"),
+        "gates, 200": RowSpec(method="lora-flow", examples=200, curve="gates"),
+        "one": RowSpec(method="average"),
+    }
+    # Written out, it is the same measurement.
+    assert plan.methods["gates, 20"].short() == RowSpec(method="lora-flow", examples=20).short()
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"gates": {"method": "lora-flow", "examples": []}}, r"`methods.gates.examples` \(=\[\]\) must list different"),
+        ({"gates": {"method": "lora-flow", "examples": [5, 5]}}, r"\(=\[5, 5\]\) must list different numbers"),
+        ({"gates": {"method": "lora-flow", "examples": [0]}}, r"methods.gates, 0.examples`: Input should be greater"),
+        ({"a": {"method": "lora-flow", "examples": [5]}, "a, 5": "base"}, r"two rows have the name 'a, 5'"),
+    ],
+)
+def test_numbers_of_examples_that_cannot_be(methods: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        plan_of(methods=methods)
+
+
 def test_what_a_plan_does_not_say() -> None:
     plan = plan_of()
     assert (plan.seeds, plan.tasks, plan.limit, plan.reference, plan.weights) == ([0], None, None, None, False)

@@ -135,6 +135,12 @@ class Measuring:
     """How much is measured, by what, and what becomes of it."""
 
     limit: Annotated[int | None, _run_option("--limit", help="Only the first so many problems of each task.")] = None
+    problems: Annotated[
+        str | None,
+        _run_option(
+            "--problems", help="Which are answered: test, or dev, to choose recipes by.  [default: the plan's, or test]"
+        ),
+    ] = None
     batch_size: Annotated[int | None, _run_option(help="Problems answered together.  [default: the plan's, or 16]")] = (
         None
     )
@@ -252,6 +258,7 @@ def compare(
         seeds=rows.seeds or None,
         reference=rows.reference,
         limit=measuring.limit,
+        problems=measuring.problems,
         batch_size=measuring.batch_size,
         weights=measuring.weights or None,
     )

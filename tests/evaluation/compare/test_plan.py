@@ -81,6 +81,25 @@ def test_numbers_of_examples_that_cannot_be(methods: dict[str, Any], said: str) 
         plan_of(methods=methods)
 
 
+def test_the_dev_examples_may_be_answered() -> None:
+    plan = plan_of(tasks=["zh-math", "es-math"], methods=["base", "lora-flow"], problems="dev", limit=7)
+    task = open_comparison(plan).setting.tasks["zh-math"]
+    tested = open_comparison(plan.model_copy(update={"problems": "test"})).setting.tasks["zh-math"]
+    assert task.test == task.dev == tested.dev
+    assert task.test_digest(None) != tested.test_digest(None)
+    # Tasks with the same problems still have the same, but not those of the test.
+    assert task.problems == open_comparison(plan).setting.tasks["es-math"].problems != tested.problems
+    answer = tested.dev[0].completion
+    assert next(iter(task.score([answer])[0].values())) == 1.0
+
+
+def test_a_task_without_dev_examples_cannot_answer_them(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"prompt": "1", "completion": "1"}\n')
+    content = {"setting": SETTING, "methods": ["base"], "problems": "dev"}
+    with pytest.raises(DataError, match=r"The task 'math' has no dev examples to answer. Leave it out, or give it"):
+        open_comparison(make_plan(content, tmp_path / "p.yaml"))
+
+
 def test_what_a_plan_does_not_say() -> None:
     plan = plan_of()
     assert (plan.seeds, plan.tasks, plan.limit, plan.reference, plan.weights) == ([0], None, None, None, False)

@@ -210,6 +210,7 @@ class Plan(_Spec):
         seeds: of everything that draws at random while it learns; what does not is run once.
         reference: the row that the others are tested against; the last one by default.
         limit: only the first so many problems of each task.
+        problems: which are answered: those of the test, or the dev examples, on which recipes are chosen.
         weights: also record the mean fusion weights of the answers.
     """
 
@@ -221,6 +222,7 @@ class Plan(_Spec):
     seeds: list[int] = Field([0], min_length=1)
     reference: str | None = None
     limit: int | None = Field(None, ge=1)
+    problems: Literal["test", "dev"] = "test"
     batch_size: int = Field(16, ge=1)
     weights: bool = False
 

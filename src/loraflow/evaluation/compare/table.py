@@ -48,6 +48,7 @@ class Row:
         p_corrected: the same, by Holm's method over all comparisons of the table.
         tokens_per_s: generated tokens a second, where they were counted.
         fitted_on: the task that it learned on, where that is another one's choice.
+        curve: the curve that it is a point of.
         weights: mean fusion weight of each adapter, and its standard deviation between answers.
         own_chosen: in how many of the answers whose weights were recorded the adapter made for the problem has the
             largest mean weight, as a share; None where it is not among those fused, or nothing says which it is.
@@ -74,6 +75,7 @@ class Row:
     tokens_per_s: float | None = None
     memory_mib: float | None = None
     fitted_on: str | None = None
+    curve: str | None = None
     weights: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     own_chosen: float | None = None
     share: bool = True
@@ -212,6 +214,7 @@ def _row(
         memory_mib=max(record.memory_mib for record in records),
         fitted_on=first.fitted_on,
         own_chosen=_own_chosen(comparison, records),
+        curve=comparison.rows[contender].spec.curve,
     )
     if task != AVERAGE:
         weights = _mean_weights([record.weights for record in records if record.weights])

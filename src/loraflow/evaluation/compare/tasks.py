@@ -123,6 +123,16 @@ class Task:
         ]
         return _digest(what)
 
+    def on_dev(self) -> Task:
+        """The same task with its dev examples to be answered.
+
+        Raises:
+            DataError: if it has none.
+        """
+        if not self.dev:
+            raise DataError(f"The task {self.name!r} has no dev examples to answer. Leave it out, or give it a `dev`.")
+        return dataclasses.replace(self, test=self.dev, problems=f"{self.problems or self.name}, dev")
+
     def training(self, count: int | None) -> tuple[Example, ...]:
         """The first `count` training examples, of `train` and then of `more_train`; those of `train` by default."""
         if count is None or count <= len(self.train):
@@ -366,12 +376,13 @@ def join_tasks(name: str, tasks: Sequence[Task]) -> Task:
                     f"{getattr(first, what)!r} and {getattr(task, what)!r}. Join tasks that have it in common."
                 )
     turns = [(task, at) for at in range(max(len(t.test) for t in tasks)) for task in tasks if at < len(task.test)]
+    test = [dataclasses.replace(one := task.test[at], record={**one.record, _OF_TASK: task.name}) for task, at in turns]
     own = [task.own[at % len(task.own)] if task.own else "" for task, at in turns]
     scorers = {task.name: task.scorers[task.metric] for task in tasks}
     return Task(
         name=name,
         adapters=first.adapters,
-        test=tuple(_of_task(task.test[at], task.name) for task, at in turns),
+        test=tuple(test),
         scorers={first.metric: lambda generated, record: scorers[record[_OF_TASK]](generated, record)},
         own=tuple(own) if all(own) else (),
         prompt=first.prompt,
@@ -381,10 +392,6 @@ def join_tasks(name: str, tasks: Sequence[Task]) -> Task:
         learns_as=name,
         runs_code=any(task.runs_code for task in tasks),
     )
-
-
-def _of_task(example: Example, name: str) -> Example:
-    return dataclasses.replace(example, record={**example.record, _OF_TASK: name})
 
 
 # Mixed-language questions.

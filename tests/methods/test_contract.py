@@ -36,6 +36,7 @@ from loraflow.methods import (
     Phatgoose,
     QaFlora,
     QueryMethod,
+    Ramole,
     get_method,
     make_method,
     method_names,
@@ -66,6 +67,7 @@ CHANGED = [
     Centroid(1, 0.5, 2, False),
     Arrow(2, 0.5),
     Phatgoose(1),
+    Ramole(3, 0.25),
     LoraFlow("module", 1.1, "zh", "normalized", "low-rank", 4, "sigmoid", 2),
     AdapterCore({"zh": 0.5}),
 ]
@@ -132,7 +134,7 @@ def test_gates_stand_where_they_should_and_learn_if_the_method_does(method, fuse
         else:
             assert list(fused.gates) == list(fused.attachment.sites[place])
         learned = [p for gate in fused.gates.values() for p in gate.parameters()]
-        assert bool(learned) == (method.learns in ("gradient", "search", "experts"))
+        assert bool(learned) == (method.learns in ("gradient", "search", "experts", "together"))
         assert bool(learned_of(fused.gates)) == (method.learns is not None)
         assert all(parameter.requires_grad for parameter in learned)
         starts = method.start_weights(NAMES, "math")

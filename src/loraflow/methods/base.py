@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
@@ -45,8 +45,8 @@ Place = Literal["model", "layer", "module"]
 Mixing = Literal["outputs", "parameters"]
 Learning = str
 """The name of a learner in `loraflow.training.learners`: "gradient" and gradient-free "search" learn on examples of the
-task at hand; "experts", by gradient with one adapter alone, and "samples", by looking, on each adapter's own data. What
-they need of the method and its gates is in the protocols below."""
+task at hand; "experts", by gradient with one adapter alone, "together", by gradient with all but a few, and "samples",
+by looking, on each adapter's own data. What they need of the method and its gates is in the protocols below."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,28 @@ class LearnsAlone(Protocol):
 
 
 @runtime_checkable
+class LearnsAmong(Protocol):
+    """A gate that may learn among some of the adapters, as if there were no others.
+
+    Attributes:
+        among: which adapters those are, while it learns, `[adapters]`; else None.
+    """
+
+    among: Bool[Tensor, " adapters"] | None
+
+
+@runtime_checkable
+class Drops(Protocol):
+    """A method whose gates learn among adapters that change from forward to forward.
+
+    Attributes:
+        drop: the probability with which an adapter is left out of one.
+    """
+
+    drop: float
+
+
+@runtime_checkable
 class Embeds(Protocol):
     """A method that embeds texts."""
 
@@ -345,6 +367,16 @@ def check_positive(value: Any, parameter: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise MethodError(f"`{parameter}` (={value!r}) must be a positive number.")
+
+
+def check_share(value: Any, parameter: str) -> None:
+    """Check that a parameter is a number of at least 0 and less than 1.
+
+    Raises:
+        MethodError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise MethodError(f"`{parameter}` (={value!r}) must be at least 0 and less than 1.")
 
 
 def check_top_k(top_k: Any, adapters: Sequence[str]) -> None:

@@ -17,7 +17,15 @@ from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods import Ramole
 from loraflow.methods.base import Site
-from tests.tiny import ARCHITECTURES, random_adapter, random_ids, relative_error, set_random_gates, tiny_model
+from tests.tiny import (
+    ARCHITECTURES,
+    block_outputs,
+    random_adapter,
+    random_ids,
+    relative_error,
+    set_random_gates,
+    tiny_model,
+)
 
 FEATURES, WIDTH = 12, 7
 
@@ -236,6 +244,77 @@ def test_generation_does_not_depend_on_the_batch_or_its_padding():
     assert torch.equal(beside[0, 9:], alone)
 
 
+# ---- Over what is retrieved ----------------------------------------------------------------------------------------
+
+
+def unit(vector):
+    return vector / vector.norm()
+
+
+@torch.no_grad()
+@settings(max_examples=10, deadline=None)
+@given(retrieve=st.integers(1, 4), layer=st.integers(-3, 2), seed=st.integers(0, 99))
+def test_the_adapters_nearest_to_a_prompt_are_weighed_alone(retrieve, layer, seed):
+    base = tiny_model(dtype=torch.float64)
+    adapters = {n: random_adapter(base, n, ["q_proj"], seed=i) for i, n in enumerate("abcd")}
+    model = FusedModel.from_adapters(copy.deepcopy(base), adapters, Ramole(3, retrieve=retrieve, layer=layer))
+    set_random_gates(model, seed)
+    samples = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    model.gates["model"].set_samples(samples.unbind())
+    ids, lengths = random_ids(2, 5, seed=seed), (2, 4)
+    mask = torch.tensor([[int(i < n) for i in range(5)] for n in lengths])
+    traced = model.trace(ids, prompt_mask=mask)
+    centroids = samples.mean(dim=1)
+    for row, length in enumerate(lengths):
+        # In a pass of the base over the prompt alone.
+        states = block_outputs(base, ids[row : row + 1, :length])[layer, 0]
+        query, origin = unit(states.mean(dim=0)), centroids.mean(dim=0)
+        scores = [float((query - origin) @ (c - origin)) for c in centroids]
+        nearest = sorted(range(4), key=lambda i: -scores[i])[:retrieve]
+        weights = traced.module_weights["layers.0.self_attn.q_proj"][row]
+        assert [bool(used) for used in (weights > 0).any(dim=0)] == [i in nearest for i in range(4)]
+        gate = model.gates["layers.0.self_attn.q_proj"]
+        updates = [
+            adapter.modules["model.layers.0.self_attn.q_proj"] if i in nearest else None
+            for i, adapter in enumerate(adapters.values())
+        ]
+        seen = []
+        hook = base.get_submodule("model.layers.0.self_attn.q_proj").register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0][0])
+        )
+        base(ids[row : row + 1])
+        hook.remove()
+        rows = [slow_weights(x, updates, gate.lora_A, gate.lora_B) for x in seen[0].tolist()]
+        torch.testing.assert_close(weights.double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_each_request_of_a_batch_has_what_was_retrieved_for_it():
+    base = tiny_model(dtype=torch.float64)
+    adapters = {n: random_adapter(base, n, seed=i) for i, n in enumerate("abcd")}
+    model = FusedModel.from_adapters(base, adapters, Ramole(3, retrieve=2))
+    set_random_gates(model)
+    model.gates["model"].set_samples(torch.randn(4, 3, 32).unbind())
+    ids = random_ids(1, 6)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 6:]
+    padded = torch.cat([torch.nn.functional.pad(ids, (3, 0)), random_ids(2, 9, seed=3)])
+    mask = torch.ones_like(padded)
+    mask[0, :3] = 0
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[0, 9:], alone)
+
+
+def test_retrieval_wants_a_prompt_and_vectors():
+    base = tiny_model()
+    model = FusedModel.from_adapters(base, {n: random_adapter(base, n) for n in "abc"}, Ramole(retrieve=2))
+    ids = random_ids()
+    with pytest.raises(MethodError, match=r"a bare forward does not say what the prompt is\. Call `generate`, or give"):
+        model(ids)
+    with pytest.raises(MethodError, match=r"The centroids are not made yet\. Fit the method on samples"):
+        model(ids, prompt_mask=torch.ones_like(ids))
+    assert "model.centroids" in model.state_dict()
+
+
 def test_the_gate_reads_bfloat16_and_answers_in_its_own_precision():
     gate, x = random_gate([update(2), update(3, seed=1)]).float(), torch.randn(2, 5, FEATURES).bfloat16()
     assert gate(x).dtype == torch.float32
@@ -248,6 +327,19 @@ def test_the_gate_reads_bfloat16_and_answers_in_its_own_precision():
     ("make", "expected"),
     [
         (lambda: Ramole(rank=0), "`rank` (=0) must be a whole number of at least 1."),
+        (
+            lambda: Ramole(layer=1),
+            "`layer` (=1) says how adapters are retrieved, and `retrieve` is None, which weighs all. Set that, or "
+            "leave it out.",
+        ),
+        (lambda: Ramole(encoder="x"), "`encoder` (='x') says how adapters are retrieved"),
+        (lambda: Ramole(retrieve=1, instruction="x"), "`instruction` (='x') is for encoders of texts"),
+        (
+            lambda: Ramole(retrieve=3).check(["a", "b"]),
+            "`retrieve` (=3) must be between 1 and the number of adapters (=2).",
+        ),
+        (lambda: Ramole(retrieve=0).check(["a"]), "`retrieve` (=0) must be between 1 and the number of adapters (=1)."),
+        (lambda: Ramole(retrieve=1, layer=2).keeper(site([update(2)])), "`layer` (=2) must be between -2 and 1."),
         (lambda: Ramole(drop=1), "`drop` (=1) must be at least 0 and less than 1."),
         (lambda: Ramole(drop=-0.1), "`drop` (=-0.1) must be at least 0 and less than 1."),
         (lambda: Ramole(drop="half"), "`drop` (='half') must be at least 0 and less than 1."),

@@ -158,6 +158,31 @@ def test_an_interrupted_fit_goes_on_with_the_same_draws(make_model, console, tmp
         assert torch.equal(broken.state_dict()[name], value)
 
 
+def test_where_adapters_are_retrieved_their_samples_are_read_too(make_model, console, tmp_path):
+    model, plain = make_model(Ramole(retrieve=1)), make_model(Ramole())
+    seen = watch(model)
+    fit(model, OWN, config=RECIPE, console=console)
+    # The router learns as without retrieval, among all of them.
+    fit(plain, OWN, config=RECIPE, console=console)
+    assert {sum(among) for among in seen} <= {2, 3}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    centroids = model.state_dict()["model.centroids"]
+    assert (centroids.norm(dim=-1) > 0).all()
+    # Means of vectors of length 1.
+    assert (centroids.norm(dim=-1) <= 1 + 1e-6).all()
+    ids = torch.tensor([[5, 9, 7, 4]])
+    assert torch.equal((model.trace(ids).weights > 0).sum(dim=-1), torch.ones(1, 4, 3, dtype=torch.long))
+    model.save_pretrained(tmp_path / "fusion")
+    again = FusedModel.from_pretrained(tmp_path / "fusion", base=tiny_model(), tokenizer=number_tokenizer())
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(again.generate(ids, **options), model.generate(ids, **options))
+    with pytest.raises(
+        DataError, match=r"reads prompts by each adapter's own data, as it is set up; there is none for"
+    ):
+        fit(make_model(Ramole(retrieve=1)), {"a": OWN["a"], "b": OWN["b"]}, config=RECIPE, console=console)
+
+
 def test_data_of_other_adapters_is_another_run(make_model, console, tmp_path):
     fit(make_model(), {"a": OWN["a"], "b": OWN["b"]}, config=RECIPE, console=console, checkpoints=tmp_path)
     with pytest.raises(LoraflowError, match="its run had another `data`"):

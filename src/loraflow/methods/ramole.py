@@ -9,6 +9,10 @@ and only the router's $A_r$ (as a LoRA's, random at first) and $B_r$ (zero, so t
 on the adapters' own data together. In each forward an adapter is left out with probability p, but two stay. Nothing
 that is learned belongs to an adapter, so one that joins later is weighed like the others, without training.
 
+With `retrieve`, the adapters are the few whose own data is nearest to the prompt: those of the largest inner product
+of the prompt's vector, of length 1, and the mean vector of samples of an adapter's data, as LoraRetriever finds them.
+While the router learns, it is among all of them.
+
 A score is $u_i^T (s_i B_i^T B_r)\, q / \sqrt{r_r}$: of an adapter it needs u and a matrix of $[r_i, r_r]$. A
 `lora_bias` is a part of what its adapter would say, and of its key; a DoRA is asked by its $B A$.
 
@@ -21,9 +25,9 @@ or from that of some of them; no examples of the task at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +36,9 @@ from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
+from loraflow.methods._shared.centroids import BASE, Centroids, EmbedsPrompts
 from loraflow.methods._shared.scores import linear_scores, softmax_among, targets_of
-from loraflow.methods.base import Learning, Level, Method, Place, Site, check_count, check_share
+from loraflow.methods.base import Learning, Level, Method, Place, Query, Site, check_count, check_share, check_top_k
 
 
 class RouterGate(nn.Module):
@@ -48,6 +53,7 @@ class RouterGate(nn.Module):
         owners: 1 where a slot is an adapter's, `[slots, adapters]`.
         targets: which adapters target the linear, `[adapters]`.
         among: while it learns, the adapters that are weighed; None weighs all.
+        retrieves: whether those are weighed that were retrieved for a prompt.
     """
 
     lora_A: nn.Parameter
@@ -59,7 +65,7 @@ class RouterGate(nn.Module):
     targets: Bool[Tensor, " adapters"]
     among: Bool[Tensor, " adapters"] | None
 
-    def __init__(self, site: Site, rank: int) -> None:
+    def __init__(self, site: Site, rank: int, *, retrieves: bool = False) -> None:
         super().__init__()
         updates = site.updates[site.module or ""]
         present = [(position, update) for position, update in enumerate(updates) if update is not None]
@@ -75,16 +81,29 @@ class RouterGate(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, site.features))
         self.lora_B = nn.Parameter(torch.zeros(self.writes.shape[1], rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.retrieves = retrieves
         self.among = None
         self._kept: tuple[nn.Parameter, int, Tensor] | None = None
 
-    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch adapters"]:
-        """Fusion weights of each position."""
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"], prior: Float[Tensor, "*batch adapters"] | None = None
+    ) -> Float[Tensor, "*batch adapters"]:
+        """Fusion weights of each position, among the adapters that `prior` does not exclude.
+
+        Raises:
+            MethodError: if some were to be retrieved, and no prompt was read.
+        """
+        if self.retrieves and prior is None and self.among is None:
+            raise MethodError(
+                "The router weighs what was retrieved for a prompt, and a bare forward does not say what the prompt "
+                "is. Call `generate`, or give `prompt_mask`, 1 at its tokens."
+            )
         query = linear_scores(x, self.lora_A)
         u = linear_scores(x, self.reads) + self.constant
         scores = linear_scores(u * linear_scores(query, self._small()), self.owners.T)
         among = self.targets if self.among is None else self.targets & self.among.to(self.targets.device)
-        return softmax_among(scores / self.lora_A.shape[0] ** 0.5, among.expand(scores.shape))
+        among = among.expand(scores.shape) if prior is None else among & prior.isfinite()
+        return softmax_among(scores / self.lora_A.shape[0] ** 0.5, among)
 
     def _small(self) -> Float[Tensor, "slots rank"]:
         """What is needed of the adapters beside u: each one's `s B^T B_r`, one below the other."""
@@ -119,26 +138,87 @@ def _writes(update: LoraModule) -> Float[Tensor, "slots out_features"]:
 
 
 @dataclass(frozen=True)
+class _Finder(EmbedsPrompts):
+    """What compares a prompt with samples of the adapters' data, by vectors of length 1."""
+
+    layer: int
+    encoder: str
+    instruction: str
+
+    def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
+        return F.normalize(super().embed(query, gate), dim=0)
+
+
+@dataclass(frozen=True)
 class Ramole(Method):
     """RAMoLE's routing.
 
     Attributes:
         rank: of the router.
         drop: the probability with which an adapter is left out of a forward while the router learns; two stay.
+        retrieve: how many adapters are retrieved for each prompt, and weighed; None weighs all.
+        layer: by which decoder layer's output of the base, averaged over the prompt, they are found; -1 is the last.
+        encoder: "base", or the Hub id or directory of another model that embeds texts (`loraflow.encoders`).
+        instruction: what another model reads before each text.
     """
 
     rank: int = 8
     drop: float = 0.5
+    retrieve: int | None = None
+    layer: int = -1
+    encoder: str = BASE
+    instruction: str = ""
 
     name: ClassVar[str] = "ramole"
     paper: ClassVar[str] = "2406.16989"
     level: ClassVar[Level] = "token"
     place: ClassVar[Place] = "module"
     learns: ClassVar[Learning] = "together"
+    # Chosen on the small world; the paper's own recipe is not known to us.
+    recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2, "max_steps": 100}
 
     def __post_init__(self) -> None:
         check_count(self.rank, "rank")
         check_share(self.drop, "drop")
+        given = {"layer": self.layer != -1, "encoder": self.encoder != BASE, "instruction": bool(self.instruction)}
+        if self.retrieve is None and any(given.values()):
+            idle = next(name for name, is_it in given.items() if is_it)
+            raise MethodError(
+                f"`{idle}` (={getattr(self, idle)!r}) says how adapters are retrieved, and `retrieve` is None, which "
+                "weighs all. Set that, or leave it out."
+            )
+        _Finder(self.layer, self.encoder, self.instruction)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Where adapters are retrieved."""
+        return self.retrieve is not None
+
+    def keeper(self, site: Site) -> Centroids | None:
+        """Make the place for the adapters' vectors, where they are retrieved by those."""
+        return None if self.retrieve is None else self._finder.gate(site)
+
+    def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
+        """The vector of a prompt, of length 1."""
+        return self._finder.embed(query, gate)
+
+    def prior(self, query: Query, keeper: Any) -> Float[Tensor, " adapters"]:
+        """0 for the adapters that are retrieved, minus infinity for the others; of equal ones, those named first.
+
+        Raises:
+            MethodError: if the adapters have no vectors yet.
+        """
+        # The states of one base lie in a narrow cone, whose axis says nothing.
+        embedding, centroids = self._finder.compared(query, keeper, center=self.encoder == BASE)
+        nearest = (centroids @ embedding).argsort(descending=True, stable=True)[: self.retrieve]
+        return torch.full((len(centroids),), -torch.inf).index_fill(0, nearest.cpu(), 0.0)
+
+    def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
+        check_top_k(self.retrieve, adapters, "retrieve")
+
+    @property
+    def _finder(self) -> _Finder:
+        return _Finder(self.layer, self.encoder, self.instruction)
 
     def gate(self, site: Site) -> RouterGate:
         """The router of one linear.
@@ -151,4 +231,4 @@ class Ramole(Method):
                 f"'{site.module}' of decoder layer {site.layer} are matrices of experts, which read only what is sent "
                 f"to them. The method {self.name!r} takes adapters of linear modules; take another method."
             )
-        return RouterGate(site, self.rank)
+        return RouterGate(site, self.rank, retrieves=self.retrieve is not None)

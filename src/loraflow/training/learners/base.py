@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from loraflow.core.fusion import Fusion
+from loraflow.core.lanes import KEEPER
 from loraflow.errors import DataError, MethodError, did_you_mean
 from loraflow.examples import Example
 from loraflow.training.config import FitConfig, FitResult, Run
@@ -101,7 +102,8 @@ class Learner(ABC):
         Raises:
             MethodError: if they have not.
         """
-        needs = [(gate, self.needs_gates) for gate in fusion.gates.values()]
+        weighing = [gate for site, gate in fusion.gates.items() if fusion.method.level == "query" or site != KEEPER]
+        needs = [(gate, self.needs_gates) for gate in (weighing or fusion.gates.values())]
         for thing, needed in [*needs, (fusion.method, self.needs_method)]:
             if needed is not None and not isinstance(thing, needed):
                 raise MethodError(

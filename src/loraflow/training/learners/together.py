@@ -20,6 +20,7 @@ from loraflow.training.config import FitResult, Run
 from loraflow.training.data import prepare
 from loraflow.training.learners.base import DECIDING, Examples, Learner
 from loraflow.training.learners.gradient import fit_gates
+from loraflow.training.learners.samples import read_samples
 
 _FEWEST = 2
 """Adapters that stay in every forward: of one alone there is nothing to learn."""
@@ -39,9 +40,15 @@ class Together(Learner):
         """The examples by adapter, in the adapters' order.
 
         Raises:
-            DataError: if they are not what the learner reads, or of fewer than two adapters.
+            DataError: if they are not what the learner reads, or of fewer adapters than it takes.
         """
         found = super().check_examples(fusion, examples, dev)
+        missing = [name for name in fusion.adapter_names if name not in found]
+        if missing and fusion.method.reads_prompt:
+            raise DataError(
+                f"The method {fusion.method.name!r} reads prompts by each adapter's own data, as it is set up; there "
+                f"is none for {missing[0]!r}."
+            )
         if len(found) < _FEWEST:
             given = f"of {next(iter(found))!r} alone" if found else "of none of them"
             raise DataError(
@@ -61,6 +68,8 @@ class Together(Learner):
         pool = torch.tensor([name in examples for name in fusion.adapter_names])
         with _changing(fusion, pool, cast(Drops, fusion.method).drop):
             result = fit_gates(fusion, data, run, "fitting on the adapters' own data")
+        if fusion.method.reads_prompt:
+            read_samples(fusion, examples, run)
         counts = {name: len(part.train) for name, part in parts.items()}
         fusion.training_record = {**self.record(run.config, data, result), "adapters": counts}
         return result
@@ -72,16 +81,20 @@ def _changing(fusion: Fusion, pool: Bool[Tensor, " adapters"], probability: floa
 
     def draw(*_: Any) -> None:
         among = draw_adapters(pool, probability) if fusion.training else pool
-        for gate in fusion.gates.values():
-            cast(LearnsAmong, gate).among = among
+        for gate in _learning(fusion):
+            gate.among = among
 
     hook = fusion.register_forward_pre_hook(draw)
     try:
         yield
     finally:
         hook.remove()
-        for gate in fusion.gates.values():
-            cast(LearnsAmong, gate).among = None
+        for gate in _learning(fusion):
+            gate.among = None
+
+
+def _learning(fusion: Fusion) -> list[LearnsAmong]:
+    return [gate for gate in fusion.gates.values() if isinstance(gate, LearnsAmong)]
 
 
 def draw_adapters(pool: Bool[Tensor, " adapters"], probability: float) -> Bool[Tensor, " adapters"]:

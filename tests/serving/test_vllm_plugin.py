@@ -35,11 +35,11 @@ from loraflow.methods import (
     Base,
     LearnedStatic,
     Logo,
-    Ramole,
     LoraFlow,
     LoraHub,
     Method,
     Phatgoose,
+    Ramole,
     Static,
 )
 from loraflow.methods.static import ConstantGate

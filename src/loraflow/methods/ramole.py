@@ -64,6 +64,7 @@ class RouterGate(nn.Module):
     owners: Float[Tensor, "slots adapters"]
     targets: Bool[Tensor, " adapters"]
     among: Bool[Tensor, " adapters"] | None
+    retrieves: bool
 
     def __init__(self, site: Site, rank: int, *, retrieves: bool = False) -> None:
         super().__init__()

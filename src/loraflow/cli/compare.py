@@ -385,7 +385,7 @@ def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring, clu
         raise typer.Exit(1)
     table = write_report(comparison, store, identities(comparison))
     _print_table(table)
-    console.print(f"report: {output}/report.html, .md, .csv, .json; answers: {output}/cells", soft_wrap=True)
+    console.print(f"report: {output}/report.html, .md, .tex, .csv, .json; answers: {output}/cells", soft_wrap=True)
     if failed:
         console.print(f"[bold red]{failed} cells failed.[/] Give the same command again to try those once more.")
         raise typer.Exit(1)

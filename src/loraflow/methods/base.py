@@ -1,12 +1,10 @@
 """The contract of a method: what it looks at, where its weights differ, what it learns, and how it gives them.
 
-=========  =======================================  =====================================================
-level      looks at                                 gives weights through
-=========  =======================================  =====================================================
-`task`     nothing                                  a gate that ignores its input
-`query`    the whole prompt, before generation      `QueryMethod.weigh`, once for each request
-`token`    each position of its place's input       a gate
-=========  =======================================  =====================================================
+| level | looks at | gives weights through |
+|---|---|---|
+| `task` | nothing | a gate that ignores its input |
+| `query` | the whole prompt, before generation | `QueryMethod.weigh`, once for each request |
+| `token` | each position of its place's input | a gate |
 
 A *gate* is a module that reads an input `x` and gives the fusion weights, one for each adapter:
 

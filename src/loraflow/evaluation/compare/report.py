@@ -1,4 +1,4 @@
-"""A table as files: Markdown for a paper's appendix, CSV and JSON for other programs, HTML for people."""
+"""A table as files: Markdown for a paper's appendix, LaTeX, CSV and JSON for other programs, HTML for people."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import transformers
 
 import loraflow
 from loraflow.evaluation.compare.comparison import Comparison
+from loraflow.evaluation.compare.latex import latex
 from loraflow.evaluation.compare.store import Cell, Store
 from loraflow.evaluation.compare.table import AVERAGE, SIGNIFICANT, Row, Table, make_table, table_json
 from loraflow.files import write_atomically
@@ -28,11 +29,12 @@ SHOWN_PROBLEMS = 40
 
 
 def write_report(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
-    """Write `report.md`, `.csv`, `.json` and `.html` beside a run's cells; cells count as `make_table` says."""
+    """Write `report.md`, `.tex`, `.csv`, `.json` and `.html` beside a run's cells; cells count as `make_table` says."""
     table = make_table(comparison, store, wanted)
     settings = run_settings(comparison)
     files = {
         "report.md": markdown(table, settings),
+        "report.tex": latex(table, _columns(table), number),
         "report.csv": table_csv(table),
         "report.json": json.dumps({**table_json(table), "settings": settings}, ensure_ascii=False, indent=1),
         "report.html": html(table, settings, _shown_answers(comparison, store)),
@@ -115,6 +117,11 @@ def own_chosen(row: Row) -> str:
     return "" if row.own_chosen is None else f"{100 * row.own_chosen:.1f}"
 
 
+def _columns(table: Table) -> list[str]:
+    """The tasks, and the average where there is one."""
+    return [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
+
+
 def _note(table: Table) -> str:
     metrics = sorted({row.metric for row in table.rows})
     tests = sorted({row.test for row in table.rows if row.test is not None})
@@ -145,7 +152,7 @@ def _note(table: Table) -> str:
 
 def markdown(table: Table, settings: Mapping[str, str]) -> str:
     """The scores, and what they cost with the comparison with the reference; for one task all in one table."""
-    columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
+    columns = _columns(table)
     parts = [f"# {table.title}", table.description.strip(), _missing(table)]
     scores = [["seeds", *columns], *(_scores(table, name, columns) for name in table.contenders)]
     names = ["method", *table.contenders]
@@ -233,7 +240,7 @@ def table_csv(table: Table) -> str:
 def html(table: Table, settings: Mapping[str, str], answers: Mapping[str, Any]) -> str:
     """One page that needs nothing else: the table, a picture of it, what it cost, and answers to look at."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
+    columns = _columns(table)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     # A closing tag inside an answer must not end the page's script.
     data = json.dumps(answers, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")

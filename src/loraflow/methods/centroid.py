@@ -24,7 +24,7 @@ from torch import Tensor
 from loraflow.errors import MethodError
 from loraflow.methods._shared.encoder import TextEncoder
 from loraflow.methods._shared.scores import top_k_softmax
-from loraflow.methods.base import Learning, Place, Query, QueryGate, QueryMethod, Site, check_positive, check_top_k
+from loraflow.methods.base import Learning, Place, Query, QueryGate, ScoredMethod, Site, check_positive, check_top_k
 
 
 class Centroids(QueryGate):
@@ -49,7 +49,7 @@ class Centroids(QueryGate):
 
 
 @dataclass(frozen=True)
-class Centroid(QueryMethod):
+class Centroid(ScoredMethod):
     """Weights by likeness to each adapter's data.
 
     Attributes:
@@ -91,8 +91,12 @@ class Centroid(QueryMethod):
             return gate.encoder.embed(query.text, gate.centroids.device)
         return query.layer_output(self.layer).float().mean(dim=0)
 
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:
-        """Weigh a prompt by its likeness to the centroids.
+    @property
+    def measure(self) -> str:  # noqa: D102
+        return "cosine"
+
+    def scores(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:
+        """A prompt's likeness to the centroids: cosines.
 
         Raises:
             MethodError: if there are none yet.
@@ -104,8 +108,10 @@ class Centroid(QueryMethod):
         if self.center:
             origin = centroids.mean(dim=0)
             embedding, centroids = embedding - origin, centroids - origin
-        cosines = torch.cosine_similarity(embedding, centroids, dim=-1)
-        return top_k_softmax(cosines, self.top_k or len(cosines), self.temperature)
+        return torch.cosine_similarity(embedding, centroids, dim=-1)
+
+    def weights_of(self, scores: Float[Tensor, " adapters"]) -> Float[Tensor, " adapters"]:  # noqa: D102
+        return top_k_softmax(scores, self.top_k or len(scores), self.temperature)
 
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
         check_top_k(self.top_k, adapters)

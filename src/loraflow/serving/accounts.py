@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loraflow.serving.catalog import Served
 from loraflow.serving.jobs import Job, Token
 from loraflow.serving.logs import log_facts
 from loraflow.serving.metrics import Metrics
 from loraflow.serving.record import CURRENT, Record
+from loraflow.serving.served import Served
 from loraflow.serving.tracing import Tracing
 
 log = logging.getLogger("loraflow.serving")

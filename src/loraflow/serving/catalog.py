@@ -4,63 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraflow.adapters import Adapter, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
-from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates, load_gates
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
-from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
+from loraflow.methods import METHODS, Method, Static, get_method, make_method
 from loraflow.methods.base import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import Permit, SavedFusion, fusion_digest
 from loraflow.saved.records import CONFIG_FILE, FusionConfig
 from loraflow.serving.jobs import Weigher
-
-Kind = Literal["base", "adapter", "fusion"]
+from loraflow.serving.served import Kind, Served, try_gates, weigher_of
 
 # Methods whose gates are kept for further requests; parameters are the clients' to choose.
 _KEPT = 16
-
-
-@dataclass(frozen=True)
-class Served:
-    """One model that requests can name.
-
-    Attributes:
-        digest: of all that its answers depend on but the request: base, adapters, method and what that has learned.
-        adapters: names of its adapters, in the order of its weights.
-        method: who weighs them.
-        prompt: how conversations become prompts.
-        endings: what ends an answer, where a request says nothing more.
-        gates: the method's gates, for its own adapters.
-        origin: digest of the model that was named, where a request has its adapters weighed otherwise.
-    """
-
-    id: str
-    kind: Kind
-    root: str
-    parent: str | None
-    digest: str
-    adapters: tuple[str, ...]
-    parts: tuple[str, ...]
-    method: Method
-    prompt: PromptFormat
-    endings: Endings
-    gates: Gates = field(repr=False)
-    origin: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Catalog:
@@ -349,7 +315,7 @@ class Catalog:
         key = json.dumps([names, parts, method.name, method.parameters()], sort_keys=True)
         gates = self._made.get(key)
         if gates is None:
-            gates = self._try_gates(method, attachment, attachment.positions(names))
+            gates = try_gates(self.model, method, attachment, attachment.positions(names))
             if method.level != "task":
                 # Constant weights are cheap to make, and as many as there are requests.
                 self._made[key] = gates
@@ -360,47 +326,13 @@ class Catalog:
             served, digest=digest, adapters=names, parts=parts, method=method, gates=gates, origin=served.digest
         )
 
-    def _try_gates(self, method: Method, attachment: Attachment, positions: Sequence[int]) -> Gates:
-        """Make gates, and let each weigh one token: what fails in a step fails all who are in it.
-
-        Raises:
-            LoraflowError: if the method refuses its parameters.
-            MethodError: if it fails otherwise, as with parameters of a wrong type.
-        """
-        sites = {name: site for place in attachment.sites.values() for name, site in place.items()}
-        try:
-            gates = attachment.make_gates(method, positions)
-            for name, gate in gates.items():
-                if not isinstance(method, QueryMethod):
-                    gate(torch.zeros(1, 1, sites[name].features, device=self.model.device, dtype=self.model.dtype))
-        except LoraflowError:
-            raise
-        except Exception as error:
-            raise MethodError(f"The method {method.name!r} cannot weigh with these parameters: {error}") from error
-        return gates
-
     def weigher(self, served: Served, prompt: Sequence[int]) -> Weigher:
         """Who weighs a request; methods that read prompts read this one now, which takes some passes.
 
         Raises:
             LoraflowError: if an adapter has left the model.
         """
-        if served.gates and is_constant(served.method, served.gates):
-            # However many different ones there are, they are weighed together.
-            layers = self.model.attachment.layer_count
-            weights = layer_weights(served.gates, layers)
-            return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
-        if not isinstance(served.method, QueryMethod):
-            return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        with self.model.attachment.turn(), torch.no_grad():
-            attachment = self.model.attachment
-            positions = attachment.positions(served.adapters)
-            gate = served.gates.get("model")
-            weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
-        # The whole prompt decides the weights, and so what is kept of its beginning.
-        digest = tensors_digest({"weights": weights.cpu()}, served.digest)
-        return Weigher(weights=weights, adapters=served.adapters, digest=digest)
+        return weigher_of(self.model, served, prompt)
 
 
 def _check_reads_nothing_else(config: FusionConfig) -> None:

@@ -17,7 +17,7 @@ from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
 from loraflow.methods import QueryMethod
 from loraflow.serving.accounts import Accounts, Stages
-from loraflow.serving.catalog import Catalog, Served
+from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import ServerConfig
 from loraflow.serving.engine import Engine
 from loraflow.serving.grammars import Grammar, Grammars
@@ -26,6 +26,7 @@ from loraflow.serving.metrics import Metrics
 from loraflow.serving.pieces import Piece, Wanted
 from loraflow.serving.protocol import ApiError, Generation
 from loraflow.serving.reading import Reader
+from loraflow.serving.served import Served
 from loraflow.serving.text import TextStream, TokenTexts
 from loraflow.serving.tracing import Tracing
 from loraflow.serving.turns import current_client

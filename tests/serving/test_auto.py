@@ -8,19 +8,20 @@ import json
 import math
 import re
 import threading
+from dataclasses import dataclass
 
 import openai
 import pytest
 import torch
 
-from loraflow import Arrow, Centroid, FusedModel, Logo, Phatgoose, PromptFormat, QaFlora, QueryMethod
+from loraflow import Arrow, Centroid, FusedModel, Logo, Method, Phatgoose, PromptFormat, QaFlora, QueryMethod
 from loraflow.core.probe import Prompt
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods.base import QueryGate
 from loraflow.serving.auto import AUTO, TOP_K, Auto, Picking
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
-from loraflow.serving.picking import pick
+from loraflow.serving.picking import check_method, limited, pick
 from loraflow.serving.service import ServerConfig
 from tests.serving.worlds import DEADLINE_S, alone, call, job, running, send, serving, wait_for
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
@@ -203,6 +204,36 @@ def test_only_the_best_of_many_are_told(root):
     assert list(picks.weights) == ["a11", "a10", "a9"]
     assert list(picks.scores) == [f"a{i}" for i in range(11, 3, -1)]
     assert (picks.candidates, len(picks.weights)) == (12, TOP_K)
+
+
+class Crossing(Fixed):
+    """One that mixes A and B each."""
+
+    mixing = "parameters"
+
+
+@dataclass(frozen=True)
+class PerToken(Method):
+    """One that weighs each token, and has no `top_k`."""
+
+    name, level, place = "per-token", "token", "layer"
+
+    def gate(self, site):
+        return None
+
+
+def test_methods_that_cannot_be_limited_are_told():
+    message = (
+        "The method 'fixed' does not only weigh the adapters' outputs, so that `auto` cannot leave any of them out"
+    )
+    with pytest.raises(MethodError, match=re.escape(message)):
+        check_method(Crossing())
+    check_method(Fixed())
+    with pytest.raises(MethodError, match=r"The method 'per-token' has no `top_k` \(=2\)\. Leave it out\."):
+        limited(PerToken(), Picking(("a", "b", "c"), 2, None))
+    assert limited(Arrow(temperature=2.0), Picking(("a", "b"), 3, None)) == Arrow(2, 2.0)
+    assert limited(Arrow(), Picking(("a", "b"), None, None)) == Arrow()
+    assert limited(Logo(), Picking(("a",), 3, 0.5)) == Logo()
 
 
 # ---- One step for all ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraflow.core.probe import Prompt
 from loraflow.errors import MethodError, did_you_mean
-from loraflow.methods import Method, QueryMethod, ScoredMethod, get_method, method_names
+from loraflow.methods import Method, QueryMethod, ScoredMethod, get_method, make_method, method_names
 from loraflow.serving.auto import AUTO, TOP_K, Auto, Picking
 
 # Scores that are told beyond those of the picked adapters.
@@ -120,7 +120,7 @@ def limited(method: Method, picking: Picking) -> Method:
         return method
     if "top_k" not in {field.name for field in dataclasses.fields(method)}:
         raise MethodError(f"The method {method.name!r} has no `top_k` (={picking.top_k}). Leave it out.")
-    return dataclasses.replace(method, top_k=min(picking.top_k, len(picking.adapters)))
+    return make_method(method.name, {**method.parameters(), "top_k": min(picking.top_k, len(picking.adapters))})
 
 
 def pick(

@@ -15,7 +15,7 @@ import torch
 from loraflow.adapters import tensors_digest
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
-from loraflow.core.lanes import Gates
+from loraflow.core.lanes import Gates, inform
 from loraflow.core.probe import Prompt
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError, MethodError
@@ -120,7 +120,7 @@ def weigher_of(model: FusedModel, served: Served, prompt: Sequence[int]) -> Weig
         # However many different ones there are, they are weighed together.
         weights = layer_weights(served.gates, model.attachment.layer_count)
         return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
-    if not isinstance(served.method, QueryMethod):
+    if not served.method.reads_prompt:
         return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)
     if served.picking is not None:
         return _picking_weigher(model, served, prompt)
@@ -132,6 +132,9 @@ def weigher_of(model: FusedModel, served: Served, prompt: Sequence[int]) -> Weig
         weights = weigh_prompts(attachment, served.method, gate, ids, None, model.tokenizer, positions)[0]
     # The whole prompt decides the weights, and so what is kept of its beginning.
     digest = tensors_digest({"weights": weights.cpu()}, served.digest)
+    if not isinstance(served.method, QueryMethod):
+        # They are a prior of each layer's, the same in all, and its tokens are weighed one by one.
+        return Weigher(served.method, inform(served.gates, weights[:1]), adapters=served.adapters, digest=digest)
     return Weigher(weights=weights, adapters=served.adapters, digest=digest)
 
 
@@ -168,7 +171,7 @@ def try_gates(model: FusedModel, method: Method, attachment: Attachment, positio
     try:
         gates = attachment.make_gates(method, positions)
         for name, gate in gates.items():
-            if not isinstance(method, QueryMethod):
+            if not method.reads_prompt:
                 gate(torch.zeros(1, 1, sites[name].features, device=model.device, dtype=model.dtype))
     except LoraflowError:
         raise

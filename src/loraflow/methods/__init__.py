@@ -11,7 +11,7 @@ from typing import Any
 from loraflow.errors import MethodError, did_you_mean
 from loraflow.methods.adapter_core import AdapterCore
 from loraflow.methods.arrow import Arrow
-from loraflow.methods.base import Method, QueryMethod, Site
+from loraflow.methods.base import Method, QueryMethod, ScoredMethod, Site
 from loraflow.methods.centroid import Centroid
 from loraflow.methods.learned_static import LearnedStatic
 from loraflow.methods.logo import Logo
@@ -59,6 +59,7 @@ __all__ = [
     "QaFlora",
     "QueryMethod",
     "Ramole",
+    "ScoredMethod",
     "Site",
     "Static",
     "get_method",

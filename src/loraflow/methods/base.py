@@ -3,7 +3,7 @@
 | level | looks at | gives weights through |
 |---|---|---|
 | `task` | nothing | a gate that ignores its input |
-| `query` | the whole prompt, before generation | `QueryMethod.weigh`, once for each request |
+| `query` | the whole prompt, before generation | `weigh`, once for each request; a `ScoredMethod` scores first |
 | `token` | each position of its place's input | a gate |
 
 A *gate* is a module that reads an input `x` and gives the fusion weights, one for each adapter:
@@ -345,6 +345,33 @@ class QueryMethod(Method):
     @abstractmethod
     def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
         """The fusion weights of one request, given what `gate` made."""
+
+
+@dataclass(frozen=True)
+class ScoredMethod(QueryMethod):
+    """A query-level method that scores each adapter, the higher the better it fits, and weighs by the scores.
+
+    Who picks a few of many adapters compares their scores, and weighs those that are left by theirs alone.
+    """
+
+    @property
+    @abstractmethod
+    def measure(self) -> str:
+        """What a score is, for people, with its unit where it has one."""
+
+    @abstractmethod
+    def scores(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """How well each adapter fits a prompt, given what `gate` made; where layers differ, their mean says it."""
+
+    @abstractmethod
+    def weights_of(
+        self, scores: Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]
+    ) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """The fusion weights of adapters with these scores; those of some of them are as if there were no others."""
+
+    def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """The fusion weights of one request, by its scores."""
+        return self.weights_of(self.scores(query, gate))
 
 
 def check_weights(weights: Any, adapters: Sequence[str], parameter: str) -> None:

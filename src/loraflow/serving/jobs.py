@@ -15,6 +15,7 @@ from torch import Tensor
 from loraflow.core.lanes import Gates
 from loraflow.methods import Method
 from loraflow.serving.grammars import Constraint
+from loraflow.serving.picking import Picks
 
 FinishReason = Literal["stop", "length"]
 
@@ -55,6 +56,7 @@ class Weigher:
         adapters: names of the adapters that these are for, in order; None for all in the model. Others may come into
             the model and leave it while a request runs.
         digest: of all that the weights depend on beside the tokens so far; None where nobody knows.
+        picks: what was picked for the prompt, and why; None where the adapters were named.
     """
 
     method: Method | None = None
@@ -62,6 +64,7 @@ class Weigher:
     weights: Float[Tensor, "layers adapters"] | None = None
     adapters: tuple[str, ...] | None = None
     digest: str | None = None
+    picks: Picks | None = None
 
     def prefix(self, salt: str | None) -> bytes | None:
         """What pages of the cache are found by, beside their tokens (`Job.prefix`)."""

@@ -75,9 +75,12 @@ def softmax_among(
 
 
 def largest_normalized(scores: Float[Tensor, " adapters"], top_k: int | None) -> Float[Tensor, " adapters"]:
-    """Keep the largest `top_k` of non-negative scores and divide by their sum; where all are zero, weigh evenly."""
+    """Keep the largest `top_k` of non-negative scores and divide by their sum; where all are zero, weigh evenly.
+
+    Where there are fewer, all are kept.
+    """
     kept = torch.zeros_like(scores)
-    chosen = scores.topk(top_k or len(scores)).indices
+    chosen = scores.topk(min(top_k or len(scores), len(scores))).indices
     kept[chosen] = scores[chosen]
     total = kept.sum()
     if total > 0:

@@ -11,7 +11,7 @@ import torch
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, QaFlora
+from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, QaFlora, Static, make_method
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
 from tests.serving.worlds import alone, job, running, send
@@ -82,6 +82,22 @@ def test_each_fusion_answers_as_it_does_alone(root, catalog):
             "collision.zh" if served.id == "collision" else one for one in model.adapter_names
         ]
     assert len({tuple(answered) for answered in found}) == len(cases)
+
+
+def test_adapters_on_top_and_under_other_names_answer_as_alone(root, tmp_path):
+    topped = make_method("lora-flow", {"granularity": "module", "on_top": ["math"]})
+    for name, adapters, method in (
+        ("topped", {"zh": "zh", "math": "math"}, topped),
+        ("static", {"code": "zh", "zh": "math"}, Static({"code": 0.7, "zh": 1.0})),
+    ):
+        model = FusedModel.from_adapters(root / "base", {own: root / one for own, one in adapters.items()}, method)
+        set_random_gates(model)
+        model.save_pretrained(tmp_path / name)
+    fusions = {"layers": root / "layers", "topped": tmp_path / "topped", "static": tmp_path / "static"}
+    catalog = Catalog.open(None, None, {name: str(path) for name, path in fusions.items()})
+    found = answers(catalog, [(catalog.find(name), prompt()) for name in fusions])
+    assert catalog.find("static").adapters == catalog.find("topped").adapters == ("zh", "math")
+    assert found == [alone(FusedModel.from_pretrained(path), prompt(), new=12) for path in fusions.values()]
 
 
 def test_the_base_and_adapters_answer_as_they_do_alone(root, catalog):

@@ -246,7 +246,10 @@ class Catalog:
             prompt = prompt.resolve(model.tokenizer)
         endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
         manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
-        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors)
+        own = fusion.adapter_names
+        return self._make(
+            fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors, own
+        )
 
     def _check_tokens(self, what: str, tokens: AddedTokens) -> None:
         """Check that the one tokenizer of all has added tokens.
@@ -271,9 +274,11 @@ class Catalog:
         method: Method,
         manner: tuple[PromptFormat, Endings],
         tensors: Mapping[str, Tensor] | None = None,
+        own_names: Sequence[str] | None = None,
     ) -> Served:
         attachment = self.model.attachment
-        gates = attachment.make_gates(method, attachment.positions(adapters))
+        # Adapters may be called otherwise in the model than in the fusion, whose method knows them by its own names.
+        gates = attachment.make_gates(method, attachment.positions(adapters), own_names)
         load_gates(gates, tensors or {}, f"the method of the fusion {name!r}")
         for gate in gates.values():
             gate.requires_grad_(False)

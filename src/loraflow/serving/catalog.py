@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraflow.adapters import Adapter, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
@@ -273,22 +273,21 @@ class Catalog:
         adapters: tuple[str, ...],
         method: Method,
         manner: tuple[PromptFormat, Endings],
-        tensors: Mapping[str, Tensor] | None = None,
-        own_names: Sequence[str] | None = None,
+        saved: SavedFusion | None = None,
     ) -> Served:
         attachment = self.model.attachment
-        # Adapters may be called otherwise in the model than in the fusion, whose method knows them by its own names.
-        gates = attachment.make_gates(method, attachment.positions(adapters), own_names)
-        load_gates(gates, tensors or {}, f"the method of the fusion {name!r}")
-        for gate in gates.values():
-            gate.requires_grad_(False)
+        # Adapters may be called otherwise here than in the fusion, whose method knows them by its own names.
+        tensors, names = ({}, adapters) if saved is None else (saved.tensors, saved.adapter_names)
+        gates = attachment.make_gates(method, attachment.positions(adapters), names)
+        load_gates(gates, tensors, f"the method of the fusion {name!r}")
+        nn.ModuleList(gates.values()).requires_grad_(False)
         parts = _parts(attachment, adapters)
         return Served(
             id=name,
             kind=kind,
             root=root,
             parent=None if kind == "base" else self.base_id,
-            digest=self._digest(adapters, parts, method, tensors or {}),
+            digest=self._digest(adapters, parts, method, tensors),
             adapters=adapters,
             parts=parts,
             method=method,
@@ -392,8 +391,7 @@ class Catalog:
         """
         if served.gates and is_constant(served.method, served.gates):
             # However many different ones there are, they are weighed together.
-            layers = self.model.attachment.layer_count
-            weights = layer_weights(served.gates, layers)
+            weights = layer_weights(served.gates, self.model.attachment.layer_count)
             return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
         if not isinstance(served.method, QueryMethod):
             return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)

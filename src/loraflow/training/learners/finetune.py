@@ -44,6 +44,7 @@ from loraflow.answers import require_tokenizer
 from loraflow.bases import BaseOptions, base_record, choose, with_tokens
 from loraflow.core.attach import open_base
 from loraflow.core.fusion import Fusion
+from loraflow.core.layers import FusedDecoderLayer
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import make_folder, write_atomically
@@ -147,6 +148,8 @@ def finetune(
         set_seed(config.seed)
         stack.enter_context(_at_work(ground.fusion))
         adapted = stack.enter_context(_adapted(ground.model, described))
+        if ground.fusion is not None:
+            _check_targets(ground.fusion)
         trained = TrainedAdapter(adapted, ground.tokenizer, ground.prompt)
         data = prepare(trained, examples, dev, config)
         identity |= {"data": data.digest, "config": config.identity()}
@@ -243,6 +246,30 @@ def _at_work(fusion: Fusion | None) -> Iterator[None]:
                 layer.gates = own
             for parameter in learning:
                 parameter.requires_grad_(True)
+
+
+def _check_targets(fusion: Fusion) -> None:
+    """Check that a fusion can have an adapter where PEFT has put a new one.
+
+    Raises:
+        LoraflowError: if it cannot.
+    """
+    layers, method = fusion.attachment.layers, fusion.own_method
+    for name, module in fusion.attachment.model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        place = layers.split(name)
+        if place is None:
+            raise LoraflowError(
+                f"`target_modules` reaches '{name}', which is outside the decoder layers ({layers.prefix}), where a "
+                "fusion has no adapters. Name modules that are inside of them."
+            )
+        rows = cast(FusedDecoderLayer, layers.layers[place[0]]).fusion.context.rows.of(place[1])
+        if method.level == "token" and method.place != "module" and rows in ("prompts", "unknown"):
+            raise LoraflowError(
+                f"`target_modules` reaches '{name}', which does not read the layer's tokens one by one, so the method "
+                f"{method.name!r} cannot stand beside an adapter there. Name other modules."
+            )
 
 
 class TrainedAdapter(nn.Module):

@@ -246,10 +246,7 @@ class Catalog:
             prompt = prompt.resolve(model.tokenizer)
         endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
         manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
-        own = fusion.adapter_names
-        return self._make(
-            fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors, own
-        )
+        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion)
 
     def _check_tokens(self, what: str, tokens: AddedTokens) -> None:
         """Check that the one tokenizer of all has added tokens.

@@ -20,6 +20,7 @@ from loraflow.methods.lorahub import LoraHub
 from loraflow.methods.on_top import PARAMETER, OnTop
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
+from loraflow.methods.ramole import Ramole
 from loraflow.methods.static import Average, Base, Static
 
 ENTRY_POINTS = "loraflow.methods"
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         Centroid,
         Arrow,
         Phatgoose,
+        Ramole,
         LoraFlow,
         AdapterCore,
     )
@@ -58,6 +60,7 @@ __all__ = [
     "Phatgoose",
     "QaFlora",
     "QueryMethod",
+    "Ramole",
     "Site",
     "Static",
     "get_method",

@@ -153,7 +153,7 @@ def test_a_batch_mixes_fusions_with_and_without() -> None:
 
 
 REFUSED = {
-    "query": (QaFlora(), r"'qa-flora' weighs whole prompts .* takes no adapter on top \(`on_top` = \['x'\]\)"),
+    "query": (QaFlora(), r"'qa-flora' reads whole prompts .* takes no adapter on top \(`on_top` = \['x'\]\)"),
     "adds": (AdapterCore("a"), r"'adapter-core' adds updates of its own, .*Export the fusion as one adapter"),
     "mixes": (LoraHub(), r"'lorahub' mixes parameters, .*Export the fusion as one adapter"),
     "base": (Base(), r"'base' has no adapters at work"),

@@ -190,7 +190,7 @@ def test_what_excludes_what(make_model, train, tmp_path):
     with torch.no_grad():
         model(random_ids())
     model.set_method("qa-flora")
-    with pytest.raises(MethodError, match="'qa-flora' weighs whole prompts before they are answered"):
+    with pytest.raises(MethodError, match="'qa-flora' reads whole prompts before they are answered"):
         train(model)
     model.set_method(Average())
     with model.using("a"), pytest.raises(MethodError, match="'average', and 'static' is in use here"):

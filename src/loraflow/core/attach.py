@@ -168,13 +168,10 @@ class Attachment:
             for fusion in self.fusions:
                 fusion.set_dropout(0.0)
 
-    def make_gates(
-        self, method: Method, among: Sequence[int] | None = None, names: Sequence[str] | None = None
-    ) -> Gates:
+    def make_gates(self, method: Method, among: Sequence[int] | None = None, names: Sequence[str] = ()) -> Gates:
         """Make a method's gates, each on the device of its layer, in float32 at least.
 
-        Where it is to weigh only some of the adapters, linears that none of them targets get no gates of their own; its
-        own names for those may be others than the model's.
+        Where it is to weigh only some of the adapters, by names of its own perhaps, linears that none targets get none.
         """
         gates = {}
         with self.turn():
@@ -191,7 +188,7 @@ class Attachment:
                 if method.adds:
                     _match_precision(gate, own)
         (whole,) = self.sites["model"].values()
-        return {**gates, **make_keeper(method, whole if among is None else _site_of(whole, among), *homes[0])}
+        return {**gates, **make_keeper(method, whole if among is None else _site_of(whole, among, names), *homes[0])}
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on, as modules of the model.
@@ -364,11 +361,11 @@ class Attachment:
             parameter.requires_grad_(True)
 
 
-def _site_of(site: Site, among: Sequence[int], names: Sequence[str] | None) -> Site:
+def _site_of(site: Site, among: Sequence[int], names: Sequence[str]) -> Site:
     """The same site for some of the adapters, by other names perhaps."""
     return dataclasses.replace(
         site,
-        adapters=tuple(site.adapters[i] for i in among) if names is None else tuple(names),
+        adapters=tuple(names) or tuple(site.adapters[i] for i in among),
         updates={name: tuple(updates[i] for i in among) for name, updates in site.updates.items()},
     )
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraflow.errors import MethodError
-from loraflow.methods.base import FewWeights, KnownWeights, Learning, Method, Place, QueryMethod, Site
+from loraflow.methods.base import FewWeights, KnownWeights, Learning, Method, Place, Site
 from loraflow.methods.static import Base, ConstantGate, Static
 
 PARAMETER = "on_top"
@@ -157,9 +157,9 @@ def _check_below(method: Method, names: Sequence[str]) -> None:
             f"The method {method.name!r} has no adapters at work, so nothing can be on top of them "
             f"(`{PARAMETER}` = {list(names)}). Take an adapter for the base: `loraflow finetune --base`."
         )
-    if isinstance(method, QueryMethod):
+    if method.reads_prompt:
         raise MethodError(
-            f"The method {method.name!r} weighs whole prompts before they are answered, and takes no adapter on top "
+            f"The method {method.name!r} reads whole prompts before they are answered, and takes no adapter on top "
             f"(`{PARAMETER}` = {list(names)}). Take one whose weights are constant, or come from gates at each token."
         )
     if method.adds or method.mixing == "parameters":

@@ -528,7 +528,7 @@ MISTAKES: dict[str, tuple[Any, type[LoraflowError], str]] = {
     "adapters": ({"method": "average", "adapters": ["maths"]}, DataError, "wants the adapter 'maths'.*mean 'math'"),
     "on top of": ({"finetune": "new", "on_top_of": 2}, DataError, "'row' wants the adapter 2, and 'zh' has 'zh-chat'"),
     "on no method": ({"finetune": "new", "on_top_of": "code"}, MethodError, "Unknown method 'code'"),
-    "on a query": ({"finetune": "new", "on_top_of": "qa-flora"}, MethodError, "'qa-flora' weighs whole prompts before"),
+    "on a query": ({"finetune": "new", "on_top_of": "qa-flora"}, MethodError, "'qa-flora' reads whole prompts before"),
     "tuned": ({"finetune": "code"}, DataError, "The row 'row' wants the adapter 'code', and 'zh' has"),
     "fit": ({**FLOW, "fit": {"max_step": 3}}, DataError, "unknown setting 'max_step' of its fit.*mean 'max_steps'"),
     "LoRA of gates": ({**FLOW, "fit": {"alpha": 3}}, DataError, "unknown setting 'alpha' of its fit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import torch
 from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
 from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, QaFlora, Static, make_method
+from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
 from tests.serving.worlds import alone, job, running, send
@@ -254,18 +256,19 @@ def test_a_changed_adapter_is_told(root, tmp_path):
         Catalog.open(world / "base", {"nowhere": str(world / "nowhere")})
 
 
-def test_gates_that_do_not_fit_are_told(catalog):
+def test_gates_that_do_not_fit_are_told(root, catalog):
     message = "do not match the method of the fusion 'new': 'layers.0.bias' is missing, unknown or of another shape"
     with pytest.raises(FusionError, match=re.escape(message)):
-        catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt, {})
+        catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt)
     good = {
         f"{site}.{key}": value
         for site, gate in catalog.find("layers").gates.items()
         for key, value in gate.state_dict().items()
     }
     tensors = {**good, "layers.9.weight": torch.ones(1)}
+    saved = dataclasses.replace(SavedFusion.open(root / "layers"), tensors=tensors)
     with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing, unknown"):
-        catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, tensors)
+        catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, saved)
     assert "new" not in catalog.served
 
 

@@ -26,14 +26,16 @@ from loraflow.core.fusion import Fusion
 from loraflow.core.swap import blank
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError
+from loraflow.examples import Example
 from loraflow.files import write_atomically
 from loraflow.methods import Method, get_method, method_names
+from loraflow.methods.on_top import learned_below, put_on_top
 from loraflow.prompts import PromptFormat
-from loraflow.saved.card import model_card
+from loraflow.saved.card import model_card, on_top_card
 from loraflow.saved.fusion import SavedFusion
-from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
+from loraflow.saved.records import CARD_FILE, AdapterRecord, FusionConfig, MethodRecord, relative_source
 from loraflow.saved.storage import copy_adapters, write_fusion
-from loraflow.training import FitConfig, FitResult
+from loraflow.training import FitConfig, FitResult, LoraSettings
 
 
 class FusedModel(Fusion):
@@ -185,6 +187,63 @@ class FusedModel(Fusion):
             Losses, time, and which examples were cut.
         """
         return training.fit(self, examples, dev=dev, config=config)
+
+    def finetune(
+        self,
+        examples: Sequence[Mapping[str, Any] | Example],
+        output: str | Path,
+        *,
+        name: str = "tuned",
+        lora: LoraSettings | None = None,
+        dev: Sequence[Mapping[str, Any] | Example] | None = None,
+        **run: Any,
+    ) -> training.FinetuneResult:
+        """Train a new LoRA on top of the fusion, which stays as it is, and save the fusion with it.
+
+        Args:
+            examples: each `{"prompt": ..., "completion": ...}` or `{"messages": [...]}`.
+            output: directory for the fusion with one more adapter, of weight 1, beside the gates as they are. The
+                adapter itself is there too, in a folder of `adapters`.
+            name: of the new adapter.
+            lora: what it is like; by default as the paper's adapters.
+            dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
+            run: anything else that `loraflow.training.finetune` takes: `config`, `checkpoints`, `resume`, ...
+
+        Returns:
+            Losses, time, and which examples were cut.
+
+        Raises:
+            LoraflowError: if the name cannot be used.
+        """
+        output = Path(output).expanduser()
+        check_adapter_names([name])
+        if name in self.adapter_names:
+            raise LoraflowError(f"The fusion has an adapter {name!r} already. Give the new one another `name`.")
+        if output.is_file():
+            raise LoraflowError(f"`output` (={str(output)!r}) is a file. Give a directory.")
+        with tempfile.TemporaryDirectory() as place:
+            result = training.finetune(self, examples, place, lora=lora, dev=dev, **run)
+            self._save_on_top(output, load_adapter(name, place), result)
+        return dataclasses.replace(result, output=output)
+
+    def _save_on_top(self, directory: Path, adapter: Adapter, result: training.FinetuneResult) -> None:
+        """Save the fusion with one more adapter on top of it."""
+        with self.attachment.turn():
+            own = self._choice.own
+            learned = {
+                f"{site}.{learned_below(own.method, key)}": tensor
+                for site, gate in own.gates.items()
+                for key, tensor in gate.state_dict().items()
+            }
+            (folder,) = copy_adapters([adapter], directory)
+            config, method = self._config(directory, learned, copies=False), put_on_top(own.method, adapter.name)
+            path = relative_source(str(folder), directory)
+            config.adapters.append(AdapterRecord(name=adapter.name, path=path, digest=adapter.digest))
+            config.method = MethodRecord(name=method.name, parameters=method.parameters())
+            facts = {"steps": result.steps, "train_loss": result.train_loss, "dev_loss": result.dev_loss}
+            config.training = {**(config.training or {}), f"on top: {adapter.name}": facts}
+            write_fusion(directory, config, learned, model_card(config, self.num_learned_parameters()))
+            write_atomically(folder / CARD_FILE, on_top_card(config).encode())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are learned, of how many."""

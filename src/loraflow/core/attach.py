@@ -168,17 +168,17 @@ class Attachment:
             for fusion in self.fusions:
                 fusion.set_dropout(0.0)
 
-    def make_gates(self, method: Method, among: Sequence[int] | None = None) -> Gates:
+    def make_gates(self, method: Method, among: Sequence[int] | None = None, names: Sequence[str] = ()) -> Gates:
         """Make a method's gates, each on the device of its layer, in float32 at least.
 
-        Where it is to weigh only some of the adapters, linears that none of them targets get no gates of their own.
+        Where it is to weigh only some of the adapters, by names of its own perhaps, linears that none targets get none.
         """
         gates = {}
         with self.turn():
             # No adapters may come or leave while the layers are gone through; gates may take a while to make.
             homes = [(device_of(layer), dtype_of(layer, self.model)) for layer in self.layers.layers]
         for name, site in self.sites[_gate_place(method)].items():
-            site = site if among is None else _site_of(site, among)
+            site = site if among is None else _site_of(site, among, names)
             if site.module is not None and not any(site.updates[site.module]):
                 continue
             gate = method.gate(site)
@@ -188,7 +188,7 @@ class Attachment:
                 if method.adds:
                     _match_precision(gate, own)
         (whole,) = self.sites["model"].values()
-        return {**gates, **make_keeper(method, whole if among is None else _site_of(whole, among), *homes[0])}
+        return {**gates, **make_keeper(method, whole if among is None else _site_of(whole, among, names), *homes[0])}
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on, as modules of the model.
@@ -361,11 +361,11 @@ class Attachment:
             parameter.requires_grad_(True)
 
 
-def _site_of(site: Site, among: Sequence[int]) -> Site:
-    """The same site for some of the adapters."""
+def _site_of(site: Site, among: Sequence[int], names: Sequence[str]) -> Site:
+    """The same site for some of the adapters, by other names perhaps."""
     return dataclasses.replace(
         site,
-        adapters=tuple(site.adapters[i] for i in among),
+        adapters=tuple(names) or tuple(site.adapters[i] for i in among),
         updates={name: tuple(updates[i] for i in among) for name, updates in site.updates.items()},
     )
 

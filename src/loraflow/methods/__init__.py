@@ -17,6 +17,7 @@ from loraflow.methods.learned_static import LearnedStatic
 from loraflow.methods.logo import Logo
 from loraflow.methods.lora_flow import LoraFlow
 from loraflow.methods.lorahub import LoraHub
+from loraflow.methods.on_top import PARAMETER, OnTop
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
 from loraflow.methods.ramole import Ramole
@@ -55,6 +56,7 @@ __all__ = [
     "LoraFlow",
     "LoraHub",
     "Method",
+    "OnTop",
     "Phatgoose",
     "QaFlora",
     "QueryMethod",
@@ -80,6 +82,10 @@ def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
         MethodError: if the name is unknown, or a parameter is.
     """
     found = _find(name)
+    if PARAMETER in parameters:
+        names = parameters[PARAMETER]
+        rest = {key: value for key, value in parameters.items() if key != PARAMETER}
+        return OnTop(make_method(name, rest), tuple(names) if isinstance(names, list) else names)
     known = [field.name for field in dataclasses.fields(found)]
     for parameter in parameters:
         if parameter not in known:

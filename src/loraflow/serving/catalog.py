@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from loraflow.adapters import Adapter, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
@@ -255,7 +255,7 @@ class Catalog:
             prompt = prompt.resolve(model.tokenizer)
         endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
         manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
-        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors)
+        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion)
 
     def _check_tokens(self, what: str, tokens: AddedTokens) -> None:
         """Check that the one tokenizer of all has added tokens.
@@ -279,20 +279,21 @@ class Catalog:
         adapters: tuple[str, ...],
         method: Method,
         manner: tuple[PromptFormat, Endings],
-        tensors: Mapping[str, Tensor] | None = None,
+        saved: SavedFusion | None = None,
     ) -> Served:
         attachment = self.model.attachment
-        gates = attachment.make_gates(method, attachment.positions(adapters))
-        load_gates(gates, tensors or {}, f"the method of the fusion {name!r}")
-        for gate in gates.values():
-            gate.requires_grad_(False)
+        # Adapters may be called otherwise here than in the fusion, whose method knows them by its own names.
+        tensors, names = ({}, adapters) if saved is None else (saved.tensors, saved.adapter_names)
+        gates = attachment.make_gates(method, attachment.positions(adapters), names)
+        load_gates(gates, tensors, f"the method of the fusion {name!r}")
+        nn.ModuleList(gates.values()).requires_grad_(False)
         parts = _parts(attachment, adapters)
         return Served(
             id=name,
             kind=kind,
             root=root,
             parent=None if kind == "base" else self.base_id,
-            digest=self._digest(adapters, parts, method, tensors or {}),
+            digest=self._digest(adapters, parts, method, tensors),
             adapters=adapters,
             parts=parts,
             method=method,

@@ -222,6 +222,10 @@ MISTAKES = {
         {"methods": {"a": {"method": "base", "adapter": 0}}},
         "`methods.a`: give exactly one of `method`, `adapter`, `fusion`, `merge` and `finetune`.",
     ),
+    "on top of a method": (
+        {"methods": {"a": {"method": "average", "on_top_of": 1}}},
+        "`methods.a`: `on_top_of` is what a new LoRA is trained on; say `finetune: new`.",
+    ),
     "options of an adapter": (
         {"methods": {"a": {"adapter": 0, "options": {"x": 1}}}},
         "`methods.a`: `options` are parameters of a `method` or a `merge`.",

@@ -168,6 +168,8 @@ class RowSpec(_Spec):
         rank: the rank that a merge is compressed to; by default none.
         adapter: one of the task's adapters alone, by name or position, or "own": the one made for the task.
         finetune: train a LoRA on the task instead of fusing: "new", or one of the task's adapters further.
+        on_top_of: what a new LoRA is trained on: one of the task's adapters, by name or position, or a method's name,
+            which is fitted first where it learns; by default the base.
         adapters: what is fused: the task's adapters, all of the setting's, or these.
         without: adapters to leave out of those, by name; "own" is the one made for the task.
         fit: settings of `FitConfig` (and of `LoraSettings` for `finetune`) that differ from the recipe.
@@ -186,6 +188,7 @@ class RowSpec(_Spec):
     adapter: int | str | None = None
     fusion: str | None = None
     finetune: int | str | None = None
+    on_top_of: int | str | None = None
     adapters: Literal["task", "all"] | list[str] = "task"
     without: list[str] = []
     fit: dict[str, Any] = {}
@@ -200,6 +203,8 @@ class RowSpec(_Spec):
         kinds = (self.method, self.adapter, self.fusion, self.merge, self.finetune)
         if sum(kind is not None for kind in kinds) != 1:
             raise ValueError("give exactly one of `method`, `adapter`, `fusion`, `merge` and `finetune`")
+        if self.on_top_of is not None and self.finetune != NEW_LORA:
+            raise ValueError(f"`on_top_of` is what a new LoRA is trained on; say `finetune: {NEW_LORA}`")
         if self.options and self.method is None and self.merge is None:
             raise ValueError("`options` are parameters of a `method` or a `merge`")
         if self.rank is not None and self.merge is None:

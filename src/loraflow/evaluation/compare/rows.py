@@ -12,6 +12,7 @@ from loraflow.evaluation.compare.plan import NEW_LORA, OWN, RowSpec
 from loraflow.evaluation.compare.tasks import Setting, Task
 from loraflow.merging import Merge, make_merge
 from loraflow.methods import Method, get_method
+from loraflow.methods.on_top import put_on_top
 from loraflow.saved.fusion import SavedFusion
 from loraflow.training import FitConfig, LoraSettings
 from loraflow.training.config import LEARNING_RATE
@@ -67,6 +68,24 @@ class PlannedRow:
         if self.spec.method is None:
             return None
         return get_method(self.spec.method, self.adapters(task), self.spec.options)
+
+    def below(self, task: Task) -> PlannedRow | None:
+        """The row that a new LoRA is trained on top of; None where that is the base.
+
+        Raises:
+            DataError: if there is no such adapter.
+            MethodError: if there is no such method, or nothing can be on top of it.
+        """
+        on, spec = self.spec.on_top_of, {"adapters": self.spec.adapters}
+        if on is None:
+            return None
+        if isinstance(on, int) or on in self.adapters(task):
+            return dataclasses.replace(self, spec=RowSpec(adapter=self._adapter(on, task), **spec))
+        row = dataclasses.replace(self, spec=RowSpec(method=on, **spec))
+        put_on_top(cast(Method, row.method(task)), self.name)
+        if row.learns(task) and not row.reads_adapters(task):
+            return dataclasses.replace(row, spec=row.spec.model_copy(update={"examples": self.spec.examples}))
+        return row
 
     def merge(self, task: Task, seed: int | None = None) -> Merge | None:
         """The merge that makes one adapter of its adapters on a task, by this seed; None where it is no merge.
@@ -172,6 +191,9 @@ class PlannedRow:
             if self.reads_adapters(source)
             else source.train_digest(self.spec.examples),
         }
+        below = self.below(source)
+        if below is not None:
+            identity["below"] = below.fit_identity(source, seed)
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
 
@@ -188,6 +210,9 @@ class PlannedRow:
             SavedFusion.open(self.spec.fusion)
         if isinstance(self.spec.finetune, int | str) and self.spec.finetune != NEW_LORA:
             self._adapter(self.spec.finetune, source)
+        below = self.below(source)
+        if below is not None:
+            below.check(source)
         if not self.learns(task):
             for name in ("fit", "search", "examples", "fitted_on"):
                 if getattr(self.spec, name):

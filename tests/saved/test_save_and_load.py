@@ -26,13 +26,16 @@ from loraflow import (
     Average,
     Centroid,
     FusedModel,
+    Lag,
     LearnedStatic,
     Logo,
     LoraFlow,
     LoraHub,
+    NormMax,
     Phatgoose,
     PromptFormat,
     QaFlora,
+    SpectR,
     Static,
 )
 from loraflow.adapters import tensors_digest
@@ -71,6 +74,9 @@ METHODS = [
     Logo(),
     Centroid(layer=0),
     Arrow(1),
+    SpectR(1),
+    NormMax(),
+    Lag(1, {"languages": ["zh"], "skills": ["math"]}),
     Phatgoose(),
 ]
 

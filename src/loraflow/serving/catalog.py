@@ -18,6 +18,7 @@ from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_to
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates, load_gates
+from loraflow.core.slots import try_gate
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
@@ -372,7 +373,7 @@ class Catalog:
             gates = attachment.make_gates(method, positions)
             for name, gate in gates.items():
                 if not isinstance(method, QueryMethod):
-                    gate(torch.zeros(1, 1, sites[name].features, device=self.model.device, dtype=self.model.dtype))
+                    try_gate(gate, sites[name], self.model.device, self.model.dtype)
         except LoraflowError:
             raise
         except Exception as error:

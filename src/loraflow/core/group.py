@@ -17,10 +17,21 @@ from torch import Tensor, nn
 from loraflow.core.active import Active, lasting
 from loraflow.core.context import LayerContext
 from loraflow.core.cuts import Cuts
-from loraflow.core.picks import EVERYTHING_READ, Picks, Plan, Scoring, Sizes, Way, by_adapter, cheapest, cheapest_plan
+from loraflow.core.picks import (
+    BY_INPUT,
+    EVERYTHING_READ,
+    Picks,
+    Plan,
+    Scoring,
+    Sizes,
+    Way,
+    by_adapter,
+    cheapest,
+    cheapest_plan,
+)
 from loraflow.core.products import WeightedProduct, mix_slots, slot_weights
 from loraflow.core.rows import Rows
-from loraflow.core.slots import Listed, Slots, exactly, shortlists, slot_gates
+from loraflow.core.slots import Slots, exactly, read_listed, shortlists, slot_gates
 from loraflow.core.stack import StackedLora
 from loraflow.methods.base import Shortlists, WeighsSlots
 
@@ -179,7 +190,7 @@ class InputGroup(nn.Module):
         read = x if x.dtype == reading.lora_A.dtype else x.to(reading.lora_A.dtype)
         if plan.source == "list":
             parts = zip(named, reading.parts, strict=True)
-            found = [_read_listed(gate, x, read, part, plan.read) for gate, part in parts]
+            found = [read_listed(gate, x, read, part, plan.read) for gate, part in parts]
             context.slots = Slots(None, [], found, reading.starts, context.active, plan.write)
             return
         with exactly(x.device.type):
@@ -270,10 +281,17 @@ class InputGroup(nn.Module):
         named: Sequence[Shortlists],
     ) -> Plan:
         """From what gates weigh this input, and how the updates are computed then."""
+        rows = sum(gate.score_rows for own in gates for gate in own)
+        if rows > reading.adapters * len(gates):
+            # More than one for each adapter are as much as another A.
+            rows = 0
+        if torch.is_grad_enabled() and rows:
+            # The product with A is that of the backward, and would be another one.
+            return BY_INPUT
         if context.most is None or not self._may_pick(context, reading):
             return EVERYTHING_READ
         scoring = Scoring(
-            sum(gate.score_rows for own in gates for gate in own),
+            rows,
             sum(gate.list_rows for gate in named),
             max((gate.candidates for gate in named), default=0),
         )
@@ -352,21 +370,6 @@ class Picked(NamedTuple):
 
     picks: Picks
     slots: Tensor
-
-
-def _read_listed(
-    gate: Shortlists,
-    x: Float[Tensor, "tokens in_features"],
-    read: Float[Tensor, "tokens in_features"],
-    part: tuple[Tensor, Tensor | None],
-    way: Way,
-) -> Listed:
-    """Let a gate name its candidates, and weigh them by what only they have read."""
-    lora_A, bias = part
-    chosen = gate.shortlist(x)
-    picks = Picks.listing(chosen, read, len(lora_A), way)
-    slots = picks.of_positions(picks.read(read, lora_A, bias))
-    return Listed(chosen, slots, gate.weigh_listed(slots, chosen))
 
 
 def _indices(slices: Sequence[slice], device: torch.device) -> Int[Tensor, " kept"]:

@@ -35,6 +35,7 @@ _START_ELSEWHERE = 10_000_000
 
 # Gates score in float32, where the base's precision is not more.
 _GATE_BYTES = 4
+_SLOT_OPERATIONS = 6
 
 # The grouped kernels want rows of whole 16 bytes.
 _ALIGNED_BYTES = 16
@@ -138,7 +139,8 @@ class Scoring(NamedTuple):
     """What gates of the linears need that can weigh adapters by what those have read.
 
     Attributes:
-        input_rows: rows as wide as the input that they multiply if they weigh by the input instead, of all linears.
+        input_rows: rows as wide as the input that they multiply if they weigh by the input instead, of all linears; 0
+            where they are not to, for these rows take memory.
         list_rows: those that find candidates; 0 where there are none.
         candidates: at each position.
     """
@@ -163,18 +165,22 @@ class Plan(NamedTuple):
 
 
 EVERYTHING_READ = Plan("slots", "all", "all")
+BY_INPUT = Plan("input", "all", "all")
 
 
 def cheapest_plan(sizes: Sizes, scoring: Scoring) -> Plan:
     """The plan that costs least."""
     linears, picking = len(sizes.slots), [way for way in ways_for(sizes) if way != "all"]
-    choosing = sizes.time_of(0, 4 * linears)
-    whole = _cost("read", "all", sizes, sizes.most)
-    costs = {EVERYTHING_READ: whole + _cost("write", "all", sizes, sizes.most)}
+    whole, choosing = _cost("read", "all", sizes, sizes.most), sizes.time_of(0, 4 * linears)
+    # Small matrices are multiplied by adapter, which takes more operations than one product with the input.
+    weighing = sizes.time_of(0, _SLOT_OPERATIONS * linears)
+    costs = {EVERYTHING_READ: whole + weighing + _cost("write", "all", sizes, sizes.most)}
+    if scoring.input_rows:
+        best = cheapest(sizes)
+        costs[Plan("input", best, best)] = _scored(sizes, scoring.input_rows) + cost(best, sizes)
     for write in picking:
-        written = _cost("write", write, sizes, sizes.most) + choosing
+        written = _cost("write", write, sizes, sizes.most) + choosing + weighing
         costs[Plan("slots", "all", write)] = whole + written
-        costs[Plan("input", write, write)] = _scored(sizes, scoring.input_rows) + cost(write, sizes)
         for read in picking if scoring.list_rows else ():
             # The candidates' small matrices are copied for each position.
             small = sizes.rows * scoring.candidates * sum(slots**2 for slots in sizes.slots) * _GATE_BYTES

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loraflow.core.lanes import Lane, Lanes
-from loraflow.core.picks import Way
+from loraflow.core.picks import Picks, Way
 from loraflow.methods.base import Shortlists, Site, Starts, WeighsSlots
 
 
@@ -102,6 +102,21 @@ def shortlists(only: Lane | None, gates: Sequence[Sequence[WeighsSlots]]) -> lis
     if not all(len(own) == 1 and getattr(own[0], "lists", False) for own in gates):
         return []
     return [cast(Shortlists, gate) for (gate,) in gates]
+
+
+def read_listed(
+    gate: Shortlists,
+    x: Float[Tensor, "tokens in_features"],
+    read: Float[Tensor, "tokens in_features"],
+    part: tuple[Tensor, Tensor | None],
+    way: Way,
+) -> Listed:
+    """Let a gate name its candidates, and weigh them by what only they have read."""
+    lora_A, bias = part
+    chosen = gate.shortlist(x)
+    picks = Picks.listing(chosen, read, len(lora_A), way)
+    slots = picks.of_positions(picks.read(read, lora_A, bias))
+    return Listed(chosen, slots, gate.weigh_listed(slots, chosen))
 
 
 def exactly(device: str) -> contextlib.AbstractContextManager[None]:

@@ -6,8 +6,8 @@ with $v_i$ the top right singular vector of $B_i A_i$, of length one. Ranks and 
 not target a linear, or adds nothing there, is not asked. A DoRA's direction is that of its $B A$.
 
 $v_i$ lies in the row space of $A_i$, so $v_i = A_i^T c_i$ and the score is $|c_i \cdot u_i|$ with $u_i = A_i x$, which
-the fused pass has anyway (`loraflow.methods._shared.scored`). With many adapters loaded the pass may find the product
-with all $v_i$ cheaper, for then it need not read more than the chosen A.
+the fused pass has anyway (`loraflow.methods._shared.scored`). It takes that or the product with all $v_i$, whichever
+costs less: with few tokens that product is less work to start, and with many adapters it tells whose A need be read.
 
 Paper: Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
 [arXiv 2405.11157](https://arxiv.org/abs/2405.11157). Cost: one low-rank pass; nothing learned, no data.

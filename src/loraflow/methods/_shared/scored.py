@@ -42,6 +42,13 @@ class Bucket(NamedTuple):
     adapters: tuple[int, ...]
 
 
+class Places(NamedTuple):
+    """Where the slots and adapters of a bucket are among all; None where they are all, in order."""
+
+    slots: Tensor | None
+    adapters: Tensor | None
+
+
 class ProjectionGate(nn.Module, ABC):
     """What gates share that score by projections; a subclass makes weights of the projected input.
 
@@ -83,7 +90,7 @@ class ProjectionGate(nn.Module, ABC):
         self.register_buffer("rows", None, persistent=False)
         self.by_slots = all(u.experts == 1 and one.amplifies(u.lora_A) <= MOST_AMPLIFIED for u, one in present)
         self.buckets = self._fill(found) if self.by_slots else ()
-        self._indices: dict[tuple[Starts, torch.device], list[Tensor | None]] = {}
+        self._indices: dict[tuple[Starts, torch.device], list[Places]] = {}
         if not self.by_slots:
             self.read_inputs()
 
@@ -132,35 +139,31 @@ class ProjectionGate(nn.Module, ABC):
     def weigh_slots(self, u: Float[Tensor, "*batch slots"], starts: Starts) -> Float[Tensor, "*batch adapters"]:
         """The same, from what the adapters have read, and where each one's part of that begins."""
         flat = u.reshape(-1, u.shape[-1]).to(self.dtype)
-        with exactly(flat):
-            parts = [self._multiply(flat, *one) for one in zip(self.buckets, self._places(starts, flat), strict=True)]
-        if len(parts) == 1 and len(self.buckets[0].adapters) == len(self.updates):
-            (projected,) = parts
-        else:
-            projected = flat.new_zeros(len(flat), len(self.updates), self.height)
-            for bucket, part in zip(self.buckets, parts, strict=True):
-                projected[:, list(bucket.adapters)] = part
+        projected = None
+        for bucket, places in zip(self.buckets, self._places(starts, flat), strict=True):
+            own = flat if places.slots is None else flat.index_select(-1, places.slots)
+            by_adapter = own.reshape(len(flat), len(bucket.adapters), bucket.rank).transpose(0, 1)
+            with exactly(flat):
+                part = torch.bmm(by_adapter, self.small(bucket).mT).transpose(0, 1)
+            if places.adapters is not None:
+                if projected is None:
+                    projected = flat.new_zeros(len(flat), len(self.updates), self.height)
+                part = projected.index_copy(1, places.adapters, part)
+            projected = part
+        assert projected is not None
         projected = projected.reshape(*u.shape[:-1], len(self.updates), self.height)
         return self.choose(projected) if self.chooses else self._nobody(projected)
 
-    def _multiply(
-        self, flat: Float[Tensor, "tokens slots"], bucket: Bucket, places: Tensor | None
-    ) -> Float[Tensor, "tokens own height"]:
-        own = flat if places is None else flat.index_select(-1, places)
-        by_adapter = own.reshape(len(flat), len(bucket.adapters), bucket.rank).transpose(0, 1)
-        return torch.bmm(by_adapter, self.small(bucket).mT).transpose(0, 1)
-
-    def _places(self, starts: Starts, u: Float[Tensor, "tokens slots"]) -> list[Tensor | None]:
-        """Which slots are each bucket's; None where they are all, in order."""
+    def _places(self, starts: Starts, u: Float[Tensor, "tokens slots"]) -> list[Places]:
+        """Which slots and adapters are each bucket's."""
         key = (starts, u.device)
         if key in self._indices:
             return self._indices[key]
-        found: list[Tensor | None] = []
+        found = []
         with lasting():
             for rank, adapters in self.buckets:
-                places = [starts[adapter] + slot for adapter in adapters for slot in range(rank)]
-                all_in_order = places == list(range(u.shape[-1]))
-                found.append(None if all_in_order else torch.tensor(places, device=u.device))
+                slots = [starts[adapter] + slot for adapter in adapters for slot in range(rank)]
+                found.append(Places(_index(slots, u.shape[-1], u), _index(adapters, len(self.updates), u)))
         if not torch.compiler.is_compiling():
             self._indices[key] = found
         return found
@@ -193,6 +196,10 @@ class RoutedGate(ProjectionGate):
         if self.weighting == "equal":
             return top_k_equal(scores, self.top_k, self.targets)
         return top_k_softmax(scores, self.top_k, self.temperature, self.targets)
+
+
+def _index(places: Sequence[int], count: int, like: Tensor) -> Tensor | None:
+    return None if list(places) == list(range(count)) else torch.tensor(places, device=like.device)
 
 
 def lengths(projected: Float[Tensor, "*batch height"]) -> Float[Tensor, "*batch"]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Phatgoose,
         QaFlora,
         QueryMethod,
+        Ramole,
         SpectR,
         Static,
     )
@@ -72,6 +73,7 @@ __all__ = [
     "PromptFormat",
     "QaFlora",
     "QueryMethod",
+    "Ramole",
     "SpectR",
     "Static",
     "Trace",

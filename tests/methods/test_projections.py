@@ -13,7 +13,8 @@ from loraflow import Arrow, Lag, NormMax, SpectR
 from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods._shared.projections import MOST_AMPLIFIED, output_length, right_singular
-from loraflow.methods.base import Shortlists, Site, WeighsSlots
+from loraflow.methods.base import Site
+from loraflow.methods.slots import Shortlists, WeighsSlots
 from tests.methods.routers import singular, slow_weights
 
 FEATURES, OUT = 12, 9

@@ -35,6 +35,7 @@ from loraflow import (
     Phatgoose,
     PromptFormat,
     QaFlora,
+    Ramole,
     SpectR,
     Static,
 )
@@ -78,6 +79,7 @@ METHODS = [
     NormMax(),
     Lag(1, {"languages": ["zh"], "skills": ["math"]}),
     Phatgoose(),
+    Ramole(3),
 ]
 
 

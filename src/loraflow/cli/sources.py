@@ -30,7 +30,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, arrow, spectr, norm-max, lag, "
-        "phatgoose, lora-flow, adapter-core, one of another package, or an adapter's name (that one alone).",
+        "phatgoose, ramole, lora-flow, adapter-core, one of another package, or an adapter's name (that one alone).",
     ),
 ]
 MethodOptions = Annotated[

@@ -28,10 +28,11 @@ from loraflow.core.fuse import (
     dtype_of,
     find_sites,
     gate_dtype,
+    make_keeper,
     prepare,
     unfuse_layers,
 )
-from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
+from loraflow.core.lanes import KEEPER, Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.quantized import allow_packing, keep_differentiable
 from loraflow.core.rows import probe_rows
@@ -186,7 +187,8 @@ class Attachment:
                 gates[name] = gate.to(device, torch.promote_types(torch.float32, own))
                 if method.adds:
                     _match_precision(gate, own)
-        return gates
+        (whole,) = self.sites["model"].values()
+        return {**gates, **make_keeper(method, whole if among is None else _site_of(whole, among), *homes[0])}
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on, as modules of the model.
@@ -196,9 +198,9 @@ class Attachment:
         lanes = self._lanes_of(method, gates)
         with self._modules_lock:
             for index, fusion in enumerate(self.fusions):
-                # The gate of a whole model belongs to its first layer; the others only call it.
-                prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
-                fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+                # What is the whole model's belongs to its first layer; the others only call it.
+                mine = (f"layers.{index}", KEEPER)[: 2 if index == 0 else 1]
+                fusion.install(lanes, {n: gate for n, gate in gates.items() if any(_owns(one, n) for one in mine)})
         prepare(self._slots, lanes, len(self.adapters))
 
     def use(self, method: Method, gates: Gates) -> None:
@@ -240,6 +242,8 @@ class Attachment:
         """
         if gates and method.level == "token":
             self._check_tokens(method)
+        if _gate_place(method) != "model":
+            gates = {site: gate for site, gate in gates.items() if site != KEEPER}
         if among is not None and list(among) == list(range(len(self.adapters))):
             among = None
         rows = None if requests is None else tuple(requests)

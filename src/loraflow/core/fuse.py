@@ -16,14 +16,14 @@ from loraflow.core.architecture import DecoderLayers, group_by_input
 from loraflow.core.context import LayerContext
 from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, FusedWeight, fuse_experts
 from loraflow.core.group import InputGroup
-from loraflow.core.lanes import Lanes
+from loraflow.core.lanes import KEEPER, Gates, Lanes
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.linear import FusedLinear, Member, fuse_linear, unfuse_linear
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.core.stack import StackedLora, stack_adapters
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
-from loraflow.methods.base import Place, Site
+from loraflow.methods.base import Method, Place, Site
 
 Updates = tuple[LoraModule | None, ...]
 
@@ -208,6 +208,12 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def make_keeper(method: Method, site: Site, device: torch.device, own: torch.dtype) -> Gates:
+    """What a method that weighs tokens keeps for the whole model, to read prompts by; none for other methods."""
+    keeper = None if method.level == "query" else method.keeper(site)
+    return {} if keeper is None else {KEEPER: keeper.to(device, torch.promote_types(torch.float32, own))}
 
 
 def gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:

@@ -33,7 +33,7 @@ from loraflow.core.products import WeightedProduct, mix_slots, slot_weights
 from loraflow.core.rows import Rows
 from loraflow.core.slots import Slots, exactly, read_listed, shortlists, slot_gates
 from loraflow.core.stack import StackedLora
-from loraflow.methods.base import Shortlists, WeighsSlots
+from loraflow.methods.slots import Shortlists, WeighsSlots
 
 Counts = tuple[int, ...]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from loraflow.core.lanes import Lane, Lanes
 from loraflow.core.picks import Picks, Way
-from loraflow.methods.base import Shortlists, Site, Starts, WeighsSlots
+from loraflow.methods.base import Site
+from loraflow.methods.slots import Shortlists, Starts, WeighsSlots
 
 
 class Listed(NamedTuple):

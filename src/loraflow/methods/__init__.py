@@ -21,6 +21,7 @@ from loraflow.methods.lorahub import LoraHub
 from loraflow.methods.norm_max import NormMax
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
+from loraflow.methods.ramole import Ramole
 from loraflow.methods.spectr import SpectR
 from loraflow.methods.static import Average, Base, Static
 
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         NormMax,
         Lag,
         Phatgoose,
+        Ramole,
         LoraFlow,
         AdapterCore,
     )
@@ -64,6 +66,7 @@ __all__ = [
     "Phatgoose",
     "QaFlora",
     "QueryMethod",
+    "Ramole",
     "Site",
     "SpectR",
     "Static",

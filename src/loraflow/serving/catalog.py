@@ -17,7 +17,7 @@ from loraflow.adapters import Adapter, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
-from loraflow.core.lanes import Gates, load_gates
+from loraflow.core.lanes import Gates, inform, load_gates
 from loraflow.core.slots import try_gate
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
@@ -371,9 +371,8 @@ class Catalog:
         sites = {name: site for place in attachment.sites.values() for name, site in place.items()}
         try:
             gates = attachment.make_gates(method, positions)
-            for name, gate in gates.items():
-                if not isinstance(method, QueryMethod):
-                    try_gate(gate, sites[name], self.model.device, self.model.dtype)
+            for name, gate in () if method.reads_prompt else gates.items():
+                try_gate(gate, sites[name], self.model.device, self.model.dtype)
         except LoraflowError:
             raise
         except Exception as error:
@@ -391,7 +390,7 @@ class Catalog:
             layers = self.model.attachment.layer_count
             weights = layer_weights(served.gates, layers)
             return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
-        if not isinstance(served.method, QueryMethod):
+        if not served.method.reads_prompt:
             return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)
         ids = torch.tensor([list(prompt)], device=self.model.device)
         with self.model.attachment.turn(), torch.no_grad():
@@ -401,6 +400,9 @@ class Catalog:
             weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
         # The whole prompt decides the weights, and so what is kept of its beginning.
         digest = tensors_digest({"weights": weights.cpu()}, served.digest)
+        if not isinstance(served.method, QueryMethod):
+            # They are a prior of each layer's, the same in all, and its tokens are weighed one by one.
+            return Weigher(served.method, inform(served.gates, weights[:1]), adapters=served.adapters, digest=digest)
         return Weigher(weights=weights, adapters=served.adapters, digest=digest)
 
 

@@ -22,7 +22,8 @@ from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods._shared.projections import MOST_AMPLIFIED, Projection
 from loraflow.methods._shared.scores import linear_scores, top_k_equal, top_k_softmax
-from loraflow.methods.base import Site, Starts
+from loraflow.methods.base import Site
+from loraflow.methods.slots import Starts
 
 Weighting = Literal["equal", "softmax"]
 WEIGHTINGS = ("equal", "softmax")

@@ -16,7 +16,8 @@ from loraflow.core.lanes import Gates
 from loraflow.errors import AdapterError, FusionError
 from loraflow.export.fusion import folded_update
 from loraflow.methods import Method
-from loraflow.methods.base import Site, WeighsSlots
+from loraflow.methods.base import Site
+from loraflow.methods.slots import WeighsSlots
 from loraflow.methods.static import ConstantGate
 from loraflow.model import FusedModel
 from loraflow.saved.fusion import SavedFusion

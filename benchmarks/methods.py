@@ -79,7 +79,18 @@ def parse_arguments() -> argparse.Namespace:
 def every_method(adapters: list[str]) -> dict[str, Method]:
     """All methods by the name that the table shows."""
     named: dict[str, Method] = {"base": METHODS["base"](), "one adapter": get_method(adapters[0], adapters)}
-    for name in ("average", "qa-flora", "logo", "centroid", "arrow", "phatgoose", "ramole"):
+    for name in (
+        "average",
+        "qa-flora",
+        "logo",
+        "centroid",
+        "arrow",
+        "spectr",
+        "norm-max",
+        "lag",
+        "phatgoose",
+        "ramole",
+    ):
         named[name] = get_method(name, adapters)
     for granularity in ("task", "layer", "module"):
         named[f"learned-static, {granularity}"] = LearnedStatic(granularity)

@@ -29,14 +29,17 @@ from loraflow.methods import (
     Average,
     Base,
     Centroid,
+    Lag,
     LearnedStatic,
     Logo,
     LoraHub,
     Method,
+    NormMax,
     Phatgoose,
     QaFlora,
     QueryMethod,
     Ramole,
+    SpectR,
     get_method,
     make_method,
     method_names,
@@ -66,6 +69,9 @@ CHANGED = [
     Logo("entropy", 2, "self_attn.k_proj"),
     Centroid(1, 0.5, 2, False),
     Arrow(2, 0.5),
+    SpectR(2, True, "softmax", 0.5),
+    NormMax(2, "softmax", 0.5),
+    Lag(2, {"tasks": ["math"], "knowledge": ["code", "zh"]}),
     Phatgoose(1),
     Ramole(3, 0.25, 2, 1),
     LoraFlow("module", 1.1, "zh", "normalized", "low-rank", 4, "sigmoid", 2),
@@ -173,7 +179,7 @@ def test_known_names_are_listed_and_the_nearest_is_guessed():
     with pytest.raises(MethodError) as error:
         make_method("qa-flroa", {})
     assert str(error.value) == f"Unknown method 'qa-flroa'. Known: {known}. Did you mean 'qa-flora'?"
-    with pytest.raises(MethodError, match=r"Unknown method 'phat'\. Known: .*'math', 'phatgoose'.*'zh'"):
+    with pytest.raises(MethodError, match=r"Unknown method 'phat'\. Known: .*'math', 'norm-max', 'phatgoose'.*'zh'"):
         get_method("phat", NAMES)
     with pytest.raises(MethodError, match=r"Unknown method 'mth'.*Did you mean 'math'"):
         get_method("mth", NAMES)

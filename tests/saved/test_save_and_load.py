@@ -26,14 +26,17 @@ from loraflow import (
     Average,
     Centroid,
     FusedModel,
+    Lag,
     LearnedStatic,
     Logo,
     LoraFlow,
     LoraHub,
+    NormMax,
     Phatgoose,
     PromptFormat,
     QaFlora,
     Ramole,
+    SpectR,
     Static,
 )
 from loraflow.adapters import tensors_digest
@@ -72,6 +75,9 @@ METHODS = [
     Logo(),
     Centroid(layer=0),
     Arrow(1),
+    SpectR(1),
+    NormMax(),
+    Lag(1, {"languages": ["zh"], "skills": ["math"]}),
     Phatgoose(),
     Ramole(3),
 ]

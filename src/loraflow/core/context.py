@@ -23,6 +23,7 @@ from transformers import Cache
 from loraflow.core.active import EVERYTHING, Active, use_of
 from loraflow.core.lanes import Lane, Lanes, check_apart
 from loraflow.core.rows import LayerRows, Rows
+from loraflow.core.slots import Slots, weigh
 from loraflow.errors import ArchitectureError, MethodError
 
 
@@ -52,6 +53,7 @@ class LayerContext:
         cached: those of all cached positions and its own, `[rows, adapters]`; None without a cache.
         mixes: whether parameters are mixed instead of outputs; a mask `[tokens, 1]` where tokens differ.
         group: the group of linears (`linear.InputGroup`) that was projected last.
+        slots: what adapters have read of that input, where gates weigh by it.
         seen: the input that it was projected from.
         products: its weighted slots, `[tokens, slots]` for each linear; or what picked adapters read (`group.Picked`).
         member_weights: the fusion weights of each of its linears.
@@ -76,6 +78,7 @@ class LayerContext:
     cached: Tensor | None
     mixes: bool | Tensor
     group: Any
+    slots: Slots | None
     seen: Tensor | None
     products: Sequence[Any]
     member_weights: Sequence[Tensor]
@@ -304,7 +307,7 @@ class LayerContext:
     def close(self) -> None:
         """Drop everything of the layer's forward, so that its activations do not outlive it."""
         self.shape, self.products, self.member_weights = (), (), ()
-        self.weights = self.used = self.cached = self.group = self.seen = self._index = None
+        self.weights = self.used = self.cached = self.group = self.slots = self.seen = self._index = None
         self.active, self.most, self.by_row = None, None, False
         self.running = self.own
         self.mixes = False
@@ -352,8 +355,8 @@ class LayerContext:
             found = [
                 x.new_zeros(self.adapters)
                 if gate is None
-                else self._by_token(only.spread(gate(x), self.adapters), shape)
-                for gate in gates
+                else self._by_token(only.spread(weigh(self.slots, only, gate, member, x, None), self.adapters), shape)
+                for member, gate in enumerate(gates)
             ]
         elif rows == "unknown":
             raise ArchitectureError(
@@ -363,7 +366,7 @@ class LayerContext:
         else:
             assert shared is not None
             shared = shared.expand(x.shape[:-1].numel(), -1)
-            found = [self._weights_of_module(lanes, name, x, shared) for name in names]
+            found = [self._weights_of_module(name, member, x, shared) for member, name in enumerate(names)]
         if self.recorded is not None and math.prod(shape) == math.prod(self.shape):
             for name, weights in zip(names, found, strict=True):
                 self._record(name, weights)
@@ -377,15 +380,16 @@ class LayerContext:
         return torch.cat(found, dim=-1)
 
     def _weights_of_module(
-        self, lanes: Lanes, name: str, x: Float[Tensor, "batch seq features"], shared: Float[Tensor, "rows adapters"]
+        self, name: str, member: int, x: Float[Tensor, "batch seq features"], shared: Float[Tensor, "rows adapters"]
     ) -> Float[Tensor, "rows adapters"]:
         """The weights of one linear where lanes differ: the layer's, but for rows that have a gate for it."""
         weights = shared.reshape(*x.shape[:-1], -1).clone()
-        for lane in lanes.lanes:
+        for lane in self.running.lanes:
             gate = lane.gate(self.index, name) if lane.place == "module" else None
             if gate is not None:
-                rows = lanes.rows_of(lane, self.shape[0], x.device)
-                weights[rows] = _by_row(lane.spread(gate(x[rows]), self.adapters), len(rows)).to(weights)
+                rows = self.running.rows_of(lane, self.shape[0], x.device)
+                given = lane.spread(weigh(self.slots, lane, gate, member, x, rows), self.adapters)
+                weights[rows] = _by_row(given, len(rows)).to(weights)
         return weights.flatten(0, 1)
 
     def _ask(self, lane: Lane, gate: nn.Module, hidden_states: Tensor, embeddings: Tensor | None) -> Tensor:

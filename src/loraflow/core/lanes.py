@@ -158,6 +158,12 @@ class Lane:
         site = "model" if self.place == "model" else f"layers.{layer}"
         return self.gates.get(site if module is None else f"{site}.{module}")
 
+    @property
+    def reads_slots(self) -> bool:
+        """Whether its gates, which are all of one kind, can weigh by what the adapters have read."""
+        first = next(iter(self.gates.values()), None) if self.place == "module" else None
+        return hasattr(first, "weigh_slots")
+
     def spread(self, weights: Float[Tensor, "*weights own"], adapters: int) -> Float[Tensor, "*weights adapters"]:
         """The weights that a gate gave, each at its adapter's place among all."""
         return spread(weights, self.among, adapters)
@@ -189,6 +195,7 @@ class Lanes:
         only: the one lane, where there are no others: its requests are all rows, in order.
         reads_embeddings: whether a gate of the whole model is among them.
         reads_modules: whether linears have gates of their own.
+        reads_slots: whether such gates can weigh by what the adapters have read.
         adds: whether gates among them add updates of their own.
         all_mix: whether all lanes mix parameters; None where some do and others mix outputs.
         uses: which adapters they use (`active.Use`), with gradients and without; found by the forwards.
@@ -200,6 +207,7 @@ class Lanes:
     only: Lane | None = field(init=False, repr=False)
     reads_embeddings: bool = field(init=False, repr=False)
     reads_modules: bool = field(init=False, repr=False)
+    reads_slots: bool = field(init=False, repr=False)
     adds: bool = field(init=False, repr=False)
     all_mix: bool | None = field(init=False, repr=False)
     uses: dict[bool, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -210,6 +218,7 @@ class Lanes:
         object.__setattr__(self, "only", self.lanes[0] if len(self.lanes) == 1 else None)
         object.__setattr__(self, "reads_embeddings", any(one.place == "model" and one.gates for one in self.lanes))
         object.__setattr__(self, "reads_modules", any(one.place == "module" and one.gates for one in self.lanes))
+        object.__setattr__(self, "reads_slots", any(one.reads_slots for one in self.lanes))
         object.__setattr__(self, "adds", any(one.adds and one.gates for one in self.lanes))
         mixing = {one.mixing == "parameters" for one in self.lanes}
         object.__setattr__(self, "all_mix", mixing.pop() if len(mixing) == 1 else None)

@@ -82,6 +82,8 @@ class FusedLinear(nn.Module):
         if context.alone is not None:
             return self._each_alone(x, base_output)
         if context.seen is not x or context.group is not group:
+            if context.running.reads_slots:
+                group.look(context, x)
             weights = context.weights_for(group.names, group.rows, x)
             if weights is None:
                 return base_output

@@ -13,14 +13,17 @@ from loraflow.methods.adapter_core import AdapterCore
 from loraflow.methods.arrow import Arrow
 from loraflow.methods.base import Method, QueryMethod, ScoredMethod, Site
 from loraflow.methods.centroid import Centroid
+from loraflow.methods.lag import Lag
 from loraflow.methods.learned_static import LearnedStatic
 from loraflow.methods.logo import Logo
 from loraflow.methods.lora_flow import LoraFlow
 from loraflow.methods.lorahub import LoraHub
+from loraflow.methods.norm_max import NormMax
 from loraflow.methods.on_top import PARAMETER, OnTop
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
 from loraflow.methods.ramole import Ramole
+from loraflow.methods.spectr import SpectR
 from loraflow.methods.static import Average, Base, Static
 
 ENTRY_POINTS = "loraflow.methods"
@@ -37,6 +40,9 @@ METHODS: dict[str, type[Method]] = {
         Logo,
         Centroid,
         Arrow,
+        SpectR,
+        NormMax,
+        Lag,
         Phatgoose,
         Ramole,
         LoraFlow,
@@ -51,11 +57,13 @@ __all__ = [
     "Average",
     "Base",
     "Centroid",
+    "Lag",
     "LearnedStatic",
     "Logo",
     "LoraFlow",
     "LoraHub",
     "Method",
+    "NormMax",
     "OnTop",
     "Phatgoose",
     "QaFlora",
@@ -63,6 +71,7 @@ __all__ = [
     "Ramole",
     "ScoredMethod",
     "Site",
+    "SpectR",
     "Static",
     "get_method",
     "make_method",

@@ -17,6 +17,7 @@ from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates, inform
 from loraflow.core.probe import Prompt
+from loraflow.core.slots import try_gate
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import METHODS, Method, QueryMethod, get_method, make_method
@@ -170,9 +171,8 @@ def try_gates(model: FusedModel, method: Method, attachment: Attachment, positio
     sites = {name: site for place in attachment.sites.values() for name, site in place.items()}
     try:
         gates = attachment.make_gates(method, positions)
-        for name, gate in gates.items():
-            if not method.reads_prompt:
-                gate(torch.zeros(1, 1, sites[name].features, device=model.device, dtype=model.dtype))
+        for name, gate in () if method.reads_prompt else gates.items():
+            try_gate(gate, sites[name], model.device, model.dtype)
     except LoraflowError:
         raise
     except Exception as error:

@@ -17,6 +17,7 @@ from loraflow.errors import AdapterError, FusionError
 from loraflow.export.fusion import folded_update
 from loraflow.methods import Method
 from loraflow.methods.base import Site
+from loraflow.methods.slots import WeighsSlots
 from loraflow.methods.static import ConstantGate
 from loraflow.model import FusedModel
 from loraflow.saved.fusion import SavedFusion
@@ -97,6 +98,9 @@ def _gates(method: Method, sites: Mapping[str, Site], tensors: Mapping[str, Tens
         gate = method.gate(site)
         if gate is not None:
             gate.load_state_dict({key: tensors[f"{name}.{key}"] for key in gate.state_dict()})
+            if isinstance(gate, WeighsSlots):
+                # There gates read inputs, and a graph cannot make what they need for that.
+                gate.read_inputs()
             gates[name] = gate.float().eval().requires_grad_(False)
     return gates
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loraflow.adapters import Adapter, load_adapter, tensors_digest
+from loraflow.adapters import Adapter, AdapterBank, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
@@ -84,7 +84,7 @@ class Catalog:
     def open(
         cls,
         base: str | Path | None,
-        adapters: Mapping[str, str] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         fusions: Mapping[str, str] | None = None,
         *,
         base_id: str | None = None,
@@ -96,7 +96,8 @@ class Catalog:
 
         Args:
             base: Hub id or directory; by default the first fusion's.
-            adapters: further adapters by name, which can be asked for alone and in weights.
+            adapters: further adapters by name, which can be asked for alone and in weights; or a bank's, loaded as
+                requests use them.
             fusions: saved fusions by name.
             base_id: what requests call the base; by default its id, or its directory's name.
             prompt: how questions to the base and to adapters become prompts; fusions have a format of their own.
@@ -112,7 +113,8 @@ class Catalog:
             if not saved:
                 raise LoraflowError("There is nothing to serve. Give a fusion, or a base and adapters.")
             base = saved[0].base
-        union = {name: load_adapter(name, path) for name, path in (adapters or {}).items()}
+        stored = adapters.stored() if isinstance(adapters, AdapterBank) else None
+        union = {one.name: one for one in stored or (load_adapter(*pair) for pair in (adapters or {}).items())}
         with_names = [_add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
@@ -442,6 +444,6 @@ def _add_adapters(
                     f"The adapter {adapter.name!r} of the fusion {fusion.name!r} would be called {name!r}, and another "
                     "adapter is called so already. Unload that first, or give the fusion another name."
                 )
-            known[name] = dataclasses.replace(adapter, name=name)
+            known[name] = adapter.called(name)
         names.append(name)
     return fusion, names

@@ -138,6 +138,7 @@ def test_a_layer_that_the_base_has_not_is_refused(layer):
     [
         (lambda: Centroid(temperature=0), "`temperature` (=0) must be a positive number."),
         (lambda: Centroid(top_k=0).check(["a"]), "`top_k` (=0) must be between 1 and the number of adapters (=1)."),
+        (lambda: Centroid(instruction="Represent: "), "`instruction` (='Represent: ') is for encoders of texts, and "),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, expected):

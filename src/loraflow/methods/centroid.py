@@ -21,35 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraflow.errors import MethodError
-from loraflow.methods._shared.encoder import TextEncoder
+from loraflow.methods._shared.centroids import BASE, EmbedsPrompts
 from loraflow.methods._shared.scores import top_k_softmax
-from loraflow.methods.base import Learning, Place, Query, QueryGate, QueryMethod, Site, check_positive, check_top_k
-
-
-class Centroids(QueryGate):
-    """Each adapter's mean embedding.
-
-    Attributes:
-        centroids: c, `[adapters, hidden]`; zero before they are made of samples.
-        encoder: the model that embeds texts; None is the base.
-    """
-
-    centroids: Float[Tensor, "adapters hidden"]
-    encoder: TextEncoder | None
-
-    def __init__(self, adapters: int, features: int, encoder: TextEncoder | None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.register_buffer("centroids", torch.zeros(adapters, features))
-
-    def set_samples(self, embeddings: Sequence[Float[Tensor, "_samples hidden"]]) -> None:
-        """Take the mean embedding of each adapter's samples."""
-        self.centroids.copy_(torch.stack([of_one.mean(dim=0) for of_one in embeddings]))
+from loraflow.methods.base import Learning, Place, Query, QueryMethod, check_positive, check_top_k
 
 
 @dataclass(frozen=True)
-class Centroid(QueryMethod):
+class Centroid(EmbedsPrompts, QueryMethod):
     """Weights by likeness to each adapter's data.
 
     Attributes:
@@ -57,14 +35,16 @@ class Centroid(QueryMethod):
         temperature: divisor of the cosines.
         top_k: how many adapters are kept; None keeps all.
         center: whether the centroids' mean is taken from query and centroids first.
-        encoder: "base", or the Hub id or directory of another model that embeds texts (the mean of its last states).
+        encoder: "base", or the Hub id or directory of another model that embeds texts (`loraflow.encoders`).
+        instruction: what another model reads before each text.
     """
 
     layer: int = -1
     temperature: float = 0.1
     top_k: int | None = None
     center: bool = True
-    encoder: str = "base"
+    encoder: str = BASE
+    instruction: str = ""
 
     name: ClassVar[str] = "centroid"
     paper: ClassVar[str] = "2402.09997"
@@ -72,38 +52,11 @@ class Centroid(QueryMethod):
     learns: ClassVar[Learning] = "samples"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.temperature, "temperature")
 
-    def gate(self, site: Site) -> Centroids:
-        """Make the place for the centroids.
-
-        Raises:
-            MethodError: if the base has no such layer.
-        """
-        if not -site.layers <= self.layer < site.layers:
-            raise MethodError(f"`layer` (={self.layer}) must be between -{site.layers} and {site.layers - 1}.")
-        encoder = None if self.encoder == "base" else TextEncoder(self.encoder)
-        return Centroids(len(site.adapters), site.features if encoder is None else encoder.features, encoder)
-
-    def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
-        """The embedding of a text."""
-        if gate.encoder is not None:
-            return gate.encoder.embed(query.text, gate.centroids.device)
-        return query.layer_output(self.layer).float().mean(dim=0)
-
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:
-        """Weigh a prompt by its likeness to the centroids.
-
-        Raises:
-            MethodError: if there are none yet.
-        """
-        if not gate.centroids.any():
-            raise MethodError("The centroids are not made yet. Fit the method on samples of each adapter's own data.")
-        embedding = self.embed(query, gate).double()
-        centroids = gate.centroids.to(embedding)
-        if self.center:
-            origin = centroids.mean(dim=0)
-            embedding, centroids = embedding - origin, centroids - origin
+    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
+        embedding, centroids = self.compared(query, gate, center=self.center)
         cosines = torch.cosine_similarity(embedding, centroids, dim=-1)
         return top_k_softmax(cosines, self.top_k or len(cosines), self.temperature)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraflow import AdapterBank, FusedModel
+from loraflow.adapters import load_adapter
 from loraflow.errors import AdapterError, LoraflowError, MethodError
 from tests.tiny import edit_config, save_adapter, tiny_model
 
@@ -263,6 +264,31 @@ def test_calls_use_what_the_bank_has_when_they_begin(folder, tmp_path):
     bank.remove("few")
     with pytest.raises(MethodError, match="names the unknown adapter 'few'"):
         logits(model)
+
+
+def test_adapters_that_are_exchanged_for_a_while_stay(folder):
+    bank, model, _ = both(folder)
+    with model.exchanged([load_adapter("alone", folder / "rs")]):
+        bank.remove("twin")
+        logits(model)
+        assert model.adapter_names == ["alone"]
+    logits(model)
+    assert model.adapter_names == list(bank)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_set_that_fails_to_come_leaves_nothing_half(folder, monkeypatch, limit):
+    _, model, whole = both(folder)
+    stock, pair = model.attachment.stock, {"plain": 0.5, "twin": 0.5}
+    positions = tuple(map(model.adapter_names.index, pair))
+    stock.limit_bytes = limit * stock.size_bytes(positions)
+    filler = stock._fillers[3]
+    with monkeypatch.context() as patch:
+        patch.setattr(filler, "join", lambda parts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model, methods=[pair])
+    assert_same(model, whole, methods=[pair])
+    assert_same(model, whole, methods=["plain"])
 
 
 def test_what_has_learned_keeps_its_adapters(folder):

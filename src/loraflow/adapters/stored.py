@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,14 @@ class StoredAdapter(Adapter):
     """
 
     outline: Adapter
+    _bank: ReadsAdapters
+    _entry: BankEntry
+    # As the file has it, and whether a base has the same names.
+    _bare: Adapter
+    _same_names: bool
+    _base: nn.Module | None
+    _kept: tuple[weakref.ref[Adapter], Adapter] | None
+    _digest: str | None
 
     def __init__(self, bank: ReadsAdapters, entry: BankEntry, outline: Adapter) -> None:
         # Those of the frozen dataclass that have values at once.
@@ -74,12 +83,12 @@ class StoredAdapter(Adapter):
         vars(self).update(_kept=None, _digest=entry.digest)
 
     @property
-    def modules(self) -> Mapping[str, LoraModule]:  # type: ignore[override]
+    def modules(self) -> Mapping[str, LoraModule]:
         """Its updates, each read when it is asked for; what their names are is known."""
         return _StoredModules(self)
 
     @property
-    def digest(self) -> str:  # type: ignore[override]
+    def digest(self) -> str:
         """SHA-256 of its weights; where nobody has read them yet, they are read for it."""
         if self._digest is None:
             vars(self)["_digest"] = self._bank.digest(self._entry)
@@ -218,10 +227,12 @@ def outlined(adapter: Adapter) -> Adapter:
 def outlines(adapters: Sequence[StoredAdapter], base: nn.Module) -> Iterator[Callable[[], Adapter]]:
     """Checks each adapter against a base, and gives what is known of it without its weights."""
     known: dict[str, Adapter] = {}
-    for adapter in adapters:
-        yield lambda adapter=adapter: dataclasses.replace(
-            adapter.put_into(base, known).outline, name=adapter.name, source=adapter.source
-        )
+    return (functools.partial(_outline, adapter, base, known) for adapter in adapters)
+
+
+def _outline(adapter: StoredAdapter, base: nn.Module, known: dict[str, Adapter]) -> Adapter:
+    outline = adapter.put_into(base, known).outline
+    return dataclasses.replace(outline, name=adapter.name, source=adapter.source)
 
 
 def match_adapters(adapters: Sequence[Adapter], base: nn.Module) -> tuple[Adapter, ...]:

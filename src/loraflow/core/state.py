@@ -325,13 +325,16 @@ class FusionState(Asking, _OfBase):
     def exchanged(self, adapters: Sequence[Adapter]) -> Iterator[Self]:
         """Have others in place of all adapters inside the block, at first as the base; then all is as it was."""
         with self.attachment.turn():
-            before = self.adapters
-            self._swap_adapters(adapters)
+            before, bank, self.bank = self.adapters, self.bank, None
             try:
-                with self.using("base"):
-                    yield self
+                self._swap_adapters(adapters)
+                try:
+                    with self.using("base"):
+                        yield self
+                finally:
+                    self._swap_adapters(before)
             finally:
-                self._swap_adapters(before)
+                self.bank = bank
 
     def _follow_bank(self) -> None:
         """Have the adapters that the bank has by now, unless a call runs: that keeps those that it began with.

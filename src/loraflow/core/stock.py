@@ -164,13 +164,15 @@ class Stock:
         if len(singles) > 1:
             # Where there is no room for both, each adapter's own part goes as soon as it stands in that of all.
             scarce = self.nbytes + needed > self.limit_bytes
-            with self._whole(active):
-                for filler in self._fillers:
-                    filler.shelf.put(active, filler.join([filler.shelf.of(single) for single in singles]))
-                    for single in singles if scarce else ():
-                        filler.shelf.take(single)
-            for single in singles if scarce else ():
-                self._drop(single)
+            try:
+                with self._whole(active):
+                    for filler in self._fillers:
+                        filler.shelf.put(active, filler.join([filler.shelf.of(single) for single in singles]))
+                        for single in singles if scarce else ():
+                            filler.shelf.take(single)
+            finally:
+                for single in singles if scarce else ():
+                    self._drop(single)
 
     def _make_one(self, position: int) -> None:
         adapter = self.adapters[position]

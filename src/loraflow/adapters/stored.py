@@ -90,9 +90,9 @@ class StoredAdapter(Adapter):
     @property
     def digest(self) -> str:
         """SHA-256 of its weights; where nobody has read them yet, they are read for it."""
-        if self._digest is None:
-            vars(self)["_digest"] = self._bank.digest(self._entry)
-        return self._digest
+        digest = self._digest or self._bank.digest(self._entry)
+        vars(self)["_digest"] = digest
+        return digest
 
     @property
     def identity(self) -> Hashable:
@@ -134,11 +134,12 @@ class StoredAdapter(Adapter):
         read = self._bank.load(self.name, self._entry)
         if self._base is None or self._same_names:
             return read
-        if self._kept is None or self._kept[0]() is not read:
-            # By other names, and no longer than the bank keeps it.
-            placed = match_adapter(read, self._base)
-            vars(self)["_kept"] = weakref.ref(read, self._forget), placed
-        return self._kept[1]
+        if self._kept is not None and self._kept[0]() is read:
+            return self._kept[1]
+        # By other names, and no longer than the bank keeps it.
+        placed = match_adapter(read, self._base)
+        vars(self)["_kept"] = weakref.ref(read, self._forget), placed
+        return placed
 
     def put_into(self, base: nn.Module, known: dict[str, Adapter]) -> StoredAdapter:
         """The same for a base; `known` has the outlines that were found to fit it, by kind.

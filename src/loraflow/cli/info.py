@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,10 +236,13 @@ def _value_text(value: Any, precision: str) -> str:
 
 def _whole(sources: Mapping[str, AdapterSource], model: Any) -> Iterator[Callable[[], Adapter]]:
     """Reads each adapter and checks it against the base."""
+    return (functools.partial(_read, name, source, model) for name, source in sources.items())
+
+
+def _read(name: str, source: AdapterSource, model: Any) -> Adapter:
     from loraflow.adapters import load_adapter, match_adapter
 
-    for name, source in sources.items():
-        yield lambda name=name, source=source: match_adapter(load_adapter(name, source), model)
+    return match_adapter(load_adapter(name, source), model)
 
 
 def _adapter_table(adapters: list[Adapter], console: Console) -> None:

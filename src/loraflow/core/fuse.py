@@ -126,7 +126,8 @@ class BuiltLayer:
         stock, updates = self.context.stock, self.updates[name]
         stack = ExpertStack(name, rows, updates, dtype, device, None if stock is None else Shelf(stock))
         if stock is not None:
-            stock.fill(ExpertFiller(stack, *self._full([name]), updates))
+            (full,) = self._full([name])
+            stock.fill(ExpertFiller(stack, full, updates))
         return stack
 
     def _fuse_later(

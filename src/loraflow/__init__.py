@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Phatgoose,
         QaFlora,
         QueryMethod,
+        Ramole,
         Static,
     )
     from loraflow.model import FusedModel
@@ -67,6 +68,7 @@ __all__ = [
     "PromptFormat",
     "QaFlora",
     "QueryMethod",
+    "Ramole",
     "Static",
     "Trace",
 ]

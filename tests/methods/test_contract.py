@@ -36,6 +36,7 @@ from loraflow.methods import (
     Phatgoose,
     QaFlora,
     QueryMethod,
+    Ramole,
     get_method,
     make_method,
     method_names,
@@ -66,6 +67,7 @@ CHANGED = [
     Centroid(1, 0.5, 2, False),
     Arrow(2, 0.5),
     Phatgoose(1),
+    Ramole(3, 0.25, 2, 1),
     LoraFlow("module", 1.1, "zh", "normalized", "low-rank", 4, "sigmoid", 2),
     AdapterCore({"zh": 0.5}),
 ]
@@ -130,9 +132,10 @@ def test_gates_stand_where_they_should_and_learn_if_the_method_does(method, fuse
         if method.name == "base":
             assert fused.gates == {}
         else:
-            assert list(fused.gates) == list(fused.attachment.sites[place])
+            kept = ["model"] if method.reads_prompt and place != "model" else []
+            assert list(fused.gates) == [*fused.attachment.sites[place], *kept]
         learned = [p for gate in fused.gates.values() for p in gate.parameters()]
-        assert bool(learned) == (method.learns in ("gradient", "search", "experts"))
+        assert bool(learned) == (method.learns in ("gradient", "search", "experts", "together"))
         assert bool(learned_of(fused.gates)) == (method.learns is not None)
         assert all(parameter.requires_grad for parameter in learned)
         starts = method.start_weights(NAMES, "math")
@@ -149,7 +152,7 @@ def test_weights_have_the_shape_of_the_contract(method, fused):
         if method.name == "base":
             return
         set_random_gates(fused)
-        if method.name == "centroid":
+        if method.learns == "samples" or (method.reads_prompt and method.learns):
             fused.gates["model"].set_samples(torch.randn(3, 2, 32).unbind())
         trace = fused.trace(random_ids())
         assert trace.weights.shape == (2, 9, 3, 3)

@@ -33,6 +33,7 @@ from loraflow import (
     Phatgoose,
     PromptFormat,
     QaFlora,
+    Ramole,
     Static,
 )
 from loraflow.adapters import tensors_digest
@@ -72,6 +73,7 @@ METHODS = [
     Centroid(layer=0),
     Arrow(1),
     Phatgoose(),
+    Ramole(3),
 ]
 
 

@@ -5,7 +5,7 @@ gives exactly what PEFT gives when it loads the same files; what cannot is refus
 remedy.
 """
 
-from loraflow.adapters.bank import AdapterBank
+from loraflow.adapters.bank import AdapterBank, all_adapters
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
 from loraflow.adapters.copies import uncompared_copies
 from loraflow.adapters.keys import write_keys
@@ -23,6 +23,7 @@ __all__ = [
     "LoraModule",
     "StoredAdapter",
     "StoredUpdates",
+    "all_adapters",
     "load_adapter",
     "match_adapter",
     "match_adapters",

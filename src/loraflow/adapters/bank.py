@@ -380,6 +380,17 @@ class AdapterBank(Mapping[str, BankEntry]):
         self._reading.pop(entry.version, None)
 
 
+def all_adapters(adapters: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Adapters by name: those of a bank unread, others with their weights.
+
+    Raises:
+        AdapterError: if one cannot be read.
+    """
+    if isinstance(adapters, AdapterBank):
+        return {adapter.name: adapter for adapter in adapters.stored()}
+    return {name: load_adapter(name, source) for name, source in adapters.items()}
+
+
 def _read(entry: BankEntry) -> Adapter:
     """The weights of an entry's adapter.
 

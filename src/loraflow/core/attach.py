@@ -14,25 +14,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraflow.adapters import Adapter, StoredAdapter, match_adapters
+from loraflow.adapters import Adapter
 from loraflow.bases import BaseOptions, check_sharding, find_tokenizer, load_base
-from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers
+from loraflow.core.architecture import DecoderLayers, find_decoder_layers
 from loraflow.core.context import LayerContext
 from loraflow.core.fuse import (
     BuiltLayer,
     Fused,
     Group,
     build_layers,
+    check_room,
     device_of,
     dtype_of,
     find_sites,
     gate_dtype,
     is_target,
+    make_keeper,
+    make_stock,
+    match_inside,
     prepare,
     site_among,
     unfuse_layers,
 )
-from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
+from loraflow.core.lanes import KEEPER, Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.quantized import allow_packing, keep_differentiable
 from loraflow.core.rows import probe_rows
@@ -178,13 +182,13 @@ class Attachment:
         Where it is to weigh only some of the adapters, linears that none of them targets get no gates of their own.
         """
         gates = {}
-        if self.stock is not None and method.level == "token":
-            self.stock.check(self.stock.everything if among is None else tuple(among))
+        if method.level == "token":
+            check_room(self.stock, among)
         with self.turn():
             # No adapters may come or leave while the layers are gone through; gates may take a while to make.
             homes = [(device_of(layer), dtype_of(layer, self.model)) for layer in self.layers.layers]
         for name, site in self.sites[_gate_place(method)].items():
-            site = site if among is None else site_among(site, among)
+            site = site_among(site, among)
             if site.module is not None and not is_target(site.updates[site.module]):
                 continue
             gate = method.gate(site)
@@ -193,7 +197,8 @@ class Attachment:
                 gates[name] = gate.to(device, torch.promote_types(torch.float32, own))
                 if method.adds:
                     _match_precision(gate, own)
-        return gates
+        (whole,) = self.sites["model"].values()
+        return {**gates, **make_keeper(method, site_among(whole, among), *homes[0])}
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on, as modules of the model.
@@ -203,9 +208,9 @@ class Attachment:
         lanes = self._lanes_of(method, gates)
         with self._modules_lock:
             for index, fusion in enumerate(self.fusions):
-                # The gate of a whole model belongs to its first layer; the others only call it.
-                prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
-                fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
+                # What is the whole model's belongs to its first layer; the others only call it.
+                mine = (f"layers.{index}", KEEPER)[: 2 if index == 0 else 1]
+                fusion.install(lanes, {n: gate for n, gate in gates.items() if any(_owns(one, n) for one in mine)})
         prepare(self._slots, lanes, len(self.adapters), self.stock)
 
     def use(self, method: Method, gates: Gates) -> None:
@@ -247,6 +252,8 @@ class Attachment:
         """
         if gates and method.level == "token":
             self._check_tokens(method)
+        if _gate_place(method) != "model":
+            gates = {site: gate for site, gate in gates.items() if site != KEEPER}
         if among is not None and list(among) == list(range(len(self.adapters))):
             among = None
         rows = None if requests is None else tuple(requests)
@@ -320,7 +327,7 @@ class Attachment:
             ArchitectureError: if one updates what cannot be fused.
         """
         with self._modules_lock:
-            return _build(self.model, self.layers, _match(self.model, self.layers, adapters))
+            return _build(self.model, self.layers, match_inside(self.model, self.layers, adapters))
 
     def again(self, built: Built) -> Attachment:
         """Put adapters into the model once more after `detach`; callers that wait for their turn then see these."""
@@ -432,19 +439,11 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     """
     check_plain(model)
     check_sharding(model)
-    attachment = Attachment(model, matched := _match(model, layers, adapters), layers)
+    attachment = Attachment(model, matched := match_inside(model, layers, adapters), layers)
     attachment._put_in(lambda: _build(model, layers, matched))
     return attachment
 
 
 def _build(model: PreTrainedModel, layers: DecoderLayers, matched: tuple[Adapter, ...]) -> Built:
-    limits = [adapter.bank.device_bytes for adapter in matched if isinstance(adapter, StoredAdapter)]
-    stock = Stock(matched, min(limits)) if limits else None
+    stock = make_stock(matched)
     return Built(matched, build_layers(model, layers, matched, probe_rows(model, layers), stock), stock)
-
-
-def _match(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
-    matched = match_adapters(adapters, model)
-    for adapter in matched:
-        check_inside_layers(adapter, layers)
-    return matched

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from loraflow.core.active import EVERYTHING, Active, use_of
-from loraflow.core.lanes import Lane, Lanes
+from loraflow.core.lanes import Lane, Lanes, check_apart
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.core.stock import Stock
 from loraflow.errors import ArchitectureError, MethodError
@@ -87,15 +87,9 @@ class LayerContext:
     _index: Tensor | None
 
     def __init__(
-        self,
-        index: int,
-        layers: int,
-        adapters: int,
-        first: LayerContext | None,
-        rows: LayerRows | None = None,
-        stock: Stock | None = None,
+        self, index: int, layers: int, adapters: int, first: LayerContext | None, rows: LayerRows | None = None
     ) -> None:
-        self.index, self.adapters, self.stock = index, adapters, stock
+        self.index, self.adapters, self.stock = index, adapters, None
         self.rows = rows or LayerRows()
         self.keeps = False
         self.alone = self.embeddings = self.recorded = None
@@ -248,6 +242,7 @@ class LayerContext:
         if not self.running.reads_modules:
             return weights
         own = [(lane, lane.gate(self.index, name)) for lane in self.running.lanes if lane.place == "module"]
+        check_apart((gate for _, gate in own), f"'{name}' of decoder layer {self.index}")
         if self.running.only is not None:
             ((lane, gate),) = own
             found = None if gate is None else lane.spread(gate(x), self.adapters)
@@ -353,6 +348,8 @@ class LayerContext:
         shape = self.shape if rows == "tokens" else x.shape[:-1]
         if only is not None:
             gates = [only.gate(self.index, name) for name in names]
+            if rows == "unknown" or self.rows.streams:
+                check_apart(gates, f"'{names[0]}' of decoder layer {self.index}")
             if all(gate is None for gate in gates):
                 # The base alone, or a fusion of some of the model's adapters, none of which targets these.
                 return None

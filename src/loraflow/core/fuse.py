@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from loraflow.adapters import Adapter, LoraModule, StoredAdapter, StoredUpdates, outlined
+from loraflow.adapters import Adapter, LoraModule, StoredAdapter, StoredUpdates, match_adapters, outlined
 from loraflow.core.active import use_of
-from loraflow.core.architecture import DecoderLayers, group_by_input
+from loraflow.core.architecture import DecoderLayers, check_inside_layers, group_by_input
 from loraflow.core.context import LayerContext
 from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, FusedWeight, fuse_experts
 from loraflow.core.fillers import ExpertFiller, GroupFiller, outline_stack
 from loraflow.core.group import InputGroup
-from loraflow.core.lanes import Lanes
+from loraflow.core.lanes import KEEPER, Gates, Lanes
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.linear import FusedLinear, Member, fuse_linear, unfuse_linear
 from loraflow.core.rows import LayerRows, Rows
@@ -26,7 +26,7 @@ from loraflow.core.stack import StackedLora, stack_adapters
 from loraflow.core.stock import Shelf, Stock
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
-from loraflow.methods.base import Place, Site
+from loraflow.methods.base import Method, Place, Site
 
 Updates = tuple[LoraModule | None, ...]
 
@@ -48,7 +48,8 @@ def build_layers(
     first: LayerContext | None = None
     built = []
     for index, updates in enumerate(_updates_by_layer(layers, adapters)):
-        context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index], stock)
+        context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
+        context.stock = stock
         first = first or context
         layer = BuiltLayer(model, layers, updates, LayerFusion(context))
         layer.build()
@@ -159,6 +160,24 @@ class BuiltLayer:
             )
 
 
+def match_inside(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
+    """Adapters by the names of a base, all of whose updates are inside its decoder layers.
+
+    Raises:
+        AdapterError: if one does not fit the base, or updates something else.
+    """
+    matched = match_adapters(adapters, model)
+    for adapter in matched:
+        check_inside_layers(adapter, layers)
+    return matched
+
+
+def make_stock(adapters: Sequence[Adapter]) -> Stock | None:
+    """What loads adapters as they are used, where those of a bank are among them."""
+    limits = [adapter.bank.device_bytes for adapter in adapters if isinstance(adapter, StoredAdapter)]
+    return Stock(adapters, min(limits)) if limits else None
+
+
 def _updates_by_layer(layers: DecoderLayers, adapters: Sequence[Adapter]) -> list[dict[str, Updates]]:
     """What the adapters do to each layer, by the name of the module or parameter within it; outlined where unread."""
     adapters = [outlined(adapter) for adapter in adapters]
@@ -235,8 +254,20 @@ def _updates_of(adapters: Sequence[Adapter], full: str) -> Sequence[LoraModule |
     return tuple(adapter.modules.get(full) for adapter in adapters)
 
 
-def site_among(site: Site, among: Sequence[int]) -> Site:
-    """The same site for some of the adapters."""
+def check_room(stock: Stock | None, among: Sequence[int] | None) -> None:
+    """Check that adapters, or all, may be in a pass at once, where they are loaded for it.
+
+    Raises:
+        MethodError: if they may not.
+    """
+    if stock is not None:
+        stock.check(stock.everything if among is None else tuple(among))
+
+
+def site_among(site: Site, among: Sequence[int] | None) -> Site:
+    """The same site for some of the adapters, or all."""
+    if among is None:
+        return site
     return dataclasses.replace(
         site,
         adapters=tuple(site.adapters[position] for position in among),
@@ -268,6 +299,12 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def make_keeper(method: Method, site: Site, device: torch.device, own: torch.dtype) -> Gates:
+    """What a method that weighs tokens keeps for the whole model, to read prompts by; none for other methods."""
+    keeper = None if method.level == "query" else method.keeper(site)
+    return {} if keeper is None else {KEEPER: keeper.to(device, torch.promote_types(torch.float32, own))}
 
 
 def gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:

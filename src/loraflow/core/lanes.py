@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loraflow.errors import FusionError, LoraflowError
+from loraflow.errors import ArchitectureError, FusionError, LoraflowError
 from loraflow.methods.base import Mixing, Place
 
 Gates = dict[str, nn.Module]
 """The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+
+KEEPER = "model"
+"""Where, among gates of layers or linears, is what their method keeps to read prompts by, if it does."""
 
 
 def learned_of(gates: Gates) -> dict[str, Tensor]:
@@ -66,6 +70,65 @@ class RowGate(nn.Module):
     def known_weights(self) -> Float[Tensor, "requests adapters"]:
         """The weights, before anything is read."""
         return self.weights
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What whole prompts say of the adapters, for each request of its own.
+
+    Attributes:
+        prior: minus infinity where an adapter is excluded.
+    """
+
+    prior: Float[Tensor, "requests adapters"]
+
+    @functools.cached_property
+    def candidates(self) -> tuple[int, ...]:
+        """The adapters that some request does not exclude."""
+        return tuple(self.prior.isfinite().any(dim=0).nonzero().flatten().tolist())
+
+    @functools.cached_property
+    def most(self) -> int:
+        """How many adapters a request does not exclude, at most."""
+        return int(self.prior.isfinite().sum(dim=-1).max())
+
+
+class Informed(nn.Module):
+    """A gate of one lane, with what the prompts of its requests say of the adapters."""
+
+    def __init__(self, gate: nn.Module, heard: Heard) -> None:
+        super().__init__()
+        self.gate, self.heard = gate, heard
+
+    @property
+    def most(self) -> int:
+        """How many adapters have a weight at one position, at most."""
+        return max(1, min(self.heard.most, getattr(self.gate, "most", self.heard.most)))
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
+        """The weights; all rows that are one request's stand together, whether they are beams, positions, or both."""
+        prior, positions = self.heard.prior.to(x.device), x.shape[:-1].numel()
+        prior = prior.repeat_interleave(positions // len(prior), dim=0)
+        return self.gate(x, prior.reshape(*x.shape[:-1], -1))
+
+
+def check_apart(gates: Iterable[nn.Module | None], where: str) -> None:
+    """Check that gates are not to weigh several prompts, each by what it says, where they cannot be told apart.
+
+    Raises:
+        ArchitectureError: if one is.
+    """
+    if any(isinstance(gate, Informed) and len(gate.heard.prior) > 1 for gate in gates):
+        raise ArchitectureError(
+            f"{where} reads rows of which it cannot be told whose they are, so a method that weighs each prompt's "
+            "tokens by what that prompt says cannot answer several together. Answer them one at a time."
+        )
+
+
+def inform(gates: Gates, prior: Float[Tensor, "requests adapters"]) -> Gates:
+    """A method's gates with what prompts say; what it keeps for the whole model has done its part."""
+    heard = Heard(prior)
+    return {site: Informed(gate, heard) for site, gate in gates.items() if site != KEEPER}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from loraflow.methods.lora_flow import LoraFlow
 from loraflow.methods.lorahub import LoraHub
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
+from loraflow.methods.ramole import Ramole
 from loraflow.methods.static import Average, Base, Static
 
 ENTRY_POINTS = "loraflow.methods"
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
         Centroid,
         Arrow,
         Phatgoose,
+        Ramole,
         LoraFlow,
         AdapterCore,
     )
@@ -56,6 +58,7 @@ __all__ = [
     "Phatgoose",
     "QaFlora",
     "QueryMethod",
+    "Ramole",
     "Site",
     "Static",
     "get_method",

@@ -14,6 +14,9 @@ A *gate* is a module that reads an input `x` and gives the fusion weights, one f
 gate(x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch seq adapters"]
 ```
 
+A method that looks at tokens may look at the whole prompt first (`reads_prompt`): what its `prior` says of each
+adapter, once for each request, its gates get beside each input, as `gate(x, prior)`.
+
 Weights that do not depend on the input may be given as `[adapters]`, those of whole rows as `[batch, adapters]`; they
 are broadcast. `place` says where gates stand: one for the whole model, for each layer, or for each linear module.
 
@@ -34,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
@@ -45,8 +48,8 @@ Place = Literal["model", "layer", "module"]
 Mixing = Literal["outputs", "parameters"]
 Learning = str
 """The name of a learner in `loraflow.training.learners`: "gradient" and gradient-free "search" learn on examples of the
-task at hand; "experts", by gradient with one adapter alone, and "samples", by looking, on each adapter's own data. What
-they need of the method and its gates is in the protocols below."""
+task at hand; "experts", by gradient with one adapter alone, "together", by gradient with all but a few, and "samples",
+by looking, on each adapter's own data. What they need of the method and its gates is in the protocols below."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,23 @@ class Method(ABC):
     def recipe(self) -> Mapping[str, Any]:
         """Fields of `FitConfig` whose defaults this method's own source changes; a class may have one for all."""
         return {}
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it has to look at a whole prompt before that is answered."""
+        return False
+
+    def keeper(self, site: Site) -> nn.Module | None:
+        """Make what a method that weighs tokens keeps for the whole model, to read prompts by; or None."""
+        return None
+
+    def prior(self, query: Query, keeper: Any) -> Float[Tensor, " adapters"]:
+        """What a whole prompt says of each adapter, for gates that weigh its tokens; minus infinity excludes one.
+
+        Raises:
+            NotImplementedError: of methods that need none.
+        """
+        raise NotImplementedError(f"The method {self.name!r} has nothing to say of whole prompts.")
 
     @property
     def mixing(self) -> Mixing:
@@ -218,11 +238,33 @@ class LearnsAlone(Protocol):
 
 
 @runtime_checkable
+class LearnsAmong(Protocol):
+    """A gate that may learn among some of the adapters, as if there were no others.
+
+    Attributes:
+        among: which adapters those are, while it learns, `[adapters]`; else None.
+    """
+
+    among: Bool[Tensor, " adapters"] | None
+
+
+@runtime_checkable
+class Drops(Protocol):
+    """A method whose gates learn among adapters that change from forward to forward.
+
+    Attributes:
+        drop: the probability with which an adapter is left out of one.
+    """
+
+    drop: float
+
+
+@runtime_checkable
 class Embeds(Protocol):
     """A method that embeds texts."""
 
     def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
-        """The embedding of a text, given what the method's `gate` made."""
+        """The embedding of a text, given what the method's `gate` made for the whole model, or its `keeper`."""
 
 
 @runtime_checkable
@@ -293,6 +335,11 @@ class QueryMethod(Method):
 
     level: ClassVar[Level] = "query"
 
+    @property
+    def reads_prompt(self) -> bool:
+        """That is all it looks at."""
+        return True
+
     def gate(self, site: Site) -> QueryGate:
         """Make what the method keeps, for the whole model."""
         return QueryGate()
@@ -347,7 +394,17 @@ def check_positive(value: Any, parameter: str) -> None:
         raise MethodError(f"`{parameter}` (={value!r}) must be a positive number.")
 
 
-def check_top_k(top_k: Any, adapters: Sequence[str]) -> None:
+def check_share(value: Any, parameter: str) -> None:
+    """Check that a parameter is a number of at least 0 and less than 1.
+
+    Raises:
+        MethodError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise MethodError(f"`{parameter}` (={value!r}) must be at least 0 and less than 1.")
+
+
+def check_top_k(top_k: Any, adapters: Sequence[str], parameter: str = "top_k") -> None:
     """Check a number of adapters to keep; None keeps all.
 
     Raises:
@@ -356,4 +413,6 @@ def check_top_k(top_k: Any, adapters: Sequence[str]) -> None:
     if top_k is None:
         return
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(adapters):
-        raise MethodError(f"`top_k` (={top_k!r}) must be between 1 and the number of adapters (={len(adapters)}).")
+        raise MethodError(
+            f"`{parameter}` (={top_k!r}) must be between 1 and the number of adapters (={len(adapters)})."
+        )

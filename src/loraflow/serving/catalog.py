@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loraflow.adapters import Adapter, AdapterBank, load_adapter, tensors_digest
+from loraflow.adapters import Adapter, all_adapters, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
-from loraflow.core.lanes import Gates, load_gates
+from loraflow.core.lanes import Gates, inform, load_gates
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
 from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
@@ -96,8 +96,7 @@ class Catalog:
 
         Args:
             base: Hub id or directory; by default the first fusion's.
-            adapters: further adapters by name, which can be asked for alone and in weights; or a bank's, loaded as
-                requests use them.
+            adapters: further adapters by name, asked for alone and in weights; or a bank's, loaded as they are used.
             fusions: saved fusions by name.
             base_id: what requests call the base; by default its id, or its directory's name.
             prompt: how questions to the base and to adapters become prompts; fusions have a format of their own.
@@ -113,8 +112,7 @@ class Catalog:
             if not saved:
                 raise LoraflowError("There is nothing to serve. Give a fusion, or a base and adapters.")
             base = saved[0].base
-        stored = adapters.stored() if isinstance(adapters, AdapterBank) else None
-        union = {one.name: one for one in stored or (load_adapter(*pair) for pair in (adapters or {}).items())}
+        union = all_adapters(adapters or {})
         with_names = [_add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
@@ -373,7 +371,7 @@ class Catalog:
         try:
             gates = attachment.make_gates(method, positions)
             for name, gate in gates.items():
-                if not isinstance(method, QueryMethod):
+                if not method.reads_prompt:
                     gate(torch.zeros(1, 1, sites[name].features, device=self.model.device, dtype=self.model.dtype))
         except LoraflowError:
             raise
@@ -392,7 +390,7 @@ class Catalog:
             layers = self.model.attachment.layer_count
             weights = layer_weights(served.gates, layers)
             return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
-        if not isinstance(served.method, QueryMethod):
+        if not served.method.reads_prompt:
             return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)
         ids = torch.tensor([list(prompt)], device=self.model.device)
         with self.model.attachment.turn(), torch.no_grad():
@@ -402,6 +400,9 @@ class Catalog:
             weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
         # The whole prompt decides the weights, and so what is kept of its beginning.
         digest = tensors_digest({"weights": weights.cpu()}, served.digest)
+        if not isinstance(served.method, QueryMethod):
+            # They are a prior of each layer's, the same in all, and its tokens are weighed one by one.
+            return Weigher(served.method, inform(served.gates, weights[:1]), adapters=served.adapters, digest=digest)
         return Weigher(weights=weights, adapters=served.adapters, digest=digest)
 
 

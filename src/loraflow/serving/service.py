@@ -15,7 +15,6 @@ from torch import Tensor
 from loraflow.answers import require_tokenizer
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
-from loraflow.methods import QueryMethod
 from loraflow.serving.accounts import Accounts, Stages
 from loraflow.serving.catalog import Catalog, Served
 from loraflow.serving.config import ServerConfig
@@ -268,7 +267,7 @@ class Service:
         """
         while True:
             try:
-                passes = isinstance(served.method, QueryMethod)
+                passes = served.method.reads_prompt
                 do = self.reader.weigh if passes else asyncio.to_thread
                 weigher = await do(self.catalog.weigher, served, prompt)
                 if self.catalog.is_current(served):

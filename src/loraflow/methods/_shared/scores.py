@@ -66,6 +66,14 @@ def top_k_softmax(
     return torch.softmax(scores / temperature, dim=-1)
 
 
+def softmax_among(
+    scores: Float[Tensor, "*batch adapters"], among: Bool[Tensor, "*batch adapters"]
+) -> Float[Tensor, "*batch adapters"]:
+    """Softmax over some of the adapters; the others get 0, and where there are none all do, with zero gradients."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.softmax(scores.masked_fill(~among, lowest), dim=-1) * among
+
+
 def largest_normalized(scores: Float[Tensor, " adapters"], top_k: int | None) -> Float[Tensor, " adapters"]:
     """Keep the largest `top_k` of non-negative scores and divide by their sum; where all are zero, weigh evenly."""
     kept = torch.zeros_like(scores)

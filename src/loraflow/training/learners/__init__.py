@@ -9,8 +9,11 @@ from loraflow.training.learners.experts import Experts
 from loraflow.training.learners.gradient import Gradient
 from loraflow.training.learners.samples import Samples
 from loraflow.training.learners.search import Search
+from loraflow.training.learners.together import Together
 
-LEARNERS: dict[str, Learner] = {learner.name: learner for learner in (Gradient(), Search(), Experts(), Samples())}
+LEARNERS: dict[str, Learner] = {
+    learner.name: learner for learner in (Gradient(), Search(), Experts(), Together(), Samples())
+}
 
 __all__ = ["LEARNERS", "Learner", "learner_of"]
 

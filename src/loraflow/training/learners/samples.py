@@ -32,26 +32,30 @@ class Samples(Learner):
         | {"batch_size", "max_length", "train_on", "seed", "resume", "keep_checkpoints", "devices", "shard"}
     )
 
-    @torch.no_grad()
     def learn(  # noqa: D102
         self, fusion: Fusion, examples: Mapping[str, Sequence[Any]], dev: Examples | None, run: Run
     ) -> FitResult:
         started = time.perf_counter()
-        method = cast(Embeds, fusion.method)
-        tokenizer = require_tokenizer(fusion.tokenizer)
-        parsed = {name: parse_examples(own) for name, own in examples.items()}
         fusion.set_method(fusion.method)
-        gate = cast(Any, fusion.gates["model"])
-        embeddings = []
-        with fusion.evaluating(), counting_progress(run.console) as progress:
-            bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
-            for own in parsed.values():
-                of_one = []
-                for example in own:
-                    ids = torch.tensor(fusion.prompt.prompt_ids(tokenizer, example.messages), device=fusion.device)
-                    of_one.append(method.embed(Prompt(fusion.attachment, ids, tokenizer), gate))
-                    progress.advance(bar)
-                embeddings.append(torch.stack(of_one))
-        gate.set_samples(embeddings)
-        fusion.training_record = {"samples": {name: len(own) for name, own in parsed.items()}}
+        fusion.training_record = {"samples": read_samples(fusion, examples, run)}
         return FitResult(seconds=time.perf_counter() - started)
+
+
+@torch.no_grad()
+def read_samples(fusion: Fusion, examples: Mapping[str, Sequence[Any]], run: Run) -> dict[str, int]:
+    """Give what a method keeps for the whole model the embeddings of each adapter's own prompts; how many those are."""
+    method, gate = cast(Embeds, fusion.method), cast(KeepsSamples, fusion.gates["model"])
+    tokenizer = require_tokenizer(fusion.tokenizer)
+    parsed = {name: parse_examples(own) for name, own in examples.items()}
+    embeddings = []
+    with fusion.evaluating(), counting_progress(run.console) as progress:
+        bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
+        for own in parsed.values():
+            of_one = []
+            for example in own:
+                ids = torch.tensor(fusion.prompt.prompt_ids(tokenizer, example.messages), device=fusion.device)
+                of_one.append(method.embed(Prompt(fusion.attachment, ids, tokenizer), gate))
+                progress.advance(bar)
+            embeddings.append(torch.stack(of_one))
+    gate.set_samples(embeddings)
+    return {name: len(own) for name, own in parsed.items()}

@@ -300,7 +300,7 @@ def _base(sources: Sources, fusions: list[str]) -> dict[str, Any]:
     placement = sources.placement
     own: dict[str, Any] = {
         "base": sources.base,
-        "adapters": sources.adapters(),
+        "adapters": sources.paths(),
         "revision": placement.revision,
         "dtype": placement.dtype,
         "quantization": placement.quantization,

@@ -210,7 +210,7 @@ class VllmOptions:
             path,
             arguments,
             base=sources.base,
-            adapters=sources.adapters(),
+            adapters=sources.paths(),
             request_weights=self.request_weights,
             unverified=self.unverified,
         )

@@ -24,6 +24,7 @@ from loraflow.core.active import EVERYTHING, Active, use_of
 from loraflow.core.lanes import Lane, Lanes, check_apart
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.core.slots import Slots, weigh
+from loraflow.core.stock import Stock
 from loraflow.errors import ArchitectureError, MethodError
 
 
@@ -34,6 +35,7 @@ class LayerContext:
     Attributes:
         index: the layer's place in the model.
         adapters: how many there are.
+        stock: those that are loaded when they are used; None where the matrices of all are in the linears.
         own: those of the method in use: one lane of all rows.
         lanes: who weighs the rows of the call that runs; `own` unless rows differ.
         alone: for each row, the position of the one adapter that it uses, or None for the base; None where rows have
@@ -61,6 +63,7 @@ class LayerContext:
 
     index: int
     adapters: int
+    stock: Stock | None
     own: Lanes
     lanes: Lanes
     alone: Sequence[int | None] | None
@@ -89,8 +92,7 @@ class LayerContext:
     def __init__(
         self, index: int, layers: int, adapters: int, first: LayerContext | None, rows: LayerRows | None = None
     ) -> None:
-        self.index = index
-        self.adapters = adapters
+        self.index, self.adapters, self.stock = index, adapters, None
         self.rows = rows or LayerRows()
         self.keeps = False
         self.alone = self.embeddings = self.recorded = None
@@ -143,6 +145,8 @@ class LayerContext:
         # Cached positions may have been weighed by others.
         use = EVERYTHING if self.keeps else use_of(lanes, self.adapters, first=self._first is self)
         self.active, self.most, self.by_row = use.active, use.most, use.by_row
+        if self.stock is not None:
+            self.active = self.stock.bring(use.active)
         self._index = None if use.active is None else use.index(hidden_states.device)
         weights = self._weights_of_layer(lanes, hidden_states, embeddings)
         if weights is not None and self.recorded is not None:
@@ -431,10 +435,10 @@ class LayerContext:
 
     def __getstate__(self) -> tuple[Any, ...]:
         # A call that runs meanwhile is not copied.
-        return self.index, self.adapters, self.rows, self.keeps, self.own, self._first, self._is_last
+        return self.index, self.adapters, self.stock, self.rows, self.keeps, self.own, self._first, self._is_last
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.index, self.adapters, self.rows, self.keeps, own, self._first, self._is_last = state
+        self.index, self.adapters, self.stock, self.rows, self.keeps, own, self._first, self._is_last = state
         self.alone = self.embeddings = self.recorded = None
         self.set_own(own)
         self.close()

@@ -33,6 +33,7 @@ from loraflow.core.products import WeightedProduct, mix_slots, slot_weights
 from loraflow.core.rows import Rows
 from loraflow.core.slots import Slots, exactly, read_listed, shortlists, slot_gates
 from loraflow.core.stack import StackedLora
+from loraflow.core.stock import Shelf
 from loraflow.methods.slots import Shortlists, WeighsSlots
 
 Counts = tuple[int, ...]
@@ -92,6 +93,11 @@ class Reading:
         copies = [part for part, _ in self.parts] if "parts" in vars(self) else []
         return self.lora_A.nbytes + sum(part.nbytes for part in copies if not _shares(part, self.lora_A))
 
+    def of(self, member: int) -> tuple[Float[Tensor, "slots in_features"], Float[Tensor, " slots"] | None]:
+        """A and its bias of one module."""
+        own = slice(sum(self.sizes[:member]), sum(self.sizes[: member + 1]))
+        return self.lora_A[own], None if self.input_bias is None else self.input_bias[own]
+
     @functools.cached_property
     def parts(self) -> list[tuple[Float[Tensor, "adapters width in_features"], Float[Tensor, "adapters width"] | None]]:
         """Of each module, A and its bias with an axis of adapters."""
@@ -129,6 +135,8 @@ class InputGroup(nn.Module):
         slots: as there.
         out_features: of each module.
         dropout: probability with which inputs of A are dropped in training.
+        shelf: where the matrices are, made as they are used (`core/stock.py`); None where those of all adapters are
+            here. `lora_A` has no slots then.
     """
 
     names: tuple[str, ...]
@@ -139,11 +147,18 @@ class InputGroup(nn.Module):
     slots: tuple[Counts, ...]
     out_features: tuple[int, ...]
     dropout: float
+    shelf: Shelf[GroupPart] | None
 
     def __init__(
-        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows = "tokens"
+        self,
+        names: Sequence[str],
+        stacks: Sequence[StackedLora],
+        device: torch.device,
+        rows: Rows = "tokens",
+        shelf: Shelf[GroupPart] | None = None,
     ) -> None:
         super().__init__()
+        self.shelf = shelf
         self.names = tuple(names)
         self.rows = rows
         self.slots = tuple(stack.slots for stack in stacks)
@@ -157,10 +172,13 @@ class InputGroup(nn.Module):
         self._plans: dict[tuple[int, ...], Plan] = {}
         self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
         self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
-        self.register_buffer("places", _places(stacks).to(device), persistent=False)
+        places = _places(self.slots) if shelf is None else torch.empty(0, dtype=torch.long)
+        self.register_buffer("places", places.to(device), persistent=False)
 
     def reading(self, active: Active | None) -> Reading:
         """The stacked A of these adapters, or of all, cut out once as long as it is used."""
+        if self.shelf is not None:
+            return self.shelf.of(active).reading
         return self._cuts.of(active, self.lora_A, self._cut)
 
     def _cut(self, active: Active | None) -> Reading:
@@ -359,6 +377,8 @@ class InputGroup(nn.Module):
         self._cuts.clear()
         self._ways.clear()
         self._plans.clear()
+        if self.shelf is not None:
+            self.shelf.stock.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.forget()
@@ -377,12 +397,12 @@ def _indices(slices: Sequence[slice], device: torch.device) -> Int[Tensor, " kep
     return torch.tensor(kept, dtype=torch.long, device=device)
 
 
-def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:
+def _places(slots: Sequence[Counts]) -> Int[Tensor, " slots"]:
     places, start = [], 0
-    for stack in stacks:
-        places += [start + place for count in stack.slots for place in range(count)]
-        start += max(stack.slots)
-    return torch.tensor(places)
+    for counts in slots:
+        places += [start + place for count in counts for place in range(count)]
+        start += max(counts)
+    return torch.tensor(places, dtype=torch.long)
 
 
 def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
@@ -437,3 +457,84 @@ def cut_writing(
     if output_scale is not None:
         scale = output_scale.index_select(0, torch.tensor(active, dtype=torch.long, device=output_scale.device))
     return Writing(lora_B.index_select(0, index), scale, tuple(counts[adapter] for adapter in active))
+
+
+@dataclass(eq=False)
+class GroupPart:
+    """The matrices of some adapters for linears that read one input.
+
+    Attributes:
+        reading: their stacked A.
+        writings: the stacked B of each linear.
+    """
+
+    reading: Reading
+    writings: tuple[Writing, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.reading.nbytes + sum(writing.nbytes for writing in self.writings)
+
+    @classmethod
+    def of_one(cls, stacks: Sequence[StackedLora], starts: Sequence[int], device: torch.device) -> GroupPart:
+        """That of one adapter, given its update of each linear, and where the places of each begin."""
+        places = [torch.arange(sum(stack.slots)) + start for stack, start in zip(stacks, starts, strict=True)]
+        bias = _stack_input_bias(stacks, device)
+        reading = Reading(
+            torch.cat([stack.lora_A for stack in stacks]).to(device),
+            bias,
+            torch.cat(places).to(device),
+            tuple(stack.slots for stack in stacks),
+        )
+        return cls(
+            reading,
+            tuple(
+                Writing(
+                    stack.lora_B.to(device),
+                    None if stack.output_scale is None else stack.output_scale.to(device),
+                    stack.slots,
+                )
+                for stack in stacks
+            ),
+        )
+
+    @classmethod
+    def of_several(cls, parts: Sequence[GroupPart]) -> GroupPart:
+        """That of several adapters, in this order, given each one's."""
+        readings = [part.reading for part in parts]
+        slots = tuple(sum(counts, ()) for counts in zip(*(reading.slots for reading in readings), strict=True))
+        bias = None
+        if any(reading.input_bias is not None for reading in readings):
+            bias = _by_linear(readings, [_filled_bias(reading) for reading in readings])
+        return cls(
+            Reading(
+                _by_linear(readings, [reading.lora_A for reading in readings]),
+                bias,
+                _by_linear(readings, [reading.places for reading in readings]),
+                slots,
+            ),
+            tuple(
+                Writing(
+                    torch.cat([writing.lora_B for writing in writings]),
+                    _joined_scale([writing.output_scale for writing in writings]),
+                    counts,
+                )
+                for writings, counts in zip(zip(*(part.writings for part in parts), strict=True), slots, strict=True)
+            ),
+        )
+
+
+def _by_linear(readings: Sequence[Reading], tensors: Sequence[Tensor]) -> Tensor:
+    """Rows of all slots of each adapter, as those of all adapters of each linear."""
+    split = [tensor.split(reading.sizes) for tensor, reading in zip(tensors, readings, strict=True)]
+    return torch.cat([rows for of_linear in zip(*split, strict=True) for rows in of_linear])
+
+
+def _filled_bias(reading: Reading) -> Float[Tensor, " slots"]:
+    return reading.lora_A.new_zeros(len(reading.lora_A)) if reading.input_bias is None else reading.input_bias
+
+
+def _joined_scale(scales: Sequence[Tensor | None]) -> Float[Tensor, "adapters out_features"] | None:
+    present = [scale for scale in scales if scale is not None]
+    return torch.cat([torch.zeros_like(present[0]) if one is None else one for one in scales]) if present else None

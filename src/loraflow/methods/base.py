@@ -69,7 +69,7 @@ class Site:
     layers: int
     layer: int = 0
     module: str | None = None
-    updates: Mapping[str, tuple[LoraModule | None, ...]] = field(default_factory=dict, repr=False)
+    updates: Mapping[str, Sequence[LoraModule | None]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

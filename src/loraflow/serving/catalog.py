@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from loraflow.adapters import Adapter, load_adapter, tensors_digest
+from loraflow.adapters import Adapter, all_adapters, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
 from loraflow.core.lanes import Gates, load_gates
@@ -53,7 +53,7 @@ class Catalog:
     def open(
         cls,
         base: str | Path | None,
-        adapters: Mapping[str, str] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         fusions: Mapping[str, str] | None = None,
         *,
         base_id: str | None = None,
@@ -66,7 +66,7 @@ class Catalog:
 
         Args:
             base: Hub id or directory; by default the first fusion's.
-            adapters: further adapters by name, which can be asked for alone and in weights.
+            adapters: further adapters by name, asked for alone and in weights; or a bank's, loaded as they are used.
             fusions: saved fusions by name.
             base_id: what requests call the base; by default its id, or its directory's name.
             prompt: how questions to the base and to adapters become prompts; fusions have a format of their own.
@@ -83,7 +83,7 @@ class Catalog:
             if not saved:
                 raise LoraflowError("There is nothing to serve. Give a fusion, or a base and adapters.")
             base = saved[0].base
-        union = {name: load_adapter(name, path) for name, path in (adapters or {}).items()}
+        union = all_adapters(adapters or {})
         with_names = [add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from loraflow.adapters import Adapter
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.saved.fusion import Permit, SavedFusion
@@ -45,6 +43,6 @@ def add_adapters(
                     f"The adapter {adapter.name!r} of the fusion {fusion.name!r} would be called {name!r}, and another "
                     "adapter is called so already. Unload that first, or give the fusion another name."
                 )
-            known[name] = dataclasses.replace(adapter, name=name)
+            known[name] = adapter.called(name)
         names.append(name)
     return fusion, names

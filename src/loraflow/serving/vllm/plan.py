@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from loraflow.model import FusedModel
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import FusionConfig
 
-Updates = Mapping[str, tuple[LoraModule | None, ...]]
+Updates = Mapping[str, Sequence[LoraModule | None]]
 """Each adapter's update of a layer's linears, by their name within the layer; None where one does not target it."""
 
 
@@ -79,7 +79,7 @@ def read_plan(
 def _folded(plan: FusionPlan, sites: Mapping[str, Site]) -> FusionPlan:
     """The one adapter, of weight 1, that a fusion is whose gates ignore their input and add updates of their own."""
     found = {name: folded_update(site, plan.gates[name]) for name, site in sites.items()}
-    layers: list[dict[str, tuple[LoraModule | None, ...]]] = [{} for _ in plan.layers]
+    layers: list[dict[str, Sequence[LoraModule | None]]] = [{} for _ in plan.layers]
     for name, site in sites.items():
         if found[name] is not None:
             layers[site.layer][str(site.module)] = (found[name],)

@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 def every_method(adapters: list[str]) -> dict[str, Method]:
     """All methods by the name that the table shows."""
     named: dict[str, Method] = {"base": METHODS["base"](), "one adapter": get_method(adapters[0], adapters)}
-    for name in ("average", "qa-flora", "logo", "centroid", "arrow", "phatgoose"):
+    for name in ("average", "qa-flora", "logo", "centroid", "lora-retriever", "arrow", "phatgoose"):
         named[name] = get_method(name, adapters)
     for granularity in ("task", "layer", "module"):
         named[f"learned-static, {granularity}"] = LearnedStatic(granularity)

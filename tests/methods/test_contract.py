@@ -32,6 +32,7 @@ from loraflow.methods import (
     LearnedStatic,
     Logo,
     LoraHub,
+    LoraRetriever,
     Method,
     Phatgoose,
     QaFlora,
@@ -64,6 +65,7 @@ CHANGED = [
     QaFlora("js", "all", False, 1e-6),
     Logo("entropy", 2, "self_attn.k_proj"),
     Centroid(1, 0.5, 2, False),
+    LoraRetriever("selection", 1, center=False, layer=1),
     Arrow(2, 0.5),
     Phatgoose(1),
     LoraFlow("module", 1.1, "zh", "normalized", "low-rank", 4, "sigmoid", 2),
@@ -149,7 +151,7 @@ def test_weights_have_the_shape_of_the_contract(method, fused):
         if method.name == "base":
             return
         set_random_gates(fused)
-        if method.name == "centroid":
+        if method.learns == "samples":
             fused.gates["model"].set_samples(torch.randn(3, 2, 32).unbind())
         trace = fused.trace(random_ids())
         assert trace.weights.shape == (2, 9, 3, 3)

@@ -30,6 +30,7 @@ from loraflow import (
     Logo,
     LoraFlow,
     LoraHub,
+    LoraRetriever,
     Phatgoose,
     PromptFormat,
     QaFlora,
@@ -70,6 +71,7 @@ METHODS = [
     QaFlora("js"),
     Logo(),
     Centroid(layer=0),
+    LoraRetriever("selection"),
     Arrow(1),
     Phatgoose(),
 ]

@@ -11,6 +11,7 @@ from loraflow.adapters.copies import uncompared_copies
 from loraflow.adapters.keys import write_keys
 from loraflow.adapters.loading import load_adapter
 from loraflow.adapters.match import match_adapter
+from loraflow.adapters.vectors import AdapterVectors
 
 __all__ = [
     "CONFIG_FILE",
@@ -18,6 +19,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterSource",
+    "AdapterVectors",
     "BankEntry",
     "LoraModule",
     "load_adapter",

@@ -29,8 +29,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, arrow, phatgoose, lora-flow, "
-        "adapter-core, one of another package, or an adapter's name (that one alone).",
+        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, lora-retriever, arrow, "
+        "phatgoose, lora-flow, adapter-core, one of another package, or an adapter's name (that one alone).",
     ),
 ]
 MethodOptions = Annotated[

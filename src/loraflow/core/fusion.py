@@ -126,7 +126,8 @@ class Fusion(FusionState):
             args: transformers'.
             methods: who weighs each request, where requests differ: a method's name, an adapter's name, weights by
                 adapter name, a method object, or None for the fusion's own method.
-            fusion_weights: weights of each request instead, for all layers or for each.
+            fusion_weights: weights of each request instead, for all layers or for each; outputs are mixed by them, or
+                parameters where a method that weighs whole prompts is in use and does so (`weigh` gives its weights).
             kwargs: transformers'.
 
         Raises:
@@ -315,7 +316,7 @@ class Fusion(FusionState):
                     for name, value in beside_tokens(kwargs).items()
                 }
                 weights = self._weigh(method, gates, input_ids[:, prompt], mask[:, prompt], beside)
-                lanes = lanes_of_weights(self.attachment, weights, len(input_ids))
+                lanes = lanes_of_weights(self.attachment, weights, len(input_ids), method.mixing)
             layer_weights, module_weights = read_weights(self.attachment, input_ids, mask, lanes, **kwargs)
         return Trace(
             weights=layer_weights,

@@ -16,6 +16,7 @@ from loraflow.methods.centroid import Centroid
 from loraflow.methods.learned_static import LearnedStatic
 from loraflow.methods.logo import Logo
 from loraflow.methods.lora_flow import LoraFlow
+from loraflow.methods.lora_retriever import LoraRetriever
 from loraflow.methods.lorahub import LoraHub
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
         QaFlora,
         Logo,
         Centroid,
+        LoraRetriever,
         Arrow,
         Phatgoose,
         LoraFlow,
@@ -52,6 +54,7 @@ __all__ = [
     "Logo",
     "LoraFlow",
     "LoraHub",
+    "LoraRetriever",
     "Method",
     "Phatgoose",
     "QaFlora",

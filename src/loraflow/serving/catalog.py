@@ -400,7 +400,7 @@ class Catalog:
             weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
         # The whole prompt decides the weights, and so what is kept of its beginning.
         digest = tensors_digest({"weights": weights.cpu()}, served.digest)
-        return Weigher(weights=weights, adapters=served.adapters, digest=digest)
+        return Weigher(weights=weights, mixing=served.method.mixing, adapters=served.adapters, digest=digest)
 
 
 def _check_reads_nothing_else(config: FusionConfig) -> None:

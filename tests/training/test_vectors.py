@@ -39,7 +39,7 @@ def test_an_adapter_joins_without_the_samples_of_the_others(base, console, tmp_p
     fit(two, {name: OWN[name] for name in "ab"}, console=console)
     path = vectors_of(two).save(tmp_path)
     three = make(base, "abc", method)
-    vectors = AdapterVectors.read(path, vectors_of(two).made_by)
+    vectors = AdapterVectors.read(path)
     assert take_vectors(three, vectors) == ["c"]
     fit(three, {"c": OWN["c"]}, console=console)
     whole = make(base, "abc", method)

@@ -48,12 +48,12 @@ class AdapterVectors:
         self._rows = torch.zeros(_FIRST_ROWS, features)
 
     @classmethod
-    def read(cls, path: str | Path, made_by: str) -> AdapterVectors:
+    def read(cls, path: str | Path, made_by: str | None = None) -> AdapterVectors:
         """Read what `save` wrote.
 
         Args:
             path: the file, or the folder of a bank.
-            made_by: what makes the vectors that are to be compared with them.
+            made_by: what makes the vectors that are to be compared with them, if that is known already.
 
         Raises:
             AdapterError: if it cannot be read, or something else made its vectors.
@@ -72,12 +72,12 @@ class AdapterVectors:
                 f"{path} holds {tuple(rows.shape)} values for {len(digests)} adapters, in format {version} (this "
                 f"version reads {_VERSION}). Make the vectors again."
             )
-        if theirs != made_by:
+        if made_by not in (None, theirs):
             raise AdapterError(
                 f"The vectors in {path} were made by {theirs}, and cannot be compared with those of {made_by}. Make "
                 "them again, or take what made them."
             )
-        read = cls(made_by, rows.shape[1])
+        read = cls(str(theirs), rows.shape[1])
         read._digests, read._rows = digests, rows.float()
         return read
 

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from loraflow import FusedModel
 from loraflow.cli import app
-from loraflow.cli.compare import _print_table
+from loraflow.cli.compare import Rows, _print_table
+from loraflow.errors import LoraflowError
 from loraflow.evaluation.compare import workers
-from loraflow.evaluation.compare.plan import study_names
+from loraflow.evaluation.compare.plan import Plan, study_names
 from loraflow.evaluation.compare.table import make_table
 from loraflow.prompts import PromptFormat
 from tests.evaluation.compare.small import write_setting
@@ -121,6 +122,15 @@ def test_methods_choose_rows_of_a_plan_or_are_the_rows(run, tmp_path):
     assert rows(tmp_path / "b") == ["math", "base"]
     content = json.loads((tmp_path / "b" / "report.json").read_text())
     assert (content["tasks"], content["reference"]) == (["es", "zh"], "math")
+
+
+def test_a_curve_is_chosen_by_its_name(run, tmp_path):
+    rows_of = {"gates": {"method": "average", "examples": [1, 2]}, "base": None}
+    plan = Plan.model_validate({"setting": "small-world", "methods": rows_of})
+    assert list(Rows(methods=["gates"]).chosen(plan, "p.yaml").methods) == ["gates, 1", "gates, 2"]
+    assert list(Rows(methods=["base", "gates, 2"]).chosen(plan, "p.yaml").methods) == ["base", "gates, 2"]
+    with pytest.raises(LoraflowError, match=r"The plan 'p.yaml' has no row 'gate'. .*Did you mean 'gates'"):
+        Rows(methods=["gate"]).chosen(plan, "p.yaml")
 
 
 def test_reports_leave_out_what_was_measured_otherwise(run, tmp_path):

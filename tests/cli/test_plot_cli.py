@@ -15,6 +15,7 @@ from loraflow.analysis.weights import answer_tokens, statistics_of_tokens, weigh
 from loraflow.cli import app
 from loraflow.examples import read_examples
 from tests.tiny import byte_tokenizer, save_adapter, set_random_gates, tiny_model
+from tests.visual.test_curves import curves_report
 from tests.visual.test_figures import make_report
 
 RECORDS = [
@@ -62,8 +63,8 @@ SHORT = ("--max-new-tokens", "5")
 
 
 def test_help_teaches(run):
-    assert {"layers", "decoding", "answer", "transfer"} <= {*run("plot", "--help").output.split()}
-    for command in ("layers", "decoding", "answer", "transfer"):
+    assert {"layers", "decoding", "answer", "transfer", "curves"} <= {*run("plot", "--help").output.split()}
+    for command in ("layers", "decoding", "answer", "transfer", "curves"):
         shown = run("plot", command, "--help")
         assert shown.exit_code == 0
         assert f"loraflow plot {command}" in shown.output
@@ -162,6 +163,17 @@ def test_figure_of_transfer(run, tmp_path, report):
     assert [gain["own"] for gain in numbers["gains"]] == [True, False, False, False, False, True]
 
 
+def test_figure_of_curves(run, tmp_path, world):
+    (tmp_path / "report.json").write_text(json.dumps(curves_report()))
+    made = run("plot", "curves", tmp_path, "--output", tmp_path / "x", "--json", tmp_path / "j", "--title", "$N$")
+    assert made.exit_code == 0, made.output
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "x.png", "x.svg", "j"}
+    points = json.loads((tmp_path / "j").read_text())["points"]
+    assert [(p["curve"], p["examples"], p["score"]) for p in points] == [
+        ("core", 20, 25.0), ("core", 200, 50.0), ("gates", 20, 12.5), ("base", None, 0.0)
+    ]  # fmt: skip
+
+
 NO_MODEL = ("plot", "layers", "--base", "no/such-model", "--lora-modules", "zh={world}/zh")
 
 
@@ -221,8 +233,9 @@ def test_errors_are_one_clear_line(run, tmp_path, monkeypatch, arguments, messag
         ("decoding", "--data", "{world}/data.jsonl"),
         ("answer", "--prompt", "5"),
         ("transfer", "{world}/report.json"),
+        ("curves", "{world}/report.json"),
     ],
-    ids=["layers", "decoding", "answer", "transfer"],
+    ids=["layers", "decoding", "answer", "transfer", "curves"],
 )
 def test_matplotlib_is_asked_for_before_anything_heavy(run, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

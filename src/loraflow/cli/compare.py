@@ -32,7 +32,7 @@ class Rows:
         list[str],
         _row(
             "--methods",
-            help="Rows: methods or adapters, several after one flag; of a plan, these of its rows.",
+            help="Rows: methods or adapters, several after one flag; of a plan, these of its rows or curves.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -73,10 +73,14 @@ class Rows:
         Raises:
             LoraflowError: if it has not got one of them.
         """
+        curves = {spec.curve for spec in plan.methods.values() if spec.curve is not None}
+        kept = {} if self.methods else dict(plan.methods)
         for name in self.methods:
-            if name not in plan.methods:
-                raise LoraflowError(f"The plan {origin!r} has no row {name!r}. {did_you_mean(name, plan.methods)}")
-        kept = {name: plan.methods[name] for name in self.methods or plan.methods}
+            rows = {row: spec for row, spec in plan.methods.items() if name in (row, spec.curve)}
+            if not rows:
+                known = [*plan.methods, *curves]
+                raise LoraflowError(f"The plan {origin!r} has no row {name!r}. {did_you_mean(name, known)}")
+            kept.update(rows)
         if self.fusions:
             raise LoraflowError("`--fusions` are rows, and a plan names its own. Add them there.")
         if self.reference is not None and plan.reference not in kept:
@@ -131,6 +135,12 @@ class Measuring:
     """How much is measured, by what, and what becomes of it."""
 
     limit: Annotated[int | None, _run_option("--limit", help="Only the first so many problems of each task.")] = None
+    problems: Annotated[
+        str | None,
+        _run_option(
+            "--problems", help="Which are answered: test, or dev, to choose recipes by.  [default: the plan's, or test]"
+        ),
+    ] = None
     batch_size: Annotated[int | None, _run_option(help="Problems answered together.  [default: the plan's, or 16]")] = (
         None
     )
@@ -248,6 +258,7 @@ def compare(
         seeds=rows.seeds or None,
         reference=rows.reference,
         limit=measuring.limit,
+        problems=measuring.problems,
         batch_size=measuring.batch_size,
         weights=measuring.weights or None,
     )

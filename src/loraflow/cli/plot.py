@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 plot = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Draw the paper's figures 3 to 6 for any fusion and data, as PNG, SVG or PDF. `loraflow plot layers` shows "
-    "which layers use which adapter, `decoding` how that changes along an answer, `answer` which adapter speaks at "
-    "each token, `transfer` what a gate does on other tasks. Needs `pip install 'loraflow[plots]'`.",
+    help="Draw the paper's figures 3 to 6 for any fusion and data, and learning curves, as PNG, SVG or PDF. `loraflow "
+    "plot layers` shows which layers use which adapter, `decoding` how that changes along an answer, `answer` which "
+    "adapter speaks at each token, `transfer` what a gate does on other tasks, `curves` how scores grow with examples. "
+    "Needs `pip install 'loraflow[plots]'`.",
 )
 
 _figure = panel("Figure")
@@ -246,6 +247,34 @@ def transfer(
     drawn = transfer_figure(content, figure.title)
     gains = [{**asdict(gain), "own": gain.own} for gain in transfer_gains(content)]
     figure.save(drawn, {"figure": "transfer", "reference": content["reference"], "gains": gains})
+
+
+@plot.command()
+@with_groups
+def curves(
+    *,
+    report: Annotated[
+        Path, typer.Argument(help="What `loraflow compare` wrote: its report.json, or the directory with it.")
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="One of its tasks, or average.  [default: the average, or the only task]"),
+    ] = None,
+    figure: FigureFile,
+) -> None:
+    """Draw scores by the number of examples: one line for each row of the plan that lists several numbers of them.
+
+    Lines are scores with their 95 % intervals, moved a little aside of each other; a row that learned from no example
+    of the task is a thin line right through.
+
+    Example: `loraflow plot curves runs/curves --output curves.svg`
+    """
+    from loraflow.visual.curves import curve_points, curves_figure
+
+    figure.check()
+    content = _read_report(report)
+    drawn = curves_figure(content, task, figure.title)
+    figure.save(drawn, {"figure": "curves", "points": [asdict(point) for point in curve_points(content, task)]})
 
 
 def _read_report(path: Path) -> Any:

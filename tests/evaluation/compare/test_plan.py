@@ -55,6 +55,51 @@ def test_a_row_may_be_a_name_alone_or_have_one() -> None:
     ]
 
 
+def test_a_row_with_several_numbers_of_examples_is_a_row_for_each() -> None:
+    methods = {"gates": {"method": "lora-flow", "examples": [20, 200]}, "one": {"method": "average"}}
+    plan = plan_of(methods=methods, reference="gates, 200")
+    assert plan.methods == {
+        "gates, 20": RowSpec(method="lora-flow", examples=20, curve="gates"),
+        "gates, 200": RowSpec(method="lora-flow", examples=200, curve="gates"),
+        "one": RowSpec(method="average"),
+    }
+    # Written out, it is the same measurement.
+    assert plan.methods["gates, 20"].short() == RowSpec(method="lora-flow", examples=20).short()
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"gates": {"method": "lora-flow", "examples": []}}, r"`methods.gates.examples` \(=\[\]\) must list different"),
+        ({"gates": {"method": "lora-flow", "examples": [5, 5]}}, r"\(=\[5, 5\]\) must list different numbers"),
+        ({"gates": {"method": "lora-flow", "examples": [0]}}, r"methods.gates, 0.examples`: Input should be greater"),
+        ({"a": {"method": "lora-flow", "examples": [5]}, "a, 5": "base"}, r"two rows have the name 'a, 5'"),
+    ],
+)
+def test_numbers_of_examples_that_cannot_be(methods: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        plan_of(methods=methods)
+
+
+def test_the_dev_examples_may_be_answered() -> None:
+    plan = plan_of(tasks=["zh-math", "es-math"], methods=["base", "lora-flow"], problems="dev", limit=7)
+    task = open_comparison(plan).setting.tasks["zh-math"]
+    tested = open_comparison(plan.model_copy(update={"problems": "test"})).setting.tasks["zh-math"]
+    assert task.test == task.dev == tested.dev
+    assert task.test_digest(None) != tested.test_digest(None)
+    # Tasks with the same problems still have the same, but not those of the test.
+    assert task.problems == open_comparison(plan).setting.tasks["es-math"].problems != tested.problems
+    answer = tested.dev[0].completion
+    assert next(iter(task.score([answer])[0].values())) == 1.0
+
+
+def test_a_task_without_dev_examples_cannot_answer_them(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"prompt": "1", "completion": "1"}\n')
+    content = {"setting": SETTING, "methods": ["base"], "problems": "dev"}
+    with pytest.raises(DataError, match=r"The task 'math' has no dev examples to answer. Leave it out, or give it"):
+        open_comparison(make_plan(content, tmp_path / "p.yaml"))
+
+
 def test_what_a_plan_does_not_say() -> None:
     plan = plan_of()
     assert (plan.seeds, plan.tasks, plan.limit, plan.reference, plan.weights) == ([0], None, None, None, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def open_comparison(plan: Plan, *, allow_code: bool = False) -> Comparison:
     names = None if plan.tasks is None else [*plan.tasks, *sorted(sources - set(plan.tasks))]
     setting = load_setting(plan.setting, tasks=names, allow_code=allow_code)
     tasks = plan.tasks or list(setting.tasks)
+    if plan.problems == "dev":
+        setting = dataclasses.replace(setting, tasks={**setting.tasks, **{t: setting.tasks[t].on_dev() for t in tasks}})
     rows = {row.name: row for name, spec in plan.methods.items() for row in _rows(name, spec, setting, tasks)}
     cells: list[Cell] = []
     left_out: list[str] = []

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +159,9 @@ class RowSpec(_Spec):
         adapters: what is fused: the task's adapters, all of the setting's, or these.
         fit: settings of `FitConfig` (and of `LoraSettings` for `finetune`) that differ from the recipe.
         search: choose learning rate and batch size on the dev examples, by the paper's grid.
-        examples: how many training examples it gets, the first ones; all by default.
+        examples: how many training examples it gets, the first ones; all by default. In a plan's file it may be a list:
+            the row is then one for each number, `NAME, 20` say, and all of them are one curve.
+        curve: rows with the same name here are one line of `loraflow plot curves`.
         fitted_on: learn on this task, whatever task is answered; "every" makes one row for each task.
         if_possible: leave it out of tasks that lack the examples or adapters that it wants, and say so.
     """
@@ -175,6 +177,7 @@ class RowSpec(_Spec):
     fit: dict[str, Any] = {}
     search: bool = False
     examples: int | None = Field(None, ge=1)
+    curve: str | None = None
     fitted_on: str | None = None
     if_possible: bool = False
 
@@ -193,7 +196,7 @@ class RowSpec(_Spec):
 
     def short(self) -> dict[str, Any]:
         """Only what was said, as JSON values."""
-        return self.model_dump(mode="json", exclude_defaults=True, exclude={"if_possible"})
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"if_possible", "curve"})
 
 
 class Plan(_Spec):
@@ -207,6 +210,7 @@ class Plan(_Spec):
         seeds: of everything that draws at random while it learns; what does not is run once.
         reference: the row that the others are tested against; the last one by default.
         limit: only the first so many problems of each task.
+        problems: which are answered: those of the test, or the dev examples, on which recipes are chosen.
         weights: also record the mean fusion weights of the answers.
     """
 
@@ -218,6 +222,7 @@ class Plan(_Spec):
     seeds: list[int] = Field([0], min_length=1)
     reference: str | None = None
     limit: int | None = Field(None, ge=1)
+    problems: Literal["test", "dev"] = "test"
     batch_size: int = Field(16, ge=1)
     weights: bool = False
 
@@ -233,7 +238,13 @@ class Plan(_Spec):
             value = dict.fromkeys(names)
         if not isinstance(value, dict):
             return value
-        return {str(name): _long_form(str(name), spec) for name, spec in value.items()}
+        rows: dict[str, Any] = {}
+        for name, spec in value.items():
+            for row, long in _rows_of(str(name), _long_form(str(name), spec)):
+                if row in rows:
+                    raise ValueError(f"two rows have the name {row!r}")
+                rows[row] = long
+        return rows
 
     @model_validator(mode="after")
     def _known_names(self) -> Plan:
@@ -257,6 +268,18 @@ def _long_form(name: str, spec: Any) -> Any:
     if isinstance(spec, dict) and not any(kind in spec for kind in kinds):
         return {"method": name, **spec}
     return spec
+
+
+def _rows_of(name: str, spec: Any) -> Iterator[tuple[str, Any]]:
+    """The rows that one entry of a plan stands for: one for each number of examples, where it lists several."""
+    counts = spec.get("examples") if isinstance(spec, dict) else None
+    if not isinstance(counts, list):
+        yield name, spec
+        return
+    if not counts or len(set(map(repr, counts))) < len(counts):
+        raise ValueError(f"`methods.{name}.examples` (={counts}) must list different numbers")
+    for count in counts:
+        yield f"{name}, {count}", {"curve": name, **spec, "examples": count}
 
 
 def study_names() -> list[str]:

@@ -46,12 +46,13 @@ def run_settings(comparison: Comparison) -> dict[str, str]:
     """What the figures depend on, for people."""
     setting = comparison.setting
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    limit = "all" if comparison.plan.limit is None else f"the first {comparison.plan.limit} of each task"
     return {
         "setting": comparison.plan.setting if isinstance(comparison.plan.setting, str) else setting.base,
         "adapters": ", ".join(setting.adapters),
         "precision": setting.quantization or setting.dtype,
         "seeds": ", ".join(map(str, comparison.plan.seeds)),
-        "problems": "all" if comparison.plan.limit is None else f"the first {comparison.plan.limit} of each task",
+        "problems": limit + (", dev examples" if comparison.plan.problems == "dev" else ""),
         "machine": gpu or f"{_processor()}, {os.cpu_count()} cores",
         "versions": f"loraflow {loraflow.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__}, Python {platform.python_version()}",

@@ -48,6 +48,7 @@ class Row:
         p_corrected: the same, by Holm's method over all comparisons of the table.
         tokens_per_s: generated tokens a second, where they were counted.
         fitted_on: the task that it learned on, where that is another one's choice.
+        curve: the curve that it is a point of.
         weights: mean fusion weight of each adapter, and its standard deviation between answers.
         share: whether scores are shares, between 0 and 1, which are shown in per cent.
         notice: what a reader of the scores has to know.
@@ -72,6 +73,7 @@ class Row:
     tokens_per_s: float | None = None
     memory_mib: float | None = None
     fitted_on: str | None = None
+    curve: str | None = None
     weights: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     share: bool = True
     higher_is_better: bool = True
@@ -208,6 +210,7 @@ def _row(
         tokens_per_s=_speed(records),
         memory_mib=max(record.memory_mib for record in records),
         fitted_on=first.fitted_on,
+        curve=comparison.rows[contender].spec.curve,
     )
     if task != AVERAGE:
         weights = _mean_weights([record.weights for record in records if record.weights])

@@ -121,6 +121,16 @@ class Task:
         ]
         return _digest(what)
 
+    def on_dev(self) -> Task:
+        """The same task with its dev examples to be answered.
+
+        Raises:
+            DataError: if it has none.
+        """
+        if not self.dev:
+            raise DataError(f"The task {self.name!r} has no dev examples to answer. Leave it out, or give it a `dev`.")
+        return dataclasses.replace(self, test=self.dev, problems=f"{self.problems or self.name}, dev")
+
     def training(self, count: int | None) -> tuple[Example, ...]:
         """The first `count` training examples, of `train` and then of `more_train`; those of `train` by default."""
         if count is None or count <= len(self.train):

@@ -11,7 +11,7 @@ import torch
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, QaFlora
+from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, LoraRetriever, QaFlora
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
 from tests.serving.worlds import alone, job, running, send
@@ -82,6 +82,20 @@ def test_each_fusion_answers_as_it_does_alone(root, catalog):
             "collision.zh" if served.id == "collision" else one for one in model.adapter_names
         ]
     assert len({tuple(answered) for answered in found}) == len(cases)
+
+
+def test_what_a_request_retrieves_is_fused_for_it_alone(root, tmp_path):
+    adapters = {name: save_adapter(tiny_model(vocab_size=259), tmp_path / name, seed=i) for i, name in enumerate("abc")}
+    for mode in ("fusion", "mixture"):
+        model = FusedModel.from_adapters(root / "base", adapters, LoraRetriever(mode, 2, center=False))
+        model.gates["model"].set_samples(torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(3)).unbind())
+        model.save_pretrained(tmp_path / mode)
+    catalog = Catalog.open(None, None, {mode: str(tmp_path / mode) for mode in ("fusion", "mixture")})
+    cases = [(catalog.find(name), prompt(seed)) for seed in (0, 1) for name in ("fusion", "base", "mixture", "a")]
+    for (served, ids), answered in zip(cases, answers(catalog, cases), strict=True):
+        own = FusedModel.from_pretrained(tmp_path / served.id) if served.id in ("fusion", "mixture") else model
+        method = None if own is not model else served.id
+        assert answered == alone(own, ids, method, 12), served.id
 
 
 def test_the_base_and_adapters_answer_as_they_do_alone(root, catalog):

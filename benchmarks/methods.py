@@ -84,6 +84,7 @@ def every_method(adapters: list[str]) -> dict[str, Method]:
         "qa-flora",
         "logo",
         "centroid",
+        "lora-retriever",
         "arrow",
         "spectr",
         "norm-max",

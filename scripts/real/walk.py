@@ -20,6 +20,7 @@ from peft import PeftModel
 from scripts.real import tasks
 from scripts.real.adapters import train_adapter
 from scripts.real.base import make_base
+from scripts.real.encoder import make_encoder, try_encoder
 from scripts.real.served import serve, try_server
 from scripts.real.steps import check, loraflow, made_once, read_lines, show, step, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,6 +38,7 @@ class Walk:
 
     def __init__(self, directory: Path) -> None:
         self.base, self.fusion = directory / "base", directory / "fusion"
+        self.encoder = directory / "encoder"
         self.adapters = {name: directory / name for name in ADAPTERS}
         self.output = directory / "output"
         # What the gates learn from was not what the adapters learned from.
@@ -58,6 +60,9 @@ class Walk:
         with step("base: SmolLM2-135M-Instruct from GGUF"):
             made_once(self.base, make_base)
             self.try_base()
+        with step("encoder: all-MiniLM-L6-v2 by sentence-transformers"):
+            made_once(self.encoder, make_encoder)
+            try_encoder(self.encoder)
         for name in ADAPTERS:
             with step(f"adapter {name}: trained with PEFT on {TRAIN} examples"):
                 made_once(self.adapters[name], lambda path, name=name: self.train_one(name, path))

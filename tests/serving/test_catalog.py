@@ -12,7 +12,16 @@ import torch
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, QaFlora, Static, make_method
+from loraflow.methods import (
+    AdapterCore,
+    Arrow,
+    LearnedStatic,
+    LoraHub,
+    LoraRetriever,
+    QaFlora,
+    Static,
+    make_method,
+)
 from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
@@ -100,6 +109,20 @@ def test_adapters_on_top_and_under_other_names_answer_as_alone(root, tmp_path):
     found = answers(catalog, [(catalog.find(name), prompt()) for name in fusions])
     assert catalog.find("static").adapters == catalog.find("topped").adapters == ("zh", "math")
     assert found == [alone(FusedModel.from_pretrained(path), prompt(), new=12) for path in fusions.values()]
+
+
+def test_what_a_request_retrieves_is_fused_for_it_alone(root, tmp_path):
+    adapters = {name: save_adapter(tiny_model(vocab_size=259), tmp_path / name, seed=i) for i, name in enumerate("abc")}
+    for mode in ("fusion", "mixture"):
+        model = FusedModel.from_adapters(root / "base", adapters, LoraRetriever(mode, 2, center=False))
+        model.gates["model"].set_samples(torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(3)).unbind())
+        model.save_pretrained(tmp_path / mode)
+    catalog = Catalog.open(None, None, {mode: str(tmp_path / mode) for mode in ("fusion", "mixture")})
+    cases = [(catalog.find(name), prompt(seed)) for seed in (0, 1) for name in ("fusion", "base", "mixture", "a")]
+    for (served, ids), answered in zip(cases, answers(catalog, cases), strict=True):
+        own = FusedModel.from_pretrained(tmp_path / served.id) if served.id in ("fusion", "mixture") else model
+        method = None if own is not model else served.id
+        assert answered == alone(own, ids, method, 12), served.id
 
 
 def test_the_base_and_adapters_answer_as_they_do_alone(root, catalog):

@@ -12,6 +12,7 @@ from loraflow.adapters.keys import write_keys
 from loraflow.adapters.loading import load_adapter
 from loraflow.adapters.match import match_adapter
 from loraflow.adapters.stored import BankEntry, StoredAdapter, StoredUpdates, match_adapters, outlined, outlines
+from loraflow.adapters.vectors import AdapterVectors
 
 __all__ = [
     "CONFIG_FILE",
@@ -19,6 +20,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterSource",
+    "AdapterVectors",
     "BankEntry",
     "LoraModule",
     "StoredAdapter",

@@ -60,8 +60,8 @@ class TrainingData:
         list[str],
         data_option(
             "--adapter-data",
-            help="For methods that learn from each adapter's own data (phatgoose, ramole, centroid): `name=path` of "
-            "such a file for every adapter (for ramole, for two at least), several after one flag.",
+            help="For methods that learn from each adapter's own data (phatgoose, ramole, centroid, lora-retriever): "
+            "`name=path` of such a file for every adapter (for ramole, for two at least), several after one flag.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -193,7 +193,7 @@ def fit(
     needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient),
     adapter-core (a small matrix between the adapters in each linear, by gradient), lorahub (one weight for each
     adapter, by gradient-free search); and from each adapter's own data instead of examples of the task: phatgoose,
-    ramole, centroid.
+    ramole, centroid, lora-retriever.
 
     Examples: `loraflow fit --base meta-llama/Llama-2-7b-hf --lora-modules zh=user/zh-lora math=user/math-lora
     --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;

@@ -33,8 +33,9 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, arrow, spectr, norm-max, lag, "
-        "phatgoose, ramole, lora-flow, adapter-core, one of another package, or an adapter's name (that one alone).",
+        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, lora-retriever, arrow, spectr, "
+        "norm-max, lag, phatgoose, ramole, lora-flow, adapter-core, one of another package, or an adapter's name (that "
+        "one alone).",
     ),
 ]
 MethodOptions = Annotated[

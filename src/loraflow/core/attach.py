@@ -42,7 +42,7 @@ from loraflow.core.quantized import allow_packing, keep_differentiable
 from loraflow.core.rows import probe_rows
 from loraflow.core.stock import Stock
 from loraflow.errors import ArchitectureError, LoraflowError
-from loraflow.methods.base import Method, Place, Site
+from loraflow.methods.base import Method, Mixing, Place, Site
 
 
 class Turn:
@@ -285,13 +285,15 @@ class Attachment:
                         f"{remedy}, or one with gates of single modules; or leave it out of `target_modules`."
                     )
 
-    def given_lane(self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"]) -> Lane:
+    def given_lane(
+        self, requests: Sequence[int], weights: Float[Tensor, "requests layers adapters"], mixing: Mixing = "outputs"
+    ) -> Lane:
         """Requests of a batch, each with weights of its own for every layer."""
         gates: Gates = {
             f"layers.{index}": RowGate(weights[:, index].to(device_of(layer), gate_dtype(layer, self.model)))
             for index, layer in enumerate(self.layers.layers)
         }
-        return Lane(tuple(requests), "layer", gates)
+        return Lane(tuple(requests), "layer", gates, mixing)
 
     def check_attached(self) -> None:
         """Check that the adapters have not been taken out, and that nothing was put around them.

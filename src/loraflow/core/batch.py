@@ -17,6 +17,7 @@ from loraflow.core.lanes import Gates, Lane, Lanes, inform
 from loraflow.core.probe import Prompt
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod
+from loraflow.methods.base import Mixing
 from loraflow.methods.static import ConstantGate
 
 _OF_TOKENS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels")
@@ -31,7 +32,7 @@ WeighPrompts = Callable[[Method, Gates, list[int]], Float[Tensor, "rows layers a
 """Weighs the prompts of these rows, or gives the prior that they are for the weights of their tokens."""
 
 
-def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) -> Lanes:
+def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None, mixing: Mixing = "outputs") -> Lanes:
     """Rows with given weights, `[rows, adapters]` or `[rows, layers, adapters]`.
 
     Raises:
@@ -49,7 +50,7 @@ def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None) 
         )
     if not torch.isfinite(weights).all():
         raise LoraflowError("`fusion_weights` has values that are not finite. Give finite numbers.")
-    return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights),))
+    return Lanes(len(weights), (attachment.given_lane(range(len(weights)), weights, mixing),))
 
 
 def lanes_of_methods(
@@ -57,30 +58,31 @@ def lanes_of_methods(
 ) -> Lanes:
     """Rows with methods.
 
-    Constant weights and those of prompts are one lane together, however many different ones there are; every other
-    method is a lane of its own.
+    Constant weights and those of prompts are one lane together, however many different ones there are (two, where some
+    mix parameters); every other method is a lane of its own.
     """
     by_gates: dict[int, tuple[Method, Gates, list[int]]] = {}
     for row, (method, gates) in enumerate(chosen):
         by_gates.setdefault(id(gates), (method, gates, []))[2].append(row)
     lanes: list[Lane] = []
-    given: dict[int, Float[Tensor, "layers adapters"]] = {}
+    given: dict[Mixing, dict[int, Float[Tensor, "layers adapters"]]] = {}
     for method, gates, requests in by_gates.values():
         if isinstance(method, QueryMethod):
-            given.update(zip(requests, weigh_prompts(method, gates, requests).cpu(), strict=True))
+            found = weigh_prompts(method, gates, requests).cpu()
+            given.setdefault(method.mixing, {}).update(zip(requests, found, strict=True))
         elif method.reads_prompt:
             # It says the same in every layer.
             prior = weigh_prompts(method, gates, requests)[:, 0]
             lanes.append(attachment.lane(requests, method, inform(gates, prior)))
-        elif not gates:
-            given.update(dict.fromkeys(requests, torch.zeros(attachment.layer_count, len(attachment.adapters))))
-        elif is_constant(method, gates):
-            given.update(dict.fromkeys(requests, layer_weights(gates, attachment.layer_count)))
+        elif not gates or is_constant(method, gates):
+            none = torch.zeros(attachment.layer_count, len(attachment.adapters))
+            constant = layer_weights(gates, attachment.layer_count) if gates else none
+            given.setdefault("outputs", {}).update(dict.fromkeys(requests, constant))
         else:
             lanes.append(attachment.lane(requests, method, gates))
-    if given:
-        rows = sorted(given)
-        lanes.append(attachment.given_lane(rows, torch.stack([given[row] for row in rows])))
+    for mixing, weights in given.items():
+        rows = sorted(weights)
+        lanes.append(attachment.given_lane(rows, torch.stack([weights[row] for row in rows]), mixing))
     return Lanes(len(chosen), tuple(lanes))
 
 
@@ -100,7 +102,7 @@ def lanes_of_rows(
     if fusion_weights is not None:
         if methods is not None:
             raise LoraflowError("`methods` and `fusion_weights` exclude each other. Give one of them.")
-        return lanes_of_weights(attachment, fusion_weights, rows)
+        return lanes_of_weights(attachment, fusion_weights, rows, mixing_of_weights(gates_of(None)[0]))
     if methods is None or isinstance(methods, str | Method | Mapping) or rows not in (None, len(methods)):
         count = len(methods) if isinstance(methods, Sequence) and not isinstance(methods, str) else "one"
         wanted = "each row" if rows is None else f"each of the {rows} rows"
@@ -109,6 +111,11 @@ def lanes_of_rows(
     keys = [json.dumps(dict(m)) if isinstance(m, Mapping) else m if isinstance(m, str) else id(m) for m in methods]
     found = {key: gates_of(method) for key, method in dict(zip(keys, methods, strict=True)).items()}
     return lanes_of_methods(attachment, [found[key] for key in keys], weigh_prompts)
+
+
+def mixing_of_weights(method: Method) -> Mixing:
+    """What weights that are given for each row mix: those that the query-level method in use gave, what it mixes."""
+    return method.mixing if isinstance(method, QueryMethod) else "outputs"
 
 
 def refuse_prompts(method: Method, gates: Gates, rows: list[int]) -> Tensor:

@@ -132,7 +132,8 @@ class Fusion(FusionState):
             args: transformers'.
             methods: who weighs each request, where requests differ: a method's name, an adapter's name, weights by
                 adapter name, a method object, or None for the fusion's own method.
-            fusion_weights: weights of each request instead, for all layers or for each.
+            fusion_weights: weights of each request instead, for all layers or for each; outputs are mixed by them, or
+                parameters where a method that weighs whole prompts is in use and does so (`weigh` gives its weights).
             kwargs: transformers'.
 
         Raises:

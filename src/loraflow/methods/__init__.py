@@ -17,6 +17,7 @@ from loraflow.methods.lag import Lag
 from loraflow.methods.learned_static import LearnedStatic
 from loraflow.methods.logo import Logo
 from loraflow.methods.lora_flow import LoraFlow
+from loraflow.methods.lora_retriever import LoraRetriever
 from loraflow.methods.lorahub import LoraHub
 from loraflow.methods.norm_max import NormMax
 from loraflow.methods.on_top import PARAMETER, OnTop
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
         QaFlora,
         Logo,
         Centroid,
+        LoraRetriever,
         Arrow,
         SpectR,
         NormMax,
@@ -62,6 +64,7 @@ __all__ = [
     "Logo",
     "LoraFlow",
     "LoraHub",
+    "LoraRetriever",
     "Method",
     "NormMax",
     "OnTop",

@@ -273,6 +273,14 @@ class KeepsSamples(Protocol):
         """Take over the embeddings of each adapter's samples, in the adapters' order."""
 
 
+@runtime_checkable
+class JoinsLater(KeepsSamples, Protocol):
+    """Such a gate, to which an adapter may come without the samples of the others."""
+
+    def kept_samples(self) -> Sequence[Float[Tensor, "_samples hidden"] | None]:
+        """For each adapter embeddings that stand for its samples to `set_samples`; None where there were none yet."""
+
+
 Measure = Callable[[Float[Tensor, "tokens hidden"], Float[Tensor, "passes tokens hidden"]], Float[Tensor, " passes"]]
 """Compares one layer's states with the base alone with those with each adapter alone."""
 

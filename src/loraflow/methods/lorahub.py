@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraflow.errors import MethodError
+from loraflow.methods._shared.mixed import check_mixable
 from loraflow.methods.base import (
     Learning,
     Level,
@@ -72,13 +72,8 @@ class LoraHub(Method):
         Raises:
             MethodError: if parameters are to be mixed and an adapter is a DoRA.
         """
-        for updates in site.updates.values() if self.mixes == "parameters" else ():
-            for name, update in zip(site.adapters, updates, strict=True):
-                if update is not None and update.magnitude is not None:
-                    raise MethodError(
-                        f"LoRA-Hub mixes A and B, and adapter {name!r} is a DoRA, which is more than A and B. "
-                        'Set `mixes` to "outputs", or leave it out.'
-                    )
+        if self.mixes == "parameters":
+            check_mixable(site, "LoRA-Hub", 'Set `mixes` to "outputs"')
         return LearnedWeights(len(site.adapters))
 
     def start_weights(self, adapters: Sequence[str], best: str | None) -> list[float]:  # noqa: D102

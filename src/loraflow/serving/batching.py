@@ -25,6 +25,7 @@ from loraflow.core.attach import Attachment
 from loraflow.core.fusion import Fusion
 from loraflow.core.lanes import Lane, Lanes, spread
 from loraflow.errors import LoraflowError
+from loraflow.methods.base import Mixing
 from loraflow.serving.attention import attending_apart
 from loraflow.serving.config import EngineLimits
 from loraflow.serving.jobs import Failure, FinishReason, Job, Sampling, Token, Weigher
@@ -285,13 +286,13 @@ def _lanes(model: Fusion, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
     attachment = model.attachment
     positions: dict[int, list[int]] = {}
     weighers: dict[int, Weigher] = {}
-    given: list[tuple[range, Tensor]] = []
+    given: dict[Mixing, list[tuple[range, Tensor]]] = {}
     unweighed: list[int] = []
     start = 0
     for job, future in batch:
         mine, start = range(start, start + future.query_length), start + future.query_length
         if job is not None and job.weigher.weights is not None:
-            given.append((mine, _weights_of_all(model, job.weigher)))
+            given.setdefault(job.weigher.mixing, []).append((mine, _weights_of_all(model, job.weigher)))
         elif job is not None and job.weigher.gates:
             key = id(job.weigher.gates)
             weighers[key] = job.weigher
@@ -302,10 +303,10 @@ def _lanes(model: Fusion, batch: Sequence[tuple[Job | None, Any]]) -> Lanes:
     for key, weigher in weighers.items():
         assert weigher.method is not None
         lanes.append(attachment.lane(positions[key], weigher.method, weigher.gates, _among(model, weigher)))
-    if given:
-        rows = [position for mine, _ in given for position in mine]
-        weights = torch.cat([weights.expand(len(mine), -1, -1) for mine, weights in given])
-        lanes.append(attachment.given_lane(rows, weights))
+    for mixing, of_jobs in given.items():
+        rows = [position for mine, _ in of_jobs for position in mine]
+        weights = torch.cat([weights.expand(len(mine), -1, -1) for mine, weights in of_jobs])
+        lanes.append(attachment.given_lane(rows, weights, mixing))
     return Lanes(start, tuple(lanes), flat=True)
 
 

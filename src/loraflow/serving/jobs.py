@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraflow.core.lanes import Gates
 from loraflow.methods import Method
+from loraflow.methods.base import Mixing
 from loraflow.serving.grammars import Constraint
 from loraflow.serving.picking import Picks
 
@@ -53,6 +54,7 @@ class Weigher:
         method: the method; None where weights are given.
         gates: its gates, by site.
         weights: the weights of every layer.
+        mixing: what given weights mix.
         adapters: names of the adapters that these are for, in order; None for all in the model. Others may come into
             the model and leave it while a request runs.
         digest: of all that the weights depend on beside the tokens so far; None where nobody knows.
@@ -62,6 +64,7 @@ class Weigher:
     method: Method | None = None
     gates: Gates = field(default_factory=dict)
     weights: Float[Tensor, "layers adapters"] | None = None
+    mixing: Mixing = "outputs"
     adapters: tuple[str, ...] | None = None
     digest: str | None = None
     picks: Picks | None = None

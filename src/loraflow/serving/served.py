@@ -136,7 +136,7 @@ def weigher_of(model: FusedModel, served: Served, prompt: Sequence[int]) -> Weig
     if not isinstance(served.method, QueryMethod):
         # They are a prior of each layer's, the same in all, and its tokens are weighed one by one.
         return Weigher(served.method, inform(served.gates, weights[:1]), adapters=served.adapters, digest=digest)
-    return Weigher(weights=weights, adapters=served.adapters, digest=digest)
+    return Weigher(weights=weights, mixing=served.method.mixing, adapters=served.adapters, digest=digest)
 
 
 def _picking_weigher(model: FusedModel, served: Served, prompt: Sequence[int]) -> Weigher:

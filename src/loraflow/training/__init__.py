@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loraflow.training.learners.finetune import FinetuneResult, finetune
     from loraflow.training.loss import answer_loss, mean_loss
     from loraflow.training.rates import RateTest, find_learning_rate
+    from loraflow.training.vectors import take_vectors, vectors_of
 
 _HOMES = {
     "FinetuneResult": "learners.finetune",
@@ -23,6 +24,8 @@ _HOMES = {
     "mean_loss": "loss",
     "remove_checkpoints": "checkpoints",
     "search": "fitting",
+    "take_vectors": "vectors",
+    "vectors_of": "vectors",
 }
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "remove_checkpoints",
     "search",
     "search_grid",
+    "take_vectors",
+    "vectors_of",
 ]
 
 

@@ -37,6 +37,10 @@ class Centroids(QueryGate):
         """Take the mean embedding of each adapter's samples."""
         self.centroids.copy_(torch.stack([of_one.mean(dim=0) for of_one in embeddings]))
 
+    def kept_samples(self) -> list[Float[Tensor, "1 hidden"] | None]:
+        """For each adapter what stands for its samples: their mean; None before it is made."""
+        return [row[None].clone() if row.any() else None for row in self.centroids]
+
 
 class EmbedsPrompts:
     """Mixed into query-level methods with the parameters `layer`, `encoder` and `instruction`.

@@ -80,8 +80,8 @@ class PlannedRow:
         if on is None:
             return None
         if isinstance(on, int) or on in self.adapters(task):
-            return dataclasses.replace(self, spec=RowSpec(adapter=self._adapter(on, task), adapters=adapters))
-        row = dataclasses.replace(self, spec=RowSpec(method=on, adapters=adapters))
+            return dataclasses.replace(self, spec=_row_spec(adapter=self._adapter(on, task), adapters=adapters))
+        row = dataclasses.replace(self, spec=_row_spec(method=on, adapters=adapters))
         put_on_top(cast(Method, row.method(task)), self.name)
         if row.learns(task) and not row.reads_adapters(task):
             return dataclasses.replace(row, spec=row.spec.model_copy(update={"examples": self.spec.examples}))
@@ -284,3 +284,7 @@ class PlannedRow:
         """Where the adapter is that is trained further; None for a new one."""
         which = cast(int | str, self.spec.finetune)
         return None if which == NEW_LORA else self.setting.adapters[self._adapter(which, task)]
+
+
+def _row_spec(**fields: Any) -> RowSpec:
+    return RowSpec.model_validate(fields)

@@ -29,6 +29,7 @@ NEEDS = {
     "gradient": "examples of the task",
     "search": "examples of the task",
     "experts": "each adapter's data",
+    "together": "adapters' data",
     "samples": "each adapter's data",
 }
 
@@ -78,7 +79,19 @@ def parse_arguments() -> argparse.Namespace:
 def every_method(adapters: list[str]) -> dict[str, Method]:
     """All methods by the name that the table shows."""
     named: dict[str, Method] = {"base": METHODS["base"](), "one adapter": get_method(adapters[0], adapters)}
-    for name in ("average", "qa-flora", "logo", "centroid", "lora-retriever", "arrow", "phatgoose"):
+    for name in (
+        "average",
+        "qa-flora",
+        "logo",
+        "centroid",
+        "lora-retriever",
+        "arrow",
+        "spectr",
+        "norm-max",
+        "lag",
+        "phatgoose",
+        "ramole",
+    ):
         named[name] = get_method(name, adapters)
     for granularity in ("task", "layer", "module"):
         named[f"learned-static, {granularity}"] = LearnedStatic(granularity)

@@ -65,11 +65,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast one model is trained."""
+    """How long and how fast one model is trained; each batch goes through it in parts."""
 
     steps: int
     batch: int
     learning_rate: float
+    parts: int = 4
 
 
 BASE_SCHEDULE = Schedule(steps=1500, batch=32, learning_rate=3e-3)
@@ -220,7 +221,7 @@ def train(model: torch.nn.Module, examples: Iterator[list[Encoded]], schedule: S
     started, losses = time.monotonic(), []
     model.train()
     for step, batch in zip(range(schedule.steps), examples, strict=False):
-        losses.append(backward(model, batch, pad))
+        losses.append(backward(model, batch, pad, schedule.parts))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (*optimizers, *schedulers):
             part.step()
@@ -232,7 +233,7 @@ def train(model: torch.nn.Module, examples: Iterator[list[Encoded]], schedule: S
     model.eval()
 
 
-def backward(model: torch.nn.Module, batch: list[Encoded], pad: int, parts: int = 4) -> float:
+def backward(model: torch.nn.Module, batch: list[Encoded], pad: int, parts: int) -> float:
     """The gradient of a batch, in parts by length so that little is spent on padding; returns the loss."""
     batch = sorted(batch, key=lambda example: len(example.ids))
     size = -(-len(batch) // parts)
@@ -283,15 +284,27 @@ def build_base(folder: Path, seed: int) -> None:
 
 
 def build_adapter(name: str, folder: Path, base: Path, seed: int) -> None:
+    """Train one of the five adapters."""
+    config = LoraConfig(r=RANKS[name], lora_alpha=2 * RANKS[name], target_modules=LINEARS, task_type="CAUSAL_LM")
+    schedule = CHAT_SCHEDULE if name.endswith("chat") else SKILL_SCHEDULE
+    train_adapter(name, ADAPTER_DOCUMENTS[name], config, schedule, folder, base, seed)
+
+
+def train_adapter(
+    name: str,
+    document: Callable[[random.Random], Document],
+    config: LoraConfig,
+    schedule: Schedule,
+    folder: Path,
+    base: Path,
+    seed: int,
+) -> None:
     """Train one adapter on the saved base model and save it as PEFT does, in half precision."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    rank = RANKS[name]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    schedule = CHAT_SCHEDULE if name.endswith("chat") else SKILL_SCHEDULE
-    data = batches(ADAPTER_DOCUMENTS[name], tokenizer, schedule, f"{seed} {name}", whole=False)
+    data = batches(document, tokenizer, schedule, f"{seed} {name}", whole=False)
     train(adapted, data, schedule, tokenizer.pad_token_id, name)
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
     adapted.save_pretrained(folder, save_embedding_layers=False)

@@ -87,11 +87,24 @@ def test_pages_have_commands():
 
 def test_every_extra_is_named_where_one_installs():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = re.findall(r"^pip install 'loraflow\[(\w+)\]' *#", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    named = re.findall(r"^pip install 'loraflow\[(\w+)\]' *#", page, re.MULTILINE)
     assert sorted(named) == sorted(extras.keys() - {"docs", "test"})
 
 
 def test_no_page_is_in_the_navigation_twice():
     pages = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(pages) == len(set(pages))
-    assert set(pages) == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    files = [file.relative_to(ROOT / "docs") for file in (ROOT / "docs").rglob("*.*")]
+    # A notebook is a page of its name.
+    assert set(pages) == {str(file.with_suffix(".md")) for file in files if file.suffix in (".md", ".ipynb")}
+
+
+def test_the_readme_fits_two_screens_and_its_table_is_the_small_world_s():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## More")[0]
+    assert len(text.splitlines()) <= 90
+    world = (ROOT / "docs" / "world.md").read_text(encoding="utf-8")
+    means = re.findall(r"^\| .* \| ([\d.]+ \[[\d., ]+\]) \|$", text, re.MULTILINE)
+    assert len(means) > 5
+    for mean in means:
+        assert re.search(rf"\| {re.escape(mean)}\*? \|$", world, re.MULTILINE), mean

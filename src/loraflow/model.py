@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import reprlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,22 +16,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loraflow import __version__, training
-from loraflow.adapters import Adapter, AdapterSource, BankEntry, load_adapter, tensors_digest
+from loraflow.adapters import Adapter, AdapterBank, AdapterSource, BankEntry, load_adapter, tensors_digest
 from loraflow.bases import BaseOptions, BaseRecord, Manner, base_record, check_base, choose, with_tokens
 from loraflow.core.architecture import find_decoder_layers
 from loraflow.core.attach import attach, open_base
 from loraflow.core.fusion import Fusion
+from loraflow.core.names import check_adapter_names
 from loraflow.core.swap import blank
 from loraflow.endings import Endings
 from loraflow.errors import FusionError, LoraflowError
+from loraflow.examples import Example
 from loraflow.files import write_atomically
-from loraflow.methods import Method, get_method, method_names
+from loraflow.methods import Method, get_method
+from loraflow.methods.on_top import learned_below, put_on_top
 from loraflow.prompts import PromptFormat
-from loraflow.saved.card import model_card
+from loraflow.saved.card import model_card, on_top_card
 from loraflow.saved.fusion import SavedFusion
-from loraflow.saved.records import AdapterRecord, FusionConfig, MethodRecord, relative_source
+from loraflow.saved.records import CARD_FILE, AdapterRecord, FusionConfig, MethodRecord, relative_source
 from loraflow.saved.storage import copy_adapters, write_fusion
-from loraflow.training import FitConfig, FitResult
+from loraflow.training import FitConfig, FitResult, LoraSettings
 
 
 class FusedModel(Fusion):
@@ -64,7 +65,7 @@ class FusedModel(Fusion):
             base: Hub id, path, or a loaded transformers model (which is changed in place until `unload`).
             adapters: where each adapter is, by the name it gets; their order is that of the fusion weights. A
                 directory, `user/repo` or `user/repo/subfolder`, each Hub id optionally `@revision`; or an
-                `AdapterBank`, all of whose adapters come in.
+                `AdapterBank`, whose adapters are loaded as they are used.
             method: a method's name, an adapter's name (that one alone), or a method object.
             tokenizer: by default the base's, where `base` is an id or path.
             prompt: how questions become prompts; by default by the chat template that adapters bring, if all that bring
@@ -83,14 +84,23 @@ class FusedModel(Fusion):
             LoraflowError: if the adapters' names cannot be used.
             MethodError: if the method is unknown, or a parameter of it is wrong.
         """
-        check_adapter_names(list(adapters))
-        resolved = get_method(method, list(adapters))
-        loaded = [_load(name, source) for name, source in adapters.items()]
+        names = list(adapters)
+        check_adapter_names(names)
+        resolved = get_method(method, names)
+        bank, changes = None, 0
+        loaded: Sequence[Adapter]
+        if isinstance(adapters, AdapterBank):
+            bank, changes = adapters, adapters.changes
+            loaded = bank.stored()
+        else:
+            loaded = [_load(name, source) for name, source in adapters.items()]
         model, tokenizer = open_base(base, tokenizer, options)
         record = base_record(model)
         sources = {adapter.name: adapter.source for adapter in loaded}
         manner = choose(prompt or PromptFormat(), tokenizer, sources, record.vocab_size)
-        return cls._attached(model, loaded, resolved, tokenizer, manner, record, None, stop_strings)
+        fused = cls._attached(model, loaded, resolved, tokenizer, manner, record, None, stop_strings)
+        fused.bank, fused.bank_changes = bank, changes
+        return fused
 
     @classmethod
     def from_pretrained(
@@ -122,7 +132,11 @@ class FusedModel(Fusion):
         Raises:
             FusionError: if the base or an adapter is not the one that the fusion was made with.
         """
-        saved, loaded = SavedFusion.open(path, revision).load(adapters)
+        saved = SavedFusion.open(path, revision)
+        if isinstance(adapters, AdapterBank):
+            # A bank is where adapters are, of other fusions too.
+            adapters = {one.name: one for one in adapters.stored() if one.name in saved.adapter_names}
+        saved, loaded = saved.load(adapters)
         method = saved.method
         base = saved.base if base is None else base
         if not isinstance(base, nn.Module):
@@ -185,6 +199,63 @@ class FusedModel(Fusion):
             Losses, time, and which examples were cut.
         """
         return training.fit(self, examples, dev=dev, config=config)
+
+    def finetune(
+        self,
+        examples: Sequence[Mapping[str, Any] | Example],
+        output: str | Path,
+        *,
+        name: str = "tuned",
+        lora: LoraSettings | None = None,
+        dev: Sequence[Mapping[str, Any] | Example] | None = None,
+        **run: Any,
+    ) -> training.FinetuneResult:
+        """Train a new LoRA on top of the fusion, which stays as it is, and save the fusion with it.
+
+        Args:
+            examples: each `{"prompt": ..., "completion": ...}` or `{"messages": [...]}`.
+            output: directory for the fusion with one more adapter, of weight 1, beside the gates as they are. The
+                adapter itself is there too, in a folder of `adapters`.
+            name: of the new adapter.
+            lora: what it is like; by default as the paper's adapters.
+            dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
+            run: anything else that `loraflow.training.finetune` takes: `config`, `checkpoints`, `resume`, ...
+
+        Returns:
+            Losses, time, and which examples were cut.
+
+        Raises:
+            LoraflowError: if the name cannot be used.
+        """
+        output = Path(output).expanduser()
+        check_adapter_names([name])
+        if name in self.adapter_names:
+            raise LoraflowError(f"The fusion has an adapter {name!r} already. Give the new one another `name`.")
+        if output.is_file():
+            raise LoraflowError(f"`output` (={str(output)!r}) is a file. Give a directory.")
+        with tempfile.TemporaryDirectory() as place:
+            result = training.finetune(self, examples, place, lora=lora, dev=dev, **run)
+            self._save_on_top(output, load_adapter(name, place), result)
+        return dataclasses.replace(result, output=output)
+
+    def _save_on_top(self, directory: Path, adapter: Adapter, result: training.FinetuneResult) -> None:
+        """Save the fusion with one more adapter on top of it."""
+        with self.attachment.turn():
+            own = self._choice.own
+            learned = {
+                f"{site}.{learned_below(own.method, key)}": tensor
+                for site, gate in own.gates.items()
+                for key, tensor in gate.state_dict().items()
+            }
+            (folder,) = copy_adapters([adapter], directory)
+            config, method = self._config(directory, learned, copies=False), put_on_top(own.method, adapter.name)
+            path = relative_source(str(folder), directory)
+            config.adapters.append(AdapterRecord(name=adapter.name, path=path, digest=adapter.digest))
+            config.method = MethodRecord(name=method.name, parameters=method.parameters())
+            facts = {"steps": result.steps, "train_loss": result.train_loss, "dev_loss": result.dev_loss}
+            config.training = {**(config.training or {}), f"on top: {adapter.name}": facts}
+            write_fusion(directory, config, learned, model_card(config, self.num_learned_parameters()))
+            write_atomically(folder / CARD_FILE, on_top_card(config).encode())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are learned, of how many."""
@@ -309,35 +380,9 @@ def _class_for(cls: type[FusedModel], base_class: type[PreTrainedModel]) -> type
     return _classes[cls, base_class]
 
 
-# It stands in logs, metrics and answers.
-_LONGEST_NAME = 128
-
-
-def check_adapter_names(names: Sequence[str]) -> None:
-    """Check that adapters can be called so.
-
-    Raises:
-        LoraflowError: if there is none, or a name is a path, means something else, or cannot be shown.
-    """
-    if not names:
-        raise LoraflowError("No adapters were given. Give at least one, by name.")
-    reserved = ("best", *method_names())
-    for name in names:
-        if len(name) > _LONGEST_NAME or not name.isprintable():
-            raise LoraflowError(
-                f"The adapter name {reprlib.repr(name)} ({len(name)} characters) cannot be used: it must have at most "
-                f"{_LONGEST_NAME} characters, all of them printable. Rename it."
-            )
-        if name in reserved or not name.strip() or "/" in name or name.startswith("."):
-            raise LoraflowError(
-                f"The adapter name {name!r} cannot be used: it must be no path, and none of {', '.join(reserved)}. "
-                "Rename it."
-            )
-
-
 def _load(name: str, source: str | Path | AdapterSource | Adapter | BankEntry) -> Adapter:
     if isinstance(source, Adapter):
-        return dataclasses.replace(source, name=name)
+        return source.called(name)
     return load_adapter(name, source.source if isinstance(source, BankEntry) else source)
 
 

@@ -234,7 +234,7 @@ MISTAKES = {
     "no setting": (("granularity", "--output", "x"), "there is no `setting`. Name one there or with --setting"),
     "unknown setting": (
         ("granularity", "--setting", "small-word", "--output", "x"),
-        "There is no setting 'small-word'. Known: 'small-world'. Did you mean 'small-world'?",
+        "There is no setting 'small-word'. Known: 'many-world', 'small-world'. Did you mean 'small-world'?",
     ),
     "workers": ((*PLAN, "--workers", "0", "--output", "x"), "`workers` (=0) must be at least 1."),
     "workers of a cluster": (

@@ -26,7 +26,8 @@ from loraflow import FusedModel, PromptFormat
 from loraflow.cli import app, serve
 from loraflow.cli.serve import offered
 from loraflow.demo.world import adapter_paths, base_path
-from loraflow.methods import get_method
+from loraflow.methods import Logo, get_method
+from loraflow.serving.auto import Auto
 from loraflow.serving.catalog import Catalog
 
 DEADLINE_S = 200
@@ -88,6 +89,11 @@ def test_a_missing_package_is_told(run, monkeypatch):
         ),
         ((*SERVE, "--allowed-host", "http://x"), "`http://x` is no host of --allowed-host. Give a name or an address"),
         ((*SERVE, "--max-waiting", "0"), "`max_waiting` (=0) must be greater than 0."),
+        ((*SERVE, "--auto-top-k", "2"), "`--auto-option`, `--auto-top-k` and `--auto-floor` need `--auto METHOD`."),
+        ((*SERVE, "--auto-option", "score=norm"), "need `--auto METHOD`. Give it too."),
+        ((*SERVE, "--auto", "logo", "--auto-floor", "nan"), "The `floor` of `auto` (=nan) must be a finite number."),
+        ((*SERVE, "--auto", "logo", "--auto-option", "score"), "`--auto-option` takes key=value, found 'score'."),
+        ((*SERVE, "--auto", "lgo"), "`auto` cannot pick by 'lgo': there is no such method, and no such fusion here."),
         ((*SERVE, "--served-model-name", "math"), "Two models are called 'math'. Give each a name of its own."),
     ],
 )
@@ -138,6 +144,17 @@ def test_a_variable_is_one_key(config, monkeypatch, tmp_path):
         "one",
         "an other",
     )
+
+
+def test_what_picks_is_handed_on(run, monkeypatch):
+    found = []
+    monkeypatch.setattr(Catalog, "open", lambda *arguments, **options: found.append(options["auto"]))
+    monkeypatch.setattr(serve, "_answer", lambda catalog, config, listener: listener.close())
+    options = ("--auto-option", "score=entropy", "module=self_attn.q_proj", "--auto-top-k", "2", "--auto-floor", "-0.5")
+    for more in ((), ("--auto", "logo"), ("--auto", "logo", *options)):
+        assert run(*SERVE, "--port", "0", *more).exit_code == 0
+    parameters = {"score": "entropy", "module": "self_attn.q_proj"}
+    assert found == [None, Auto("logo"), Auto("logo", parameters, 2, -0.5)]
 
 
 def test_hosts_are_checked_where_there_are_no_keys(config):
@@ -220,6 +237,8 @@ def test_vllm_takes_this_process(run, fusion, monkeypatch):
         (("--log-format", "json"), "`--log-format` is for loraflow's own engine."),
         (("--log-prompts",), "`--log-prompts` is for loraflow's own engine."),
         (("--grace", "3"), "`--grace` is for loraflow's own engine."),
+        (("--auto", "logo"), "`--auto` is for loraflow's own engine."),
+        (("--auto-top-k", "1"), "`--auto-top-k` is for loraflow's own engine."),
         (("--api-key", ""), "Key 1 of 1 (--api-key) is empty"),
         (("--vllm-args", "--api-key secret"), "The key for vLLM is among --vllm-args, which the process list and"),
         (("--vllm-args", "--api_key=secret"), "The key for vLLM is among --vllm-args"),
@@ -351,9 +370,12 @@ def test_models_that_are_asked_otherwise_than_the_base_are_named():
         "base": SimpleNamespace(id="base", kind="base", prompt=plain),
         "zh": SimpleNamespace(id="zh", kind="adapter", prompt=chat),
         "mix": SimpleNamespace(id="mix", kind="fusion", prompt=plain, method=method, adapters=("zh", "es")),
+        "auto": SimpleNamespace(id="auto", kind="auto", prompt=plain, method=Logo(), adapters=()),
     }
-    assert list(offered(SimpleNamespace(base_id="base", served=served))) == [
+    catalog = SimpleNamespace(base_id="base", served=served, adapters_of=lambda one: ["zh", "es"])
+    assert list(offered(catalog)) == [
         "base     base",
         "adapter  zh  asked in a prompt format of its own",
         "fusion   mix  (average on zh, es)",
+        "auto     auto  (logo picks from 2 adapters)",
     ]

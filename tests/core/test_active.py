@@ -13,6 +13,7 @@ from loraflow.core.active import EVERYTHING, Use, use_of
 from loraflow.core.cuts import Cuts
 from loraflow.core.fuse import fused_parts
 from loraflow.core.lanes import Lane, Lanes, RowGate
+from loraflow.core.picks import Plan
 from loraflow.methods.static import ConstantGate
 from tests.tiny import ALL_LLAMA, merged_model, random_adapter, random_ids, relative_error, set_random_gates, tiny_model
 
@@ -101,6 +102,8 @@ def test_picked_updates_are_those_of_all(model, monkeypatch, way, method):
     monkeypatch.setattr("loraflow.core.context.use_of", use_of)
     ways = []
     monkeypatch.setattr("loraflow.core.group.cheapest", lambda sizes: ways.append(sizes) or way)
+    by_input = Plan("input", way, way)
+    monkeypatch.setattr("loraflow.core.group.cheapest_plan", lambda *_: by_input)
     for group in model.attachment.groups:
         group.forget()
     found = model.generate(ids, max_new_tokens=4, output_logits=True, return_dict_in_generate=True, **options)

@@ -18,7 +18,19 @@ from transformers import GenerationConfig
 
 from loraflow import FusedModel, LoraFlow, Static
 from loraflow.errors import LoraflowError, MethodError
-from loraflow.methods import AdapterCore, Arrow, Centroid, LearnedStatic, Logo, LoraHub, Phatgoose, QaFlora
+from loraflow.methods import (
+    AdapterCore,
+    Arrow,
+    Centroid,
+    Lag,
+    LearnedStatic,
+    Logo,
+    LoraHub,
+    NormMax,
+    Phatgoose,
+    QaFlora,
+    SpectR,
+)
 from loraflow.methods.base import Mixing
 from tests.tiny import (
     ARCHITECTURES,
@@ -81,6 +93,9 @@ OTHERS = [
     Static(LAYERED),
     Arrow(),
     Arrow(1, 0.3),
+    SpectR(2),
+    NormMax(),
+    Lag(1),
     Mixed({"a": 0.5, "b": 0.75}),
     Mixed([{"a": 1.0, "c": 0.5}, {"b": 2.0}, {}]),
     Doubled({"a": 1.0}),

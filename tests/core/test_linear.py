@@ -70,7 +70,7 @@ def fuse(linears, module_lists, dtype=torch.float64):
     stacks = [stack_adapters(modules, linear, dtype) for linear, modules in zip(linears, module_lists, strict=True)]
     group = InputGroup([f"linear{member}" for member in range(len(linears))], stacks, CPU)
     for member, (linear, stack) in enumerate(zip(linears, stacks, strict=True)):
-        fuse_linear(linear, stack, Member(group, member, layer, stack.output_scale is not None))
+        fuse_linear(linear, stack, Member(group, member, layer))
     return layer, linears
 
 

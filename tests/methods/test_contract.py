@@ -29,14 +29,18 @@ from loraflow.methods import (
     Average,
     Base,
     Centroid,
+    Lag,
     LearnedStatic,
     Logo,
     LoraHub,
     LoraRetriever,
     Method,
+    NormMax,
     Phatgoose,
     QaFlora,
     QueryMethod,
+    Ramole,
+    SpectR,
     get_method,
     make_method,
     method_names,
@@ -67,7 +71,11 @@ CHANGED = [
     Centroid(1, 0.5, 2, False),
     LoraRetriever("selection", 1, center=False, layer=1),
     Arrow(2, 0.5),
+    SpectR(2, True, "softmax", 0.5),
+    NormMax(2, "softmax", 0.5),
+    Lag(2, {"tasks": ["math"], "knowledge": ["code", "zh"]}),
     Phatgoose(1),
+    Ramole(3, 0.25, 2, 1),
     LoraFlow("module", 1.1, "zh", "normalized", "low-rank", 4, "sigmoid", 2),
     AdapterCore({"zh": 0.5}),
 ]
@@ -132,9 +140,10 @@ def test_gates_stand_where_they_should_and_learn_if_the_method_does(method, fuse
         if method.name == "base":
             assert fused.gates == {}
         else:
-            assert list(fused.gates) == list(fused.attachment.sites[place])
+            kept = ["model"] if method.reads_prompt and place != "model" else []
+            assert list(fused.gates) == [*fused.attachment.sites[place], *kept]
         learned = [p for gate in fused.gates.values() for p in gate.parameters()]
-        assert bool(learned) == (method.learns in ("gradient", "search", "experts"))
+        assert bool(learned) == (method.learns in ("gradient", "search", "experts", "together"))
         assert bool(learned_of(fused.gates)) == (method.learns is not None)
         assert all(parameter.requires_grad for parameter in learned)
         starts = method.start_weights(NAMES, "math")
@@ -151,7 +160,7 @@ def test_weights_have_the_shape_of_the_contract(method, fused):
         if method.name == "base":
             return
         set_random_gates(fused)
-        if method.learns == "samples":
+        if method.learns == "samples" or (method.reads_prompt and method.learns):
             fused.gates["model"].set_samples(torch.randn(3, 2, 32).unbind())
         trace = fused.trace(random_ids())
         assert trace.weights.shape == (2, 9, 3, 3)
@@ -172,7 +181,7 @@ def test_known_names_are_listed_and_the_nearest_is_guessed():
     with pytest.raises(MethodError) as error:
         make_method("qa-flroa", {})
     assert str(error.value) == f"Unknown method 'qa-flroa'. Known: {known}. Did you mean 'qa-flora'?"
-    with pytest.raises(MethodError, match=r"Unknown method 'phat'\. Known: .*'math', 'phatgoose'.*'zh'"):
+    with pytest.raises(MethodError, match=r"Unknown method 'phat'\. Known: .*'math', 'norm-max', 'phatgoose'.*'zh'"):
         get_method("phat", NAMES)
     with pytest.raises(MethodError, match=r"Unknown method 'mth'.*Did you mean 'math'"):
         get_method("mth", NAMES)

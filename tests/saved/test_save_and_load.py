@@ -26,14 +26,18 @@ from loraflow import (
     Average,
     Centroid,
     FusedModel,
+    Lag,
     LearnedStatic,
     Logo,
     LoraFlow,
     LoraHub,
     LoraRetriever,
+    NormMax,
     Phatgoose,
     PromptFormat,
     QaFlora,
+    Ramole,
+    SpectR,
     Static,
 )
 from loraflow.adapters import tensors_digest
@@ -73,7 +77,11 @@ METHODS = [
     Centroid(layer=0),
     LoraRetriever("selection"),
     Arrow(1),
+    SpectR(1),
+    NormMax(),
+    Lag(1, {"languages": ["zh"], "skills": ["math"]}),
     Phatgoose(),
+    Ramole(3),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,17 @@ import torch
 
 from loraflow import FusedModel, LoraFlow
 from loraflow.errors import AdapterError, FusionError, LoraflowError, MethodError
-from loraflow.methods import AdapterCore, Arrow, LearnedStatic, LoraHub, LoraRetriever, QaFlora
+from loraflow.methods import (
+    AdapterCore,
+    Arrow,
+    LearnedStatic,
+    LoraHub,
+    LoraRetriever,
+    QaFlora,
+    Static,
+    make_method,
+)
+from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import EngineLimits
 from tests.serving.worlds import alone, job, running, send
@@ -82,6 +93,22 @@ def test_each_fusion_answers_as_it_does_alone(root, catalog):
             "collision.zh" if served.id == "collision" else one for one in model.adapter_names
         ]
     assert len({tuple(answered) for answered in found}) == len(cases)
+
+
+def test_adapters_on_top_and_under_other_names_answer_as_alone(root, tmp_path):
+    topped = make_method("lora-flow", {"granularity": "module", "on_top": ["math"]})
+    for name, adapters, method in (
+        ("topped", {"zh": "zh", "math": "math"}, topped),
+        ("static", {"code": "zh", "zh": "math"}, Static({"code": 0.7, "zh": 1.0})),
+    ):
+        model = FusedModel.from_adapters(root / "base", {own: root / one for own, one in adapters.items()}, method)
+        set_random_gates(model)
+        model.save_pretrained(tmp_path / name)
+    fusions = {"layers": root / "layers", "topped": tmp_path / "topped", "static": tmp_path / "static"}
+    catalog = Catalog.open(None, None, {name: str(path) for name, path in fusions.items()})
+    found = answers(catalog, [(catalog.find(name), prompt()) for name in fusions])
+    assert catalog.find("static").adapters == catalog.find("topped").adapters == ("zh", "math")
+    assert found == [alone(FusedModel.from_pretrained(path), prompt(), new=12) for path in fusions.values()]
 
 
 def test_what_a_request_retrieves_is_fused_for_it_alone(root, tmp_path):
@@ -252,18 +279,19 @@ def test_a_changed_adapter_is_told(root, tmp_path):
         Catalog.open(world / "base", {"nowhere": str(world / "nowhere")})
 
 
-def test_gates_that_do_not_fit_are_told(catalog):
+def test_gates_that_do_not_fit_are_told(root, catalog):
     message = "do not match the method of the fusion 'new': 'layers.0.bias' is missing, unknown or of another shape"
     with pytest.raises(FusionError, match=re.escape(message)):
-        catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt, {})
+        catalog._make("new", "fusion", "", ("zh",), LoraFlow("layer"), catalog.model.prompt)
     good = {
         f"{site}.{key}": value
         for site, gate in catalog.find("layers").gates.items()
         for key, value in gate.state_dict().items()
     }
     tensors = {**good, "layers.9.weight": torch.ones(1)}
+    saved = dataclasses.replace(SavedFusion.open(root / "layers"), tensors=tensors)
     with pytest.raises(FusionError, match=r"'layers\.9\.weight' is missing, unknown"):
-        catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, tensors)
+        catalog._make("new", "fusion", "", ("zh", "math"), LoraFlow("layer"), catalog.model.prompt, saved)
     assert "new" not in catalog.served
 
 

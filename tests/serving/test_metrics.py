@@ -114,9 +114,12 @@ def test_series_are_bounded_whatever_clients_send_and_admins_load():
     for number in range(100):
         metrics.requests.labels(f"model {number}", "finished").inc()
         metrics.add_weights([f"adapter {number}", "kept"], torch.ones(2, 2))
+        metrics.add_picks({f"adapter {number}": 0.5, "kept": -0.5}, 3)
         metrics.keep(["base"], ["kept"])
         metrics.add_http("none", f"METHOD{number}", 404)
     found = series(metrics)
     assert "loraflow:requests_total" not in found
     assert found["loraflow:fusion_weight_total"] == [{"adapter": "kept"}]
+    for name in ("requests", "generation_tokens", "weight"):
+        assert found[f"loraflow:auto_{name}_total"] == [{"adapter": "kept"}]
     assert found["http_requests_total"] == [{"handler": "none", "method": "other", "status": "4xx"}]

@@ -23,6 +23,7 @@ from loraflow import FusedModel
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.prompts import PromptFormat
 from loraflow.serving.app import make_app
+from loraflow.serving.auto import Auto
 from loraflow.serving.catalog import Catalog
 from loraflow.serving.page import make_page
 from loraflow.serving.protocol import ApiError
@@ -346,6 +347,34 @@ def test_the_base_and_single_adapters(page, server):
     assert set(spans(answer, "e.dataset.adapter")) == {"zh-chat"}
     page.click("#by-hand")
     assert page.locator("#sliders output").all_inner_texts() == ["1.00", "0.00"]
+
+
+def test_what_was_picked_by_the_request_is_shown(visit, server, monkeypatch):
+    catalog = server.service.catalog
+    monkeypatch.setattr(catalog, "served", dict(catalog.served))
+    catalog.offer_auto(Auto("logo", top_k=1))
+    page = visit()
+    ready(page)
+    labels = page.locator("#model optgroup").evaluate_all("groups => groups.map((g) => g.label)")
+    assert labels == ["Picked by the request", "Fusions", "Adapters", "Base"]
+    assert page.input_value("#model") == "auto"
+    assert page.locator("#about").inner_text().startswith("logo picks from 2 adapters:")
+    assert page.locator("#weights").is_hidden()
+    answer = ask(page)
+    picks = server.post(model="auto")["choices"][0]["auto"]
+    ((name, weight),) = picks["adapter_weights"].items()
+    assert text_of(answer) == server.answer(model="auto")
+    assert f"{name} {weight:.2f} ({picks['scores'][name]:.3f}), of 2" in answer.locator(".maker").inner_text()
+    assert set(spans(answer, "e.dataset.adapter")) == {name}
+    # Where none is good enough, the base answers, and no token has a colour.
+    catalog.served.pop("auto")
+    catalog.offer_auto(Auto("logo", floor=1e9))
+    page.click("#new-chat")
+    answer = ask(page)
+    assert text_of(answer) == server.answer(model="base")
+    best = next(iter(picks["scores"]))
+    assert f"the base alone; best: {best} (" in answer.locator(".maker").inner_text()
+    assert answer.locator(".token").count() == 0
 
 
 # ---- Conversations -------------------------------------------------------------------------------------------------

@@ -33,12 +33,16 @@ from loraflow.methods import (
     Arrow,
     Average,
     Base,
+    Lag,
     LearnedStatic,
     Logo,
     LoraFlow,
     LoraHub,
     Method,
+    NormMax,
     Phatgoose,
+    Ramole,
+    SpectR,
     Static,
 )
 from loraflow.methods.static import ConstantGate
@@ -298,6 +302,9 @@ class TestPlan:
             LoraFlow(granularity="module", scorer="two-layer"),
             LoraFlow(scorer="attention", reads="normalized", activation="sigmoid", top_k=2),
             Arrow(),
+            SpectR(2),
+            NormMax(),
+            Lag(1),
             Phatgoose(),
             Static({"zh": 0.5, "code": -1.0}),
             LearnedStatic(granularity="module"),
@@ -428,6 +435,12 @@ class TestChecks:
         with pytest.raises(MethodError, match=r"'logo' weighs whole prompts.*Let each request bring its weights"):
             check_plan(self.plan(Logo()), requests=False)
         check_plan(self.plan(Logo()), requests=True)
+
+    @pytest.mark.parametrize("requests", [False, True])
+    def test_tokens_are_not_weighed_by_what_their_prompt_says(self, requests):
+        with pytest.raises(MethodError, match=r"'ramole' weighs tokens by what the whole prompt says, which vLLM does"):
+            check_plan(self.plan(Ramole(retrieve=1)), requests=requests)
+        check_plan(self.plan(Ramole()), requests=requests)
 
     def test_the_base_alone_needs_no_fusion(self):
         with pytest.raises(MethodError, match=r"'base' is the base alone"):

@@ -5,12 +5,13 @@ gives exactly what PEFT gives when it loads the same files; what cannot is refus
 remedy.
 """
 
-from loraflow.adapters.bank import AdapterBank, BankEntry
+from loraflow.adapters.bank import AdapterBank, all_adapters
 from loraflow.adapters.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, LoraModule, tensors_digest
 from loraflow.adapters.copies import uncompared_copies
 from loraflow.adapters.keys import write_keys
 from loraflow.adapters.loading import load_adapter
 from loraflow.adapters.match import match_adapter
+from loraflow.adapters.stored import BankEntry, StoredAdapter, StoredUpdates, match_adapters, outlined, outlines
 from loraflow.adapters.vectors import AdapterVectors
 
 __all__ = [
@@ -22,8 +23,14 @@ __all__ = [
     "AdapterVectors",
     "BankEntry",
     "LoraModule",
+    "StoredAdapter",
+    "StoredUpdates",
+    "all_adapters",
     "load_adapter",
     "match_adapter",
+    "match_adapters",
+    "outlined",
+    "outlines",
     "tensors_digest",
     "uncompared_copies",
     "write_keys",

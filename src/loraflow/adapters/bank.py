@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,14 @@ from torch import Tensor
 from loraflow.adapters.base import Adapter, AdapterSource, LoraModule
 from loraflow.adapters.files import models_of_collection
 from loraflow.adapters.folders import find_adapters, names_of
-from loraflow.adapters.index import INDEX_FILE, IndexEntry, Signature, read_index, signature_of, write_index
-from loraflow.adapters.loading import load_adapter, outline_adapter
+from loraflow.adapters.index import INDEX_FILE, IndexEntry, read_index, signature_of, write_index
+from loraflow.adapters.loading import kind_of, load_adapter, outline_adapter
+from loraflow.adapters.stored import BankEntry, StoredAdapter
 from loraflow.errors import AdapterError, did_you_mean
 
 DEFAULT_HOST_BYTES = 4 * 2**30
+DEFAULT_DEVICE_BYTES = 4 * 2**30
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class BankEntry:
-    """What a bank knows of an adapter that is not in memory.
-
-    Attributes:
-        version: a number that no other entry of the bank has or had; another adapter under the same name has another.
-        source: where it is; on the Hub with the resolved commit as revision.
-        size_bytes: of its tensors.
-        ranks: the distinct ranks of its modules, ascending.
-        digest: of its weights, once they have been read.
-        signature: what tells its files from changed ones; None where they cannot change.
-    """
-
-    name: str
-    version: int
-    source: AdapterSource
-    size_bytes: int
-    ranks: tuple[int, ...]
-    digest: str | None = None
-    signature: Signature | None = field(default=None, repr=False)
 
 
 class AdapterBank(Mapping[str, BankEntry]):
@@ -58,10 +38,14 @@ class AdapterBank(Mapping[str, BankEntry]):
         adapters: a folder with adapters in it (at most three levels deep), named by their folders; a list of sources,
             named by their last parts; or sources by name.
         host_bytes: how many bytes of weights are kept, beside those that somebody holds; a whole number.
+        device_bytes: how many bytes of matrices each model that the bank is fused into keeps on its devices; a whole
+            number.
         leave_out_broken: leave adapters out that cannot be read, and say so in `left_out`.
 
     Attributes:
         host_bytes: how many bytes of weights are kept.
+        device_bytes: how many bytes of matrices a model keeps.
+        folder: the folder that it was opened from, where its index is and what belongs beside it; None for others.
         left_out: why adapters were left out, by name, where the user asked for that.
 
     Raises:
@@ -69,6 +53,8 @@ class AdapterBank(Mapping[str, BankEntry]):
     """
 
     host_bytes: int
+    device_bytes: int
+    folder: Path | None
     left_out: Mapping[str, str]
 
     def __init__(
@@ -76,40 +62,51 @@ class AdapterBank(Mapping[str, BankEntry]):
         adapters: str | Path | Sequence[str | Path | AdapterSource] | Mapping[str, str | Path | AdapterSource],
         *,
         host_bytes: int = DEFAULT_HOST_BYTES,
+        device_bytes: int = DEFAULT_DEVICE_BYTES,
         leave_out_broken: bool = False,
     ) -> None:
-        if isinstance(host_bytes, bool) or not isinstance(host_bytes, int) or host_bytes < 1:
-            raise AdapterError(f"`host_bytes` (={host_bytes!r}) must be a whole number of bytes, at least 1.")
-        self.host_bytes = host_bytes
+        for name, value in (("host_bytes", host_bytes), ("device_bytes", device_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise AdapterError(f"`{name}` (={value!r}) must be a whole number of bytes, at least 1.")
+        self.host_bytes, self.device_bytes = host_bytes, device_bytes
         self._lock = threading.RLock()
+        self._changes = 0
+        self._outlines: dict[str, Adapter] = {}
         self._versions = count(1)
         self._entries: dict[str, BankEntry] = {}
         self._reading: dict[int, threading.Lock] = {}
         self._held: OrderedDict[int, Adapter] = OrderedDict()
         self._held_bytes = 0
-        self._folder: Path | None = None
+        self.folder = None
         if isinstance(adapters, str | Path):
-            self._folder = Path(adapters).expanduser().resolve()
-            adapters = find_adapters(self._folder)
+            self.folder = Path(adapters).expanduser().resolve()
+            adapters = find_adapters(self.folder)
         elif not isinstance(adapters, Mapping):
             adapters = names_of(adapters)
         self.left_out = self._open(adapters, leave_out_broken=leave_out_broken)
 
     @classmethod
     def from_collection(
-        cls, slug: str, *, host_bytes: int = DEFAULT_HOST_BYTES, leave_out_broken: bool = False
+        cls,
+        slug: str,
+        *,
+        host_bytes: int = DEFAULT_HOST_BYTES,
+        device_bytes: int = DEFAULT_DEVICE_BYTES,
+        leave_out_broken: bool = False,
     ) -> AdapterBank:
         """Open the adapters of a collection on the Hugging Face Hub (`user/title-0123456789abcdef`).
 
         Args:
             slug: its name there.
             host_bytes: how many bytes of weights are kept.
+            device_bytes: how many bytes of matrices a model keeps.
             leave_out_broken: leave models out that cannot be read as adapters, and say so in `left_out`.
 
         Raises:
             AdapterError: if the collection cannot be read or has no models, or as for a bank of those.
         """
-        return cls(models_of_collection(slug), host_bytes=host_bytes, leave_out_broken=leave_out_broken)
+        models = models_of_collection(slug)
+        return cls(models, host_bytes=host_bytes, device_bytes=device_bytes, leave_out_broken=leave_out_broken)
 
     def __getitem__(self, name: str) -> BankEntry:
         """What is known of an adapter.
@@ -133,6 +130,31 @@ class AdapterBank(Mapping[str, BankEntry]):
         """Bytes of weights that are kept now."""
         with self._lock:
             return self._held_bytes
+
+    @property
+    def changes(self) -> int:
+        """How many times an adapter was added, removed or replaced."""
+        return self._changes
+
+    def stored(self) -> tuple[StoredAdapter, ...]:
+        """All of its adapters of this moment, in order, of which nothing is read before it is asked for.
+
+        Raises:
+            AdapterError: if the files of one have changed since they were read first.
+        """
+        with self._lock:
+            entries = list(self._entries.values())
+        return tuple(StoredAdapter(self, entry, self._outline_of(entry)) for entry in entries)
+
+    def digest(self, entry: BankEntry) -> str:
+        """The digest of an adapter's weights; they are read for it once.
+
+        Raises:
+            AdapterError: if they cannot be read, or have changed since they were read first.
+        """
+        with self._lock:
+            known = self._known(entry).digest
+        return known or self.load(entry.name, entry).digest
 
     def load(self, name: str, entry: BankEntry | None = None) -> Adapter:
         """An adapter with its weights, from memory or else from its files.
@@ -180,6 +202,7 @@ class AdapterBank(Mapping[str, BankEntry]):
             if name in self._entries:
                 raise AdapterError(f"The bank has an adapter {name!r}. Replace it, or give another name.")
             self._entries[name] = entry
+            self._changes += 1
         return entry
 
     def remove(self, name: str) -> None:
@@ -191,6 +214,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         with self._lock:
             self._forget(self._entry(name))
             del self._entries[name]
+            self._changes += 1
 
     def replace(self, name: str, source: str | Path | AdapterSource | None = None) -> BankEntry:
         """Put another adapter in a name's place, or read its files again; who uses the old one keeps it.
@@ -204,6 +228,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         with self._lock:
             self._forget(self._entry(name))
             self._entries[name] = entry
+            self._changes += 1
         return entry
 
     def save_index(self, path: str | Path | None = None) -> Path:
@@ -216,9 +241,9 @@ class AdapterBank(Mapping[str, BankEntry]):
             AdapterError: if no path is given, and the bank is of no folder.
         """
         if path is None:
-            if self._folder is None:
+            if self.folder is None:
                 raise AdapterError("A bank that was opened from no folder has no place for its index. Give a path.")
-            path = self._folder / INDEX_FILE
+            path = self.folder / INDEX_FILE
         with self._lock:
             known = {
                 name: IndexEntry(
@@ -226,6 +251,7 @@ class AdapterBank(Mapping[str, BankEntry]):
                     signature=entry.signature,
                     size_bytes=entry.size_bytes,
                     ranks=entry.ranks,
+                    kind=entry.kind,
                     digest=entry.digest,
                 )
                 for name, entry in self._entries.items()
@@ -234,8 +260,24 @@ class AdapterBank(Mapping[str, BankEntry]):
         write_index(Path(path), known)
         return Path(path)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank:
+        # What it knows of files is the same for whoever asks; a copy of a model reads from the same bank.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            gone = {"_lock", "_reading", "_held", "_held_bytes", "_versions", "_outlines"}
+            kept = {key: value for key, value in self.__dict__.items() if key not in gone}
+            return {**kept, "_entries": dict(self._entries), "_next": next(self._versions)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._versions = count(state.pop("_next"))
+        self.__dict__.update(state)
+        self._lock, self._reading, self._outlines = threading.RLock(), {}, {}
+        self._held, self._held_bytes = OrderedDict(), 0
+
     def _open(self, sources: Mapping[str, str | Path | AdapterSource], *, leave_out_broken: bool) -> dict[str, str]:
-        known = {} if self._folder is None else read_index(self._folder / INDEX_FILE)
+        known = {} if self.folder is None else read_index(self.folder / INDEX_FILE)
         broken: dict[str, str] = {}
         for name, source in sources.items():
             try:
@@ -247,7 +289,8 @@ class AdapterBank(Mapping[str, BankEntry]):
             more = f" {len(broken) - len(first)} more cannot: {list(broken)[_SHOWN:]}." if broken.keys() - first else ""
             raise AdapterError(
                 f"{len(broken)} of {len(sources)} adapters cannot be used: {' '.join(broken[name] for name in first)}"
-                f"{more} Mend them, or leave them out with `leave_out_broken=True`."
+                f"{more} Mend them, or leave them out with `leave_out_broken=True` "
+                "(--skip-broken)."
             )
         if not self._entries:
             if not broken:
@@ -271,6 +314,7 @@ class AdapterBank(Mapping[str, BankEntry]):
             AdapterSource(path),
             known.size_bytes,
             known.ranks,
+            known.kind,
             known.digest,
             known.signature,
         )
@@ -290,9 +334,18 @@ class AdapterBank(Mapping[str, BankEntry]):
                 f"Adapter {name!r}: the files in {outline.source.path} were written while the bank read them. Take "
                 "them in once they are whole."
             )
+        kind = kind_of(outline)
+        self._outlines.setdefault(kind, outline)
         return BankEntry(
-            name, next(self._versions), outline.source, _size_bytes(outline), outline.ranks, None, signature
+            name, next(self._versions), outline.source, _size_bytes(outline), outline.ranks, kind, None, signature
         )
+
+    def _outline_of(self, entry: BankEntry) -> Adapter:
+        """What the headers of all adapters of an entry's kind say."""
+        if entry.kind not in self._outlines:
+            _check_unchanged(entry)
+            self._outlines[entry.kind] = outline_adapter(entry.name, entry.source)
+        return self._outlines[entry.kind]
 
     def _entry(self, name: str) -> BankEntry:
         if name not in self._entries:
@@ -327,24 +380,37 @@ class AdapterBank(Mapping[str, BankEntry]):
         self._reading.pop(entry.version, None)
 
 
+def all_adapters(adapters: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Adapters by name: those of a bank unread, others with their weights.
+
+    Raises:
+        AdapterError: if one cannot be read.
+    """
+    if isinstance(adapters, AdapterBank):
+        return {adapter.name: adapter for adapter in adapters.stored()}
+    return {name: load_adapter(name, source) for name, source in adapters.items()}
+
+
 def _read(entry: BankEntry) -> Adapter:
     """The weights of an entry's adapter.
 
     Raises:
         AdapterError: if its files are others by now.
     """
-    changed = AdapterError(
-        f"Adapter {entry.name!r}: the files in {entry.source.path} have changed since the bank read them. Take them in "
-        f"with `replace({entry.name!r})`."
-    )
-    if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
-        raise changed
+    _check_unchanged(entry)
     # Tensors that are made in inference mode stay out of autograd for good, and the bank keeps these for whoever comes.
     with torch.inference_mode(False):
         adapter = _copied(load_adapter(entry.name, entry.source, digest=entry.digest))
-    if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
-        raise changed
+    _check_unchanged(entry)
     return adapter
+
+
+def _check_unchanged(entry: BankEntry) -> None:
+    if entry.signature is not None and entry.signature != signature_of(Path(entry.source.path)):
+        raise AdapterError(
+            f"Adapter {entry.name!r}: the files in {entry.source.path} have changed since the bank read them. Take "
+            f"them in with `replace({entry.name!r})`."
+        )
 
 
 def _copied(adapter: Adapter) -> Adapter:

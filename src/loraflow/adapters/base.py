@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,6 +114,15 @@ class Adapter:
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks of its modules, ascending."""
         return tuple(sorted({module.rank for module in self.modules.values()}))
+
+    def called(self, name: str) -> Adapter:
+        """The same by another name."""
+        return dataclasses.replace(self, name=name)
+
+    @property
+    def identity(self) -> Hashable:
+        """What no other adapter has; the digest, where it is known without reading anything."""
+        return self.digest
 
     @property
     def uses_dora(self) -> bool:

@@ -15,7 +15,7 @@ from loraflow.files import write_atomically
 log = logging.getLogger("loraflow.adapters")
 
 INDEX_FILE = "loraflow_bank.json"
-_VERSION = 1
+_VERSION = 2
 
 
 class FileState(NamedTuple):
@@ -39,6 +39,7 @@ class IndexEntry(BaseModel):
     signature: Signature
     size_bytes: int
     ranks: tuple[int, ...]
+    kind: str
     digest: str | None
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from loraflow.adapters.base import Adapter, AdapterSource, tensors_digest
 from loraflow.adapters.config import MATHS, read_config
@@ -55,6 +58,24 @@ def outline_adapter(name: str, source: str | Path | AdapterSource) -> Adapter:
     config, resolved = _config(name, source)
     modules, copies = read_modules(name, resolved.path, config, read_header(name, resolved), values=False)
     return Adapter(name, resolved, config, modules, "", copies)
+
+
+def kind_of(outline: Adapter) -> str:
+    """SHA-256 of all that the headers of an adapter's files say: two of a kind differ in their values alone."""
+    parts: dict[str, list[Any]] = {name: [_shape(copy)] for name, copy in outline.copies.items()}
+    for name, module in outline.modules.items():
+        tensors = (module.lora_A, module.lora_B, module.bias, module.magnitude)
+        parts[name] = [None if tensor is None else _shape(tensor) for tensor in tensors]
+    said = json.dumps([outline.config.to_dict(), parts], sort_keys=True, default=_plain)
+    return f"sha256:{hashlib.sha256(said.encode()).hexdigest()}"
+
+
+def _shape(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype), *tensor.shape]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else repr(value)
 
 
 def _config(name: str, source: str | Path | AdapterSource) -> tuple[LoraConfig, AdapterSource]:

@@ -33,7 +33,8 @@ def renamed_for(adapter: Adapter, base: nn.Module) -> Adapter:
     if after.keys() == before.keys():
         return adapter
     _check_none_lost(adapter, base, before, after)
-    modules, _ = read_modules(adapter.name, adapter.source.path, adapter.config, after)
+    values = not any(tensor.is_meta for tensor in after.values())
+    modules, _ = read_modules(adapter.name, adapter.source.path, adapter.config, after, values=values)
     return dataclasses.replace(adapter, modules=modules)
 
 

@@ -34,7 +34,7 @@ def mean_weights(model: Fusion, batches: list[TokenExamples], on_batch: Callable
 
 
 def _sums_of_tokens(model: Fusion, batch: Mapping[str, Tensor]) -> tuple[Weights, int]:
-    traced = model.trace(batch["input_ids"], batch["attention_mask"])
+    traced = model.trace(batch["input_ids"], batch["attention_mask"], prompt_mask=batch["labels"] == IGNORED)
     real = traced.attention_mask.bool()
     sums = {
         name: traced.module_weights.get(name, traced.weights[:, :, site.layer])[real].double().sum(dim=0)

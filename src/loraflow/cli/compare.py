@@ -215,7 +215,7 @@ def compare(
     ] = None,
     rows: Rows,
     setting: Annotated[
-        str | None, _task("--setting", help="Base, adapters and tasks: small-world, or a YAML file.")
+        str | None, _task("--setting", help="Base, adapters and tasks: small-world, many-world, or a YAML file.")
     ] = None,
     tasks: Annotated[
         list[str],
@@ -300,7 +300,7 @@ def _base(sources: Sources, fusions: list[str]) -> dict[str, Any]:
     placement = sources.placement
     own: dict[str, Any] = {
         "base": sources.base,
-        "adapters": sources.adapters(),
+        "adapters": sources.paths(),
         "revision": placement.revision,
         "dtype": placement.dtype,
         "quantization": placement.quantization,
@@ -385,7 +385,7 @@ def _run(plan: Plan, output: Path, device: str | None, measuring: Measuring, clu
         raise typer.Exit(1)
     table = write_report(comparison, store, identities(comparison))
     _print_table(table)
-    console.print(f"report: {output}/report.html, .md, .csv, .json; answers: {output}/cells", soft_wrap=True)
+    console.print(f"report: {output}/report.html, .md, .tex, .csv, .json; answers: {output}/cells", soft_wrap=True)
     if failed:
         console.print(f"[bold red]{failed} cells failed.[/] Give the same command again to try those once more.")
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from loraflow.training.config import LEARNING_RATE, FitConfig, LoraSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loraflow.model import FusedModel
     from loraflow.training import FinetuneResult
 
 _adapter = panel("Adapter (the defaults are the paper's)")
@@ -36,6 +37,15 @@ class AdapterOptions:
             "[default: none, a new one]",
         ),
     ] = None
+    on: Annotated[
+        str | None,
+        _adapter(
+            "--on",
+            help="Train a new one on top of a saved fusion, which stays as it is, or of an adapter: a directory, or "
+            "`name=path`. --output is the fusion with it then.  [default: on the base]",
+        ),
+    ] = None
+    name: Annotated[str, _adapter("--name", help="What it is called in the fusion, with --on.")] = "tuned"
     r: Annotated[int, _adapter("--rank", help="Rank of a new adapter.")] = LoraSettings.r
     alpha: Annotated[float, _adapter("--alpha", help="Its updates are scaled by alpha / rank.")] = LoraSettings.alpha
     dropout: Annotated[float, _adapter("--dropout", help="On its input while training.")] = LoraSettings.dropout
@@ -47,9 +57,15 @@ class AdapterOptions:
         """What a new adapter is like; None for an existing one.
 
         Raises:
-            LoraflowError: if an existing one is described.
+            LoraflowError: if an existing one is described, or is to be on top of something.
         """
         settings: dict[str, Any] = given.settings(LoraSettings)
+        if self.on is None and "name" in given:
+            raise LoraflowError(
+                f"`--name` (={self.name!r}) is of an adapter on top of a fusion. Give --on, or no name."
+            )
+        if self.on is not None and self.adapter is not None:
+            raise LoraflowError("`--on` trains a new adapter, and --adapter is an existing one. Leave one out.")
         if self.adapter is not None:
             for flag in given.flags(settings):
                 raise LoraflowError(
@@ -105,16 +121,15 @@ def finetune(
     """Train a LoRA on a few examples, to compare with a fusion fitted on them.
 
     A new adapter, or with --adapter an existing one further; the base stays as it is. The result in --output is an
-    ordinary PEFT adapter.
+    ordinary PEFT adapter. With --on, a new one on top of a fusion or of an adapter, and the result is a fusion.
 
     Example: `loraflow finetune --base meta-llama/Llama-2-7b-hf --adapter user/math-lora --data train.jsonl
     --dev dev.jsonl --output math-tuned`
-    """  # noqa: DOC501 (it is the --help text)
+    """
     console = join(devices, placement.device)
     # Cheap checks come before the model is loaded.
-    if base is None:
-        raise LoraflowError("`--base` is missing. Give the base model's Hub id or directory.")
     lora = adapter.settings(given)
+    _check_place(adapter.on, base, devices, shard=shard)
     examples = read_mixture(data, dev.names.fields(), seed)
     dev_examples, format_ = dev.read(), prompt.format()
     config = FitConfig(**{"learning_rate": steps.learning_rate, **given.settings(FitConfig)})
@@ -123,31 +138,70 @@ def finetune(
 
     from loraflow import training
 
-    with held_output(output, run, makes="adapter") as checkpoints:
-        result = training.finetune(
-            base,
-            examples,
-            output,
-            adapter=adapter.adapter,
-            lora=lora,
-            dev=dev_examples,
-            config=config,
-            prompt=format_,
-            checkpoints=checkpoints,
-            resume=run.resume,
-            overwrite=run.overwrite,
-            reports=output / "reports",
-            console=console,
-            options=placed(placement.options(), shard=shard),
-        )
+    with held_output(output, run, makes="adapter" if adapter.on is None else "fusion") as checkpoints:
+        common: dict[str, Any] = {
+            "lora": lora,
+            "dev": dev_examples,
+            "config": config,
+            "checkpoints": checkpoints,
+            "resume": run.resume,
+            "overwrite": run.overwrite,
+            "reports": output / "reports",
+            "console": console,
+        }
+        if adapter.on is not None:
+            model = _open(adapter.on, base, prompt, placement)
+            result = model.finetune(examples, output, name=adapter.name, **common)
+        else:
+            options = placed(placement.options(), shard=shard)
+            result = training.finetune(
+                str(base), examples, output, adapter=adapter.adapter, prompt=format_, options=options, **common
+            )
         if not is_first_process():
             return
         if not run.keep_checkpoints:
             training.remove_checkpoints(checkpoints)
-    _report(console, result, base, len(examples))
+    module = f"--base {base} --lora-modules tuned={result.output} --method tuned"
+    _report(console, result, module if adapter.on is None else str(result.output), len(examples))
 
 
-def _report(console: Console, result: FinetuneResult, base: str, count: int) -> None:
+def _check_place(on: str | None, base: str | None, devices: int | None, *, shard: bool) -> None:
+    """Check that there is something to train on, in the one process where that is a fusion.
+
+    Raises:
+        LoraflowError: if there is not.
+    """
+    if base is None and (on is None or not _is_fusion(on)):
+        raise LoraflowError("`--base` is missing. Give the base model's Hub id or directory.")
+    if on is not None and (shard or (devices or 1) > 1):
+        flag = "--shard" if shard else f"--devices {devices}"
+        raise LoraflowError(f"`--on` trains in one process on one device. Leave `{flag}` out.")
+
+
+def _is_fusion(source: str) -> bool:
+    """Whether it is a saved fusion; a local directory with an adapter, and `name=path`, are adapters."""
+    path = Path(source).expanduser()
+    return not (path / "adapter_config.json").is_file() and (path.exists() or "=" not in source)
+
+
+def _open(source: str, base: str | None, prompt: PromptOptions, placement: Placement) -> FusedModel:
+    """What is trained on: a saved fusion, or one adapter as a fusion of its own."""
+    from loraflow.model import FusedModel
+
+    if _is_fusion(source):
+        model = FusedModel.from_pretrained(source, base=base, options=placement.options())
+        asked = prompt.over(model.prompt)
+        if asked != model.prompt:
+            model.prompt = asked
+        return model
+    named = "=" in source and not Path(source).expanduser().exists()
+    name, path = source.split("=", 1) if named else (Path(source).expanduser().resolve().name, source)
+    return FusedModel.from_adapters(
+        str(base), {name: path}, {name: 1.0}, prompt=prompt.format(), options=placement.options()
+    )
+
+
+def _report(console: Console, result: FinetuneResult, model: str, count: int) -> None:
     console.print(
         f"{result.parameters:,} values, {result.steps} steps in {result.seconds:.0f} s; "
         f"train loss {result.train_loss:.4f}"
@@ -156,7 +210,6 @@ def _report(console: Console, result: FinetuneResult, base: str, count: int) -> 
         console.print(f"kept step {result.kept_step}: dev loss {result.dev_loss:.4f}")
     print_cut(console, result.truncated, count)
     console.print(
-        f"saved to {result.output}; try: loraflow generate --base {base} --lora-modules tuned={result.output} "
-        "--method tuned --prompt '...'",
+        f"saved to {result.output}; try: loraflow generate {model} --prompt '...'",
         soft_wrap=True,
     )

@@ -60,8 +60,8 @@ class TrainingData:
         list[str],
         data_option(
             "--adapter-data",
-            help="For methods that learn from each adapter's own data (phatgoose, centroid, lora-retriever): "
-            "`name=path` of such a file for every adapter, several after one flag.",
+            help="For methods that learn from each adapter's own data (phatgoose, ramole, centroid, lora-retriever): "
+            "`name=path` of such a file for every adapter (for ramole, for two at least), several after one flag.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -77,7 +77,8 @@ class TrainingData:
         from loraflow.examples import read_examples
         from loraflow.training.learners import learner_of
 
-        if learner_of(method).reads == "task":
+        learner = learner_of(method)
+        if learner.reads == "task":
             if not self.data or self.adapter_data:
                 raise LoraflowError(
                     f"The method {method.name!r} learns from examples of the task. Give them with --data."
@@ -89,13 +90,13 @@ class TrainingData:
                 raise LoraflowError(
                     f"`--adapter-data` names the unknown adapter {name!r}. {did_you_mean(name, adapters)}"
                 )
-        if self.data or len(own) < len(adapters):
+        if self.data or not own or (learner.reads_all and len(own) < len(adapters)):
             wanted = " ".join(f"{name}=FILE" for name in adapters)
             raise LoraflowError(
                 f"The method {method.name!r} learns from each adapter's own data. Give it with --adapter-data "
                 f"{wanted}, and no --data."
             )
-        return {name: read_examples(own[name], fields) for name in adapters}
+        return {name: read_examples(own[name], fields) for name in adapters if name in own}
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def fit(
     needed to load it. Methods: lora-flow (gates, by gradient), learned-static (constant weights, by gradient),
     adapter-core (a small matrix between the adapters in each linear, by gradient), lorahub (one weight for each
     adapter, by gradient-free search); and from each adapter's own data instead of examples of the task: phatgoose,
-    centroid, lora-retriever.
+    ramole, centroid, lora-retriever.
 
     Examples: `loraflow fit --base meta-llama/Llama-2-7b-hf --lora-modules zh=user/zh-lora math=user/math-lora
     --data train.jsonl --dev dev.jsonl --output zh-math`; `--method lorahub --method-option budget=40`;

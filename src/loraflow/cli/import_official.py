@@ -41,7 +41,8 @@ def import_official(
     from rich.console import Console
 
     check_output(output, overwrite=overwrite, makes="fusion")
-    base, adapters = sources.both("language=path task=path.")
+    base, _ = sources.both("language=path task=path.")
+    adapters = sources.paths()
     format_, options = prompt.format(), sources.placement.options()
 
     from loraflow.official import load_official

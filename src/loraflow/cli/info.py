@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,20 +94,19 @@ def _describe(opened: FusionSource) -> None:
     """
     from rich.console import Console
 
-    from loraflow.adapters import AdapterSource, load_adapter
+    from loraflow.adapters import AdapterBank, AdapterSource, outlines
     from loraflow.errors import AdapterError
 
     console = Console()
     fusion, asked = opened.fusion, opened.sources
     options = asked.placement.options()
     if fusion is not None:
-        base, sources = _describe_fusion(fusion, asked.base, asked.adapters(), console)
+        base, sources = _describe_fusion(fusion, asked.base, asked.paths(), console)
     else:
-        if asked.base is None or not asked.lora_modules:
-            raise LoraflowError("Give a saved fusion, or --base and --lora-modules name=path ...")
-        base, sources = asked.base, {name: AdapterSource.parse(path) for name, path in asked.adapters().items()}
+        if asked.base is None or not asked.adapters():
+            raise LoraflowError("Give a saved fusion, or --base and --lora-modules name=path ..., or --adapters FOLDER")
+        base, sources = asked.base, {name: AdapterSource.parse(path) for name, path in asked.paths().items()}
 
-    from loraflow.adapters import match_adapter
     from loraflow.bases import BaseOptions, load_empty_base
     from loraflow.core.architecture import check_inside_layers, find_decoder_layers
 
@@ -114,9 +114,11 @@ def _describe(opened: FusionSource) -> None:
     layers = find_decoder_layers(model)
     fitting: list[Adapter] = []
     refused: list[str] = []
-    for name, source in sources.items():
+    bank = asked.adapters() if fusion is None else None
+    reads = outlines(bank.stored(), model) if isinstance(bank, AdapterBank) else _whole(sources, model)
+    for read in reads:
         try:
-            adapter = match_adapter(load_adapter(name, source), model)
+            adapter = read()
             check_inside_layers(adapter, layers)
             fitting.append(adapter)
         except AdapterError as error:
@@ -230,6 +232,17 @@ def _value_text(value: Any, precision: str) -> str:
     if isinstance(value, list | tuple):
         return " ".join(_value_text(item, precision) for item in value) or "none"
     return str(value)
+
+
+def _whole(sources: Mapping[str, AdapterSource], model: Any) -> Iterator[Callable[[], Adapter]]:
+    """Reads each adapter and checks it against the base."""
+    return (functools.partial(_read, name, source, model) for name, source in sources.items())
+
+
+def _read(name: str, source: AdapterSource, model: Any) -> Adapter:
+    from loraflow.adapters import load_adapter, match_adapter
+
+    return match_adapter(load_adapter(name, source), model)
 
 
 def _adapter_table(adapters: list[Adapter], console: Console) -> None:

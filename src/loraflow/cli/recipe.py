@@ -65,12 +65,13 @@ class Steps:
     ] = None
     max_steps: Annotated[
         int | None,
-        recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none; phatgoose 100]"),
+        recipe_option(help="Go on for so many steps, whatever --epochs says.  [default: none; phatgoose, ramole 100]"),
     ] = None
     learning_rate: Annotated[
         float | None,
         recipe_option(
-            help="Peak of the schedule.  [default: 1e-3; learned-static 1e-2, adapter-core 2e-2, phatgoose 5e-3]"
+            help="Peak of the schedule.  [default: 1e-3; learned-static, ramole 1e-2, adapter-core 2e-2, "
+            "phatgoose 5e-3]"
         ),
     ] = None
     batch_size: Annotated[

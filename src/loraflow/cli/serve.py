@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraflow.cli.auto import AutoOptions
 from loraflow.cli.groups import Given, options_of, panel, with_groups
 from loraflow.cli.keys import keys_of
 from loraflow.cli.sources import Sources
@@ -209,7 +210,7 @@ class VllmOptions:
             path,
             arguments,
             base=sources.base,
-            adapters=sources.adapters(),
+            adapters=sources.paths(),
             request_weights=self.request_weights,
             unverified=self.unverified,
         )
@@ -233,6 +234,7 @@ def serve(
         ),
     ] = None,
     sources: Sources,
+    auto: AutoOptions,
     served_model_name: Annotated[
         str | None, typer.Option("--served-model-name", help="What requests call the base.  [default: its name]")
     ] = None,
@@ -252,7 +254,7 @@ def serve(
     (`"adapter_weights": {"zh": 0.3, "math": 0.7}`) or another method (`"fusion": {"method": "qa-flora"}`).
 
     Examples: `loraflow serve zh-math`; `loraflow serve zh-math es-code --port 9000`;
-    `loraflow serve --base B --lora-modules zh=path math=path`; `loraflow serve zh-math --engine vllm`
+    `loraflow serve --base B --lora-modules zh=path math=path --auto logo`; `loraflow serve zh-math --engine vllm`
     """  # noqa: DOC501 (it is the --help text)
     named = _named(fusions or [])
     _check_engine(engine, given)
@@ -291,6 +293,7 @@ def serve(
         allowed_hosts=network.allowed_hosts(api_keys),
         drain_s=network.drain_s,
     )
+    picks = auto.settings()
     set_up_logs(config.log_format)
     listener = _listen(network.host, network.port)
     with not_ready(listener):
@@ -302,6 +305,7 @@ def serve(
             prompt=prompt.format(),
             stop_strings=stop_strings(stop),
             options=sources.placement.options(),
+            auto=picks,
         )
     _answer(catalog, config, listener)
 
@@ -396,6 +400,8 @@ def offered(catalog: Catalog) -> Iterator[str]:
     base = catalog.served[catalog.base_id]
     for served in catalog.served.values():
         what = f"  ({served.method.name} on {', '.join(served.adapters)})" if served.kind == "fusion" else ""
+        if served.kind == "auto":
+            what = f"  ({served.method.name} picks from {len(catalog.adapters_of(served))} adapters)"
         asked = "" if served.prompt == base.prompt else "  asked in a prompt format of its own"
         yield f"{served.kind:8} {served.id}{what}{asked}"
 

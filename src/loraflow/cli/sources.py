@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +18,7 @@ from loraflow.cli.values import parse_adapters, parse_method_options
 from loraflow.errors import LoraflowError, did_you_mean
 
 if TYPE_CHECKING:
+    from loraflow.adapters import AdapterBank
     from loraflow.bases import BaseOptions
     from loraflow.methods import Method as FusionMethod
     from loraflow.model import FusedModel
@@ -29,8 +33,9 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, lora-retriever, arrow, "
-        "phatgoose, lora-flow, adapter-core, one of another package, or an adapter's name (that one alone).",
+        help="base, average, static, learned-static, lorahub, qa-flora, logo, centroid, lora-retriever, arrow, spectr, "
+        "norm-max, lag, phatgoose, ramole, lora-flow, adapter-core, one of another package, or an adapter's name (that "
+        "one alone).",
     ),
 ]
 MethodOptions = Annotated[
@@ -75,6 +80,68 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class BankOptions:
+    """A folder of adapters, of which those that are used are loaded."""
+
+    folder: Annotated[
+        Path | None,
+        _source(
+            "--adapters",
+            help="A folder with adapters in it, named by their folders, in place of --lora-modules: any number, loaded "
+            "as they are used.",
+        ),
+    ] = None
+    skip_broken: Annotated[
+        bool, _source("--skip-broken", help="Leave adapters of --adapters out that cannot be read; they are named.")
+    ] = False
+    host_memory: Annotated[
+        float | None,
+        _source("--host-memory", help="Weights of --adapters that are kept in memory, in GiB.  [default: 4]"),
+    ] = None
+    device_memory: Annotated[
+        float | None,
+        _source("--device-memory", help="Those kept in the model, on its devices, in GiB.  [default: 4]"),
+    ] = None
+
+    def check_idle(self) -> None:
+        """Check that nothing is said of a bank where there is none.
+
+        Raises:
+            LoraflowError: if something is.
+        """
+        said = {
+            "--skip-broken": self.skip_broken,
+            "--host-memory": self.host_memory is not None,
+            "--device-memory": self.device_memory is not None,
+        }
+        for flag in (flag for flag, given in said.items() if given):
+            raise LoraflowError(f"`{flag}` belongs to --adapters. Give a folder of adapters with --adapters.")
+
+    def open(self, folder: Path) -> AdapterBank:
+        """The bank of a folder; what is left out is named on standard error."""
+        from loraflow.adapters import AdapterBank
+
+        sizes = {
+            name: _bytes(value, flag)
+            for name, value, flag in (
+                ("host_bytes", self.host_memory, "--host-memory"),
+                ("device_bytes", self.device_memory, "--device-memory"),
+            )
+            if value is not None
+        }
+        bank = AdapterBank(folder, leave_out_broken=self.skip_broken, **sizes)
+        for name, why in bank.left_out.items():
+            print(f"left out {name}: {why}", file=sys.stderr)
+        return bank
+
+
+def _bytes(gib: float, flag: str) -> int:
+    if not 2**-30 <= gib < float("inf"):
+        raise LoraflowError(f"`{flag}` (={gib}) must be a number of GiB above 0.")
+    return int(gib * 2**30)
+
+
+@dataclass(frozen=True)
 class Sources:
     """A base and adapters for it."""
 
@@ -88,13 +155,33 @@ class Sources:
             show_default=False,
         ),
     ] = field(default_factory=list)
+    bank: BankOptions = field(default_factory=BankOptions)
     placement: Placement = field(default_factory=Placement)
 
-    def adapters(self) -> dict[str, str]:
-        """The adapters' paths by name, in order."""
-        return parse_adapters(self.lora_modules)
+    @cached_property
+    def _opened(self) -> Mapping[str, Any]:
+        if self.bank.folder is None:
+            self.bank.check_idle()
+            return parse_adapters(self.lora_modules)
+        if self.lora_modules:
+            raise LoraflowError("`--adapters` and `--lora-modules` exclude each other. Give one of them.")
+        return self.bank.open(self.bank.folder)
 
-    def both(self, form: str = "name=path ...") -> tuple[str, dict[str, str]]:
+    def adapters(self) -> Mapping[str, Any]:
+        """The adapters by name, in order: their paths, or a bank.
+
+        Raises:
+            LoraflowError: if a folder and single ones are given, or something is said of a folder that is not.
+        """
+        return self._opened
+
+    def paths(self) -> dict[str, str]:
+        """Where each adapter is, by name; those of a bank one by one."""
+        if self.bank.folder is None:
+            return dict(self.adapters())
+        return {name: entry.source.path for name, entry in self.adapters().items()}
+
+    def both(self, form: str = "name=path ...") -> tuple[str, Mapping[str, Any]]:
         """The base and the adapters.
 
         Raises:
@@ -103,7 +190,7 @@ class Sources:
         adapters = self.adapters()
         if self.base is None or not adapters:
             missing = "--base" if self.base is None else "--lora-modules"
-            raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules {form}")
+            raise LoraflowError(f"`{missing}` is missing. Give --base and --lora-modules {form}, or --adapters FOLDER")
         return self.base, adapters
 
     def build(
@@ -148,8 +235,8 @@ class FusionSource:
     fusion: Annotated[
         str | None,
         typer.Argument(
-            help="A saved fusion: its directory or Hub id; --base and --lora-modules say where those are that moved. "
-            "Without a fusion, give both."
+            help="A saved fusion: its directory or Hub id; --base and --lora-modules (or --adapters) say where those "
+            "are that moved. Without a fusion, give both."
         ),
     ] = None
     choice: MethodChoice = field(default_factory=MethodChoice)

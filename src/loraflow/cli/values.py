@@ -11,6 +11,7 @@ from loraflow.errors import LoraflowError, MethodError
 # Options that take several values after one flag, as in `--lora-modules zh=path math=path`.
 _SEVERAL = (
     "--adapter-data",
+    "--auto-option",
     "--compare",
     "--fusions",
     "--lora-modules",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loraflow.core.lanes import Lane, Lanes
+from loraflow.core.lanes import Informed, Lane, Lanes
 from loraflow.methods.base import FewWeights, KnownWeights
 
 Active = tuple[int, ...]
@@ -82,7 +83,7 @@ def _find(lanes: Lanes, adapters: int, learning: bool) -> Use:
         lasts = lasts and not (known and any(_has_parameters(gate) for gate in gates))
         unread = any(weights.is_meta or (learning and weights.requires_grad) for weights in known)
         if unread or len(known) < len(gates):
-            active.update(among)
+            active.update(_candidates(gates, among))
             most = max(most, _most(gates, len(among)))
             continue
         rows = [weights.detach().to(known[0].device) for weights in known]
@@ -96,6 +97,13 @@ def _find(lanes: Lanes, adapters: int, learning: bool) -> Use:
 
 def _known(lane: Lane) -> list[Float[Tensor, "*requests adapters"]]:
     return [gate.known_weights() for gate in lane.gates.values() if isinstance(gate, KnownWeights)]
+
+
+def _candidates(gates: Sequence[nn.Module], among: Sequence[int]) -> Sequence[int]:
+    """Those of a lane's adapters that may have a weight, where its prompts have been read: they exclude the others."""
+    if not all(isinstance(gate, Informed) for gate in gates):
+        return among
+    return [among[position] for gate in gates[:1] for position in cast(Informed, gate).heard.candidates]
 
 
 def _most(gates: Sequence[nn.Module], adapters: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,26 +14,33 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraflow.adapters import Adapter, match_adapter
+from loraflow.adapters import Adapter
 from loraflow.bases import BaseOptions, check_sharding, find_tokenizer, load_base
-from loraflow.core.architecture import DecoderLayers, check_inside_layers, find_decoder_layers
+from loraflow.core.architecture import DecoderLayers, find_decoder_layers
 from loraflow.core.context import LayerContext
 from loraflow.core.fuse import (
     BuiltLayer,
     Fused,
     Group,
     build_layers,
+    check_room,
     device_of,
     dtype_of,
     find_sites,
     gate_dtype,
+    is_target,
+    make_keeper,
+    make_stock,
+    match_inside,
     prepare,
+    site_among,
     unfuse_layers,
 )
-from loraflow.core.lanes import Gates, Lane, Lanes, RowGate
+from loraflow.core.lanes import KEEPER, Gates, Lane, Lanes, RowGate
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.quantized import allow_packing, keep_differentiable
 from loraflow.core.rows import probe_rows
+from loraflow.core.stock import Stock
 from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.methods.base import Method, Mixing, Place, Site
 
@@ -64,6 +70,7 @@ class Built:
 
     adapters: tuple[Adapter, ...]
     layers: Sequence[BuiltLayer] = field(repr=False)
+    stock: Stock | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -76,6 +83,7 @@ class Attachment:
         layers: where its decoder layers are.
         sites: every place that a gate can stand, by place, then by site name.
         keeps: whether a linear reads cached positions, so that weights are kept in the cache.
+        stock: the adapters whose matrices are made as they are used, if a bank's are among them.
     """
 
     model: PreTrainedModel
@@ -83,6 +91,7 @@ class Attachment:
     layers: DecoderLayers
     sites: dict[Place, dict[str, Site]] = field(default_factory=dict)
     keeps: bool = False
+    stock: Stock | None = None
     _turn: Turn = field(default_factory=Turn)
     # Held while the model's modules are gone through, or exchanged; taken after the turn, never before it.
     _modules_lock: Turn = field(default_factory=Turn)
@@ -167,18 +176,20 @@ class Attachment:
             for fusion in self.fusions:
                 fusion.set_dropout(0.0)
 
-    def make_gates(self, method: Method, among: Sequence[int] | None = None) -> Gates:
+    def make_gates(self, method: Method, among: Sequence[int] | None = None, names: Sequence[str] = ()) -> Gates:
         """Make a method's gates, each on the device of its layer, in float32 at least.
 
-        Where it is to weigh only some of the adapters, linears that none of them targets get no gates of their own.
+        Where it is to weigh only some of the adapters, by names of its own perhaps, linears that none targets get none.
         """
         gates = {}
+        if method.level == "token":
+            check_room(self.stock, among)
         with self.turn():
             # No adapters may come or leave while the layers are gone through; gates may take a while to make.
             homes = [(device_of(layer), dtype_of(layer, self.model)) for layer in self.layers.layers]
         for name, site in self.sites[_gate_place(method)].items():
-            site = site if among is None else _site_of(site, among)
-            if site.module is not None and not any(site.updates[site.module]):
+            site = site_among(site, among, names)
+            if site.module is not None and not is_target(site.updates[site.module]):
                 continue
             gate = method.gate(site)
             if gate is not None:
@@ -186,7 +197,8 @@ class Attachment:
                 gates[name] = gate.to(device, torch.promote_types(torch.float32, own))
                 if method.adds:
                     _match_precision(gate, own)
-        return gates
+        (whole,) = self.sites["model"].values()
+        return {**gates, **make_keeper(method, site_among(whole, among, names), *homes[0])}
 
     def install(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on, as modules of the model.
@@ -196,17 +208,17 @@ class Attachment:
         lanes = self._lanes_of(method, gates)
         with self._modules_lock:
             for index, fusion in enumerate(self.fusions):
-                # The gate of a whole model belongs to its first layer; the others only call it.
-                prefix = "model" if _gate_place(method) == "model" and index == 0 else f"layers.{index}"
-                fusion.install(lanes, {name: gate for name, gate in gates.items() if _owns(prefix, name)})
-        prepare(self._slots, lanes, len(self.adapters))
+                # What is the whole model's belongs to its first layer; the others only call it.
+                mine = (f"layers.{index}", KEEPER)[: 2 if index == 0 else 1]
+                fusion.install(lanes, {n: gate for n, gate in gates.items() if any(_owns(one, n) for one in mine)})
+        prepare(self._slots, lanes, len(self.adapters), self.stock)
 
     def use(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; the modules of the model stay as they are."""
         lanes = self._lanes_of(method, gates)
         for context in self.contexts:
             context.set_own(lanes)
-        prepare(self._slots, lanes, len(self.adapters))
+        prepare(self._slots, lanes, len(self.adapters), self.stock)
 
     @contextlib.contextmanager
     def using(self, method: Method, gates: Gates) -> Iterator[None]:
@@ -240,6 +252,8 @@ class Attachment:
         """
         if gates and method.level == "token":
             self._check_tokens(method)
+        if _gate_place(method) != "model":
+            gates = {site: gate for site, gate in gates.items() if site != KEEPER}
         if among is not None and list(among) == list(range(len(self.adapters))):
             among = None
         rows = None if requests is None else tuple(requests)
@@ -315,8 +329,7 @@ class Attachment:
             ArchitectureError: if one updates what cannot be fused.
         """
         with self._modules_lock:
-            matched = _match(self.model, self.layers, adapters)
-            return Built(matched, build_layers(self.model, self.layers, matched, probe_rows(self.model, self.layers)))
+            return _build(self.model, self.layers, match_inside(self.model, self.layers, adapters))
 
     def again(self, built: Built) -> Attachment:
         """Put adapters into the model once more after `detach`; callers that wait for their turn then see these."""
@@ -333,11 +346,13 @@ class Attachment:
         self.model.requires_grad_(False)
         self._packing = keep_differentiable(self.model)
         try:
-            for layer in make().layers:
+            built = make()
+            for layer in built.layers:
                 layer.fuse()
         except BaseException:
             self.detach()
             raise
+        self.stock = built.stock
         self.sites = find_sites(self.layers, self.adapters)
         self.keeps = any(context.keeps for context in self.contexts)
         self._slots = [
@@ -357,15 +372,6 @@ class Attachment:
         allow_packing(self._packing)
         for parameter in self._trained:
             parameter.requires_grad_(True)
-
-
-def _site_of(site: Site, among: Sequence[int]) -> Site:
-    """The same site for some of the adapters."""
-    return dataclasses.replace(
-        site,
-        adapters=tuple(site.adapters[i] for i in among),
-        updates={name: tuple(updates[i] for i in among) for name, updates in site.updates.items()},
-    )
 
 
 def _gate_place(method: Method) -> Place:
@@ -435,14 +441,11 @@ def attach(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Ada
     """
     check_plain(model)
     check_sharding(model)
-    matched = _match(model, layers, adapters)
-    attachment = Attachment(model, matched, layers)
-    attachment._put_in(lambda: Built(matched, build_layers(model, layers, matched, probe_rows(model, layers))))
+    attachment = Attachment(model, matched := match_inside(model, layers, adapters), layers)
+    attachment._put_in(lambda: _build(model, layers, matched))
     return attachment
 
 
-def _match(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
-    matched = tuple(match_adapter(adapter, model) for adapter in adapters)
-    for adapter in matched:
-        check_inside_layers(adapter, layers)
-    return matched
+def _build(model: PreTrainedModel, layers: DecoderLayers, matched: tuple[Adapter, ...]) -> Built:
+    stock = make_stock(matched)
+    return Built(matched, build_layers(model, layers, matched, probe_rows(model, layers), stock), stock)

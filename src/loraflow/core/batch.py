@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loraflow.core.attach import Attachment
-from loraflow.core.lanes import Gates, Lane, Lanes
+from loraflow.core.lanes import Gates, Lane, Lanes, inform
 from loraflow.core.probe import Prompt
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, QueryMethod
@@ -28,8 +28,8 @@ RowMethod = str | Method | Mapping[str, float] | None
 RowWeights = Float[Tensor, "batch layers adapters"] | Float[Tensor, "batch adapters"]
 """Weights of each row, for all layers or for each."""
 
-WeighPrompts = Callable[[QueryMethod, Gates, list[int]], Float[Tensor, "rows layers adapters"]]
-"""Weighs the prompts of these rows."""
+WeighPrompts = Callable[[Method, Gates, list[int]], Float[Tensor, "rows layers adapters"]]
+"""Weighs the prompts of these rows, or gives the prior that they are for the weights of their tokens."""
 
 
 def lanes_of_weights(attachment: Attachment, weights: Tensor, rows: int | None, mixing: Mixing = "outputs") -> Lanes:
@@ -70,6 +70,10 @@ def lanes_of_methods(
         if isinstance(method, QueryMethod):
             found = weigh_prompts(method, gates, requests).cpu()
             given.setdefault(method.mixing, {}).update(zip(requests, found, strict=True))
+        elif method.reads_prompt:
+            # It says the same in every layer.
+            prior = weigh_prompts(method, gates, requests)[:, 0]
+            lanes.append(attachment.lane(requests, method, inform(gates, prior)))
         elif not gates or is_constant(method, gates):
             none = torch.zeros(attachment.layer_count, len(attachment.adapters))
             constant = layer_weights(gates, attachment.layer_count) if gates else none
@@ -114,7 +118,7 @@ def mixing_of_weights(method: Method) -> Mixing:
     return method.mixing if isinstance(method, QueryMethod) else "outputs"
 
 
-def refuse_prompts(method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor:
+def refuse_prompts(method: Method, gates: Gates, rows: list[int]) -> Tensor:
     """Refuse to weigh prompts, in a forward that does not say which tokens they are.
 
     Raises:
@@ -123,6 +127,9 @@ def refuse_prompts(method: QueryMethod, gates: Gates, rows: list[int]) -> Tensor
     raise MethodError(
         f"The method {method.name!r} weighs a whole prompt before it is answered, and a bare forward does not say "
         "what the prompt is. Call `generate`, or give `fusion_weights=model.weigh(prompt_ids)`."
+        if isinstance(method, QueryMethod)
+        else f"The method {method.name!r} reads a whole prompt before it is answered. Give `prompt_mask`, 1 at its "
+        "tokens."
     )
 
 
@@ -143,7 +150,7 @@ def layer_weights(gates: Gates, layers: int) -> Float[Tensor, "layers adapters"]
 
 def weigh_prompts(
     attachment: Attachment,
-    method: QueryMethod,
+    method: Method,
     gate: Any,
     input_ids: Int[Tensor, "rows seq"],
     attention_mask: Int[Tensor, "rows seq"] | None,
@@ -151,8 +158,9 @@ def weigh_prompts(
     among: Sequence[int] | None = None,
     beside: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "rows layers adapters"]:
-    """The weights that a method gives prompts, each read by itself and without its padding; equal ones are read once.
+    """The weights, or the prior of them, that a method gives prompts, each read by itself and without its padding.
 
+    Equal prompts are read once.
     `gate` is what the method has made for the model, for the adapters at the positions `among`, or for all; `beside` is
     what the base takes beside token ids, such as images.
 
@@ -180,8 +188,9 @@ def weigh_prompts(
     if empty is not None:
         raise MethodError(f"Row {empty} has no tokens. Give every prompt at least one.")
     layers = attachment.layer_count
+    weigh = method.weigh if isinstance(method, QueryMethod) else method.prior
     read = {
-        key: method.weigh(Prompt(attachment, prompts[row], tokenizer, among, {**of_all, **kinds[row]}), gate)
+        key: weigh(Prompt(attachment, prompts[row], tokenizer, among, {**of_all, **kinds[row]}), gate)
         for key, row in {key: row for row, key in enumerate(keys)}.items()
     }
     dtype = torch.promote_types(attachment.model.dtype, torch.float32)

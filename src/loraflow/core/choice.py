@@ -39,7 +39,7 @@ class Use:
         """Whether it was made for these, or for the same ones put into the model at another time."""
         if self.adapters is adapters:
             return True
-        mine, others = ([(one.name, one.digest) for one in group] for group in (self.adapters, adapters))
+        mine, others = ([(one.name, one.identity) for one in group] for group in (self.adapters, adapters))
         return mine == others
 
 

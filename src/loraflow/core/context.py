@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from loraflow.core.active import EVERYTHING, Active, use_of
-from loraflow.core.lanes import Lane, Lanes
+from loraflow.core.lanes import Lane, Lanes, check_apart
 from loraflow.core.rows import LayerRows, Rows
+from loraflow.core.slots import Slots, weigh
+from loraflow.core.stock import Stock
 from loraflow.errors import ArchitectureError, MethodError
 
 
@@ -33,6 +35,7 @@ class LayerContext:
     Attributes:
         index: the layer's place in the model.
         adapters: how many there are.
+        stock: those that are loaded when they are used; None where the matrices of all are in the linears.
         own: those of the method in use: one lane of all rows.
         lanes: who weighs the rows of the call that runs; `own` unless rows differ.
         alone: for each row, the position of the one adapter that it uses, or None for the base; None where rows have
@@ -52,6 +55,7 @@ class LayerContext:
         cached: those of all cached positions and its own, `[rows, adapters]`; None without a cache.
         mixes: whether parameters are mixed instead of outputs; a mask `[tokens, 1]` where tokens differ.
         group: the group of linears (`linear.InputGroup`) that was projected last.
+        slots: what adapters have read of that input, where gates weigh by it.
         seen: the input that it was projected from.
         products: its weighted slots, `[tokens, slots]` for each linear; or what picked adapters read (`group.Picked`).
         member_weights: the fusion weights of each of its linears.
@@ -59,6 +63,7 @@ class LayerContext:
 
     index: int
     adapters: int
+    stock: Stock | None
     own: Lanes
     lanes: Lanes
     alone: Sequence[int | None] | None
@@ -76,6 +81,7 @@ class LayerContext:
     cached: Tensor | None
     mixes: bool | Tensor
     group: Any
+    slots: Slots | None
     seen: Tensor | None
     products: Sequence[Any]
     member_weights: Sequence[Tensor]
@@ -86,8 +92,7 @@ class LayerContext:
     def __init__(
         self, index: int, layers: int, adapters: int, first: LayerContext | None, rows: LayerRows | None = None
     ) -> None:
-        self.index = index
-        self.adapters = adapters
+        self.index, self.adapters, self.stock = index, adapters, None
         self.rows = rows or LayerRows()
         self.keeps = False
         self.alone = self.embeddings = self.recorded = None
@@ -140,6 +145,8 @@ class LayerContext:
         # Cached positions may have been weighed by others.
         use = EVERYTHING if self.keeps else use_of(lanes, self.adapters, first=self._first is self)
         self.active, self.most, self.by_row = use.active, use.most, use.by_row
+        if self.stock is not None:
+            self.active = self.stock.bring(use.active)
         self._index = None if use.active is None else use.index(hidden_states.device)
         weights = self._weights_of_layer(lanes, hidden_states, embeddings)
         if weights is not None and self.recorded is not None:
@@ -238,6 +245,7 @@ class LayerContext:
         if not self.running.reads_modules:
             return weights
         own = [(lane, lane.gate(self.index, name)) for lane in self.running.lanes if lane.place == "module"]
+        check_apart((gate for _, gate in own), f"'{name}' of decoder layer {self.index}")
         if self.running.only is not None:
             ((lane, gate),) = own
             found = None if gate is None else lane.spread(gate(x), self.adapters)
@@ -303,7 +311,7 @@ class LayerContext:
     def close(self) -> None:
         """Drop everything of the layer's forward, so that its activations do not outlive it."""
         self.shape, self.products, self.member_weights = (), (), ()
-        self.weights = self.used = self.cached = self.group = self.seen = self._index = None
+        self.weights = self.used = self.cached = self.group = self.slots = self.seen = self._index = None
         self.active, self.most, self.by_row = None, None, False
         self.running = self.own
         self.mixes = False
@@ -343,14 +351,16 @@ class LayerContext:
         shape = self.shape if rows == "tokens" else x.shape[:-1]
         if only is not None:
             gates = [only.gate(self.index, name) for name in names]
+            if rows == "unknown" or self.rows.streams:
+                check_apart(gates, f"'{names[0]}' of decoder layer {self.index}")
             if all(gate is None for gate in gates):
                 # The base alone, or a fusion of some of the model's adapters, none of which targets these.
                 return None
             found = [
                 x.new_zeros(self.adapters)
                 if gate is None
-                else self._by_token(only.spread(gate(x), self.adapters), shape)
-                for gate in gates
+                else self._by_token(only.spread(weigh(self.slots, only, gate, member, x, None), self.adapters), shape)
+                for member, gate in enumerate(gates)
             ]
         elif rows == "unknown":
             raise ArchitectureError(
@@ -360,7 +370,7 @@ class LayerContext:
         else:
             assert shared is not None
             shared = shared.expand(x.shape[:-1].numel(), -1)
-            found = [self._weights_of_module(lanes, name, x, shared) for name in names]
+            found = [self._weights_of_module(name, member, x, shared) for member, name in enumerate(names)]
         if self.recorded is not None and math.prod(shape) == math.prod(self.shape):
             for name, weights in zip(names, found, strict=True):
                 self._record(name, weights)
@@ -374,15 +384,16 @@ class LayerContext:
         return torch.cat(found, dim=-1)
 
     def _weights_of_module(
-        self, lanes: Lanes, name: str, x: Float[Tensor, "batch seq features"], shared: Float[Tensor, "rows adapters"]
+        self, name: str, member: int, x: Float[Tensor, "batch seq features"], shared: Float[Tensor, "rows adapters"]
     ) -> Float[Tensor, "rows adapters"]:
         """The weights of one linear where lanes differ: the layer's, but for rows that have a gate for it."""
         weights = shared.reshape(*x.shape[:-1], -1).clone()
-        for lane in lanes.lanes:
+        for lane in self.running.lanes:
             gate = lane.gate(self.index, name) if lane.place == "module" else None
             if gate is not None:
-                rows = lanes.rows_of(lane, self.shape[0], x.device)
-                weights[rows] = _by_row(lane.spread(gate(x[rows]), self.adapters), len(rows)).to(weights)
+                rows = self.running.rows_of(lane, self.shape[0], x.device)
+                given = lane.spread(weigh(self.slots, lane, gate, member, x, rows), self.adapters)
+                weights[rows] = _by_row(given, len(rows)).to(weights)
         return weights.flatten(0, 1)
 
     def _ask(self, lane: Lane, gate: nn.Module, hidden_states: Tensor, embeddings: Tensor | None) -> Tensor:
@@ -424,10 +435,10 @@ class LayerContext:
 
     def __getstate__(self) -> tuple[Any, ...]:
         # A call that runs meanwhile is not copied.
-        return self.index, self.adapters, self.rows, self.keeps, self.own, self._first, self._is_last
+        return self.index, self.adapters, self.stock, self.rows, self.keeps, self.own, self._first, self._is_last
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.index, self.adapters, self.rows, self.keeps, own, self._first, self._is_last = state
+        self.index, self.adapters, self.stock, self.rows, self.keeps, own, self._first, self._is_last = state
         self.alone = self.embeddings = self.recorded = None
         self.set_own(own)
         self.close()

@@ -29,6 +29,7 @@ from loraflow.core.linear import FusedLinear
 from loraflow.core.products import mix_slots
 from loraflow.core.routed import Routed
 from loraflow.core.rows import Rows
+from loraflow.core.stock import Shelf
 from loraflow.core.swap import swap_class
 from loraflow.errors import ArchitectureError
 
@@ -69,6 +70,8 @@ class ExpertStack(nn.Module):
         owners: the adapter of each slot, `[slots]`.
         places: its place within that adapter's rank, `[slots]`.
         dropout: probability with which inputs of A are dropped in training.
+        shelf: where the updates are, made as they are used (`core/stock.py`); None where those of all adapters are
+            here. `lora_A` has no slots then.
     """
 
     names: tuple[str, ...]
@@ -78,6 +81,7 @@ class ExpertStack(nn.Module):
     owners: Tensor
     places: Tensor
     dropout: float
+    shelf: Shelf[ExpertPart] | None
 
     def __init__(
         self,
@@ -86,8 +90,13 @@ class ExpertStack(nn.Module):
         updates: Sequence[LoraModule | None],
         dtype: torch.dtype,
         device: torch.device,
+        shelf: Shelf[ExpertPart] | None = None,
     ) -> None:
         super().__init__()
+        self.shelf = shelf
+        self.place_count = max(update.rank for update in updates if update is not None)
+        if shelf is not None:
+            updates = [_emptied(next(update for update in updates if update is not None))]
         self.names, self.rows, self.dropout = (name,), rows, 0.0
         wide = torch.promote_types(dtype, torch.float32)
         rows_A, rows_B = [], []
@@ -104,7 +113,6 @@ class ExpertStack(nn.Module):
         lora_A, lora_B = torch.cat(rows_A, dim=1), torch.cat(rows_B, dim=1)
         missing = -lora_A.shape[1] % _ALIGNED
         lora_A, lora_B = (F.pad(matrix, (0, 0, 0, missing)) for matrix in (lora_A, lora_B))
-        self.place_count = max(places) + 1
         filled = torch.tensor([owners + [0] * missing, places + [0] * missing])
         self.register_buffer("lora_A", lora_A.mT.contiguous().to(device, dtype), persistent=False)
         self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
@@ -115,6 +123,8 @@ class ExpertStack(nn.Module):
 
     def part(self, active: Active | None) -> ExpertPart:
         """The updates of these adapters, or of all, cut out once as long as they are used."""
+        if self.shelf is not None:
+            return self.shelf.of(active)
         return self._cuts.of(active, self.lora_A, self._cut)
 
     def _cut(self, active: Active | None) -> ExpertPart:
@@ -132,6 +142,8 @@ class ExpertStack(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What was cut out is on the old device until then.
         self._cuts.clear()
+        if self.shelf is not None:
+            self.shelf.stock.clear()
         return super()._apply(fn, recurse)
 
     def update(
@@ -154,6 +166,28 @@ class ExpertStack(nn.Module):
             mixed = mix_slots(weighted, slots, part.places, self.place_count)
             weighted = mixed if mixes is True else torch.where(mixes[routed.tokens], mixed, weighted)
         return routed.multiply(weighted, part.lora_B, small=True)
+
+
+def expert_part(name: str, update: LoraModule, position: int, dtype: torch.dtype, device: torch.device) -> ExpertPart:
+    """The update of one adapter, at this position among all."""
+    stack = ExpertStack(name, "tokens", [update], dtype, device)
+    return ExpertPart(stack.lora_A, stack.lora_B, stack.owners + position, stack.places)
+
+
+def join_experts(parts: Sequence[ExpertPart]) -> ExpertPart:
+    """The updates of several adapters, given those of each."""
+    return ExpertPart(
+        torch.cat([part.lora_A for part in parts], dim=2),
+        torch.cat([part.lora_B for part in parts], dim=1),
+        torch.cat([part.owners for part in parts]),
+        torch.cat([part.places for part in parts]),
+    )
+
+
+def _emptied(update: LoraModule) -> LoraModule:
+    """An update without slots, of the same experts and widths."""
+    (_, features), (width, _) = update.lora_A.shape, update.lora_B.shape
+    return LoraModule(torch.empty(0, features), torch.empty(width, 0), update.scaling, experts=update.experts)
 
 
 class ExpertMember(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,20 +11,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from loraflow.adapters import Adapter, LoraModule
+from loraflow.adapters import Adapter, LoraModule, StoredAdapter, StoredUpdates, match_adapters, outlined
 from loraflow.core.active import use_of
-from loraflow.core.architecture import DecoderLayers, group_by_input
+from loraflow.core.architecture import DecoderLayers, check_inside_layers, group_by_input
 from loraflow.core.context import LayerContext
 from loraflow.core.experts import ExpertMember, ExpertStack, FusedExperts, FusedWeight, fuse_experts
+from loraflow.core.fillers import ExpertFiller, GroupFiller, outline_stack
 from loraflow.core.group import InputGroup
-from loraflow.core.lanes import Lanes
+from loraflow.core.lanes import KEEPER, Gates, Lanes
 from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.linear import FusedLinear, Member, fuse_linear, unfuse_linear
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.core.stack import StackedLora, stack_adapters
+from loraflow.core.stock import Shelf, Stock
 from loraflow.core.swap import restore_class, swap_class
 from loraflow.errors import ArchitectureError
-from loraflow.methods.base import Place, Site
+from loraflow.methods.base import Method, Place, Site
 
 Updates = tuple[LoraModule | None, ...]
 
@@ -32,13 +35,21 @@ Group = InputGroup | ExpertStack
 
 
 def build_layers(
-    model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter], rows: Sequence[LayerRows]
+    model: PreTrainedModel,
+    layers: DecoderLayers,
+    adapters: Sequence[Adapter],
+    rows: Sequence[LayerRows],
+    stock: Stock | None = None,
 ) -> list[BuiltLayer]:
-    """Build all that adapters bring to the layers; the model is read, and stays as it is, with what is in it."""
+    """Build all that adapters bring to the layers; the model is read, and stays as it is, with what is in it.
+
+    With a stock, their matrices come when they are used.
+    """
     first: LayerContext | None = None
     built = []
     for index, updates in enumerate(_updates_by_layer(layers, adapters)):
         context = LayerContext(index, len(layers.layers), len(adapters), first, rows[index])
+        context.stock = stock
         first = first or context
         layer = BuiltLayer(model, layers, updates, LayerFusion(context))
         layer.build()
@@ -54,6 +65,7 @@ class BuiltLayer:
         self, model: PreTrainedModel, layers: DecoderLayers, updates: Mapping[str, Updates], fusion: LayerFusion
     ) -> None:
         self.model = model
+        self.prefix = layers.prefix
         self.fusion = fusion
         self.context = fusion.context
         self.groups = fusion.groups
@@ -87,20 +99,37 @@ class BuiltLayer:
 
     def _build_linears(self, names: Sequence[str], rows: Rows) -> None:
         base_layers = [self.layer.get_submodule(name) for name in names]
-        stacks = [
-            stack_adapters(self.updates[name], base_layer, dtype_of(base_layer, self.model))
-            for name, base_layer in zip(names, base_layers, strict=True)
-        ]
-        group = self._group(names, stacks, device_of(base_layers[0]), rows)
+        stacks, group = self._group(names, base_layers, rows)
         for position, (base_layer, stack) in enumerate(zip(base_layers, stacks, strict=True)):
-            self._fuse_later(base_layer, stack, Member(group, position, self.context, stack.output_scale is not None))
+            self._fuse_later(base_layer, stack, Member(group, position, self.context))
 
     def _group(
-        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows
-    ) -> InputGroup:
-        group = InputGroup(names, stacks, device, rows)
+        self, names: Sequence[str], base_layers: Sequence[nn.Module], rows: Rows
+    ) -> tuple[list[StackedLora], InputGroup]:
+        stock, updates = self.context.stock, [self.updates[name] for name in names]
+        pairs = list(zip(updates, base_layers, strict=True))
+        dtypes = [dtype_of(base_layer, self.model) for base_layer in base_layers]
+        device = device_of(base_layers[0])
+        if stock is None:
+            stacks = [stack_adapters(*pair, dtype) for pair, dtype in zip(pairs, dtypes, strict=True)]
+            group = InputGroup(names, stacks, device, rows)
+        else:
+            stacks = [outline_stack(*pair, dtype) for pair, dtype in zip(pairs, dtypes, strict=True)]
+            group = InputGroup(names, stacks, device, rows, Shelf(stock))
+            stock.fill(GroupFiller(group, self._full(names), base_layers, updates))
         self.groups.append(group)
-        return group
+        return stacks, group
+
+    def _full(self, names: Sequence[str]) -> list[str]:
+        return [f"{self.prefix}.{self.context.index}.{name}" for name in names]
+
+    def _experts(self, name: str, rows: Rows, dtype: torch.dtype, device: torch.device) -> ExpertStack:
+        stock, updates = self.context.stock, self.updates[name]
+        stack = ExpertStack(name, rows, updates, dtype, device, None if stock is None else Shelf(stock))
+        if stock is not None:
+            (full,) = self._full([name])
+            stock.fill(ExpertFiller(stack, full, updates))
+        return stack
 
     def _fuse_later(
         self, linear: nn.Module, stack: StackedLora, member: Member, mixin: type[FusedLinear] = FusedLinear
@@ -116,17 +145,13 @@ class BuiltLayer:
         """
         rows, dtype, device = self.rows.of(name), dtype_of(module, self.model), device_of(module)
         if all(getattr(module, parameter).dim() == 3 for parameter in parameters):
-            stacks = {
-                parameter: ExpertStack(f"{name}.{parameter}", rows, self.updates[f"{name}.{parameter}"], dtype, device)
-                for parameter in parameters
-            }
+            stacks = {p: self._experts(f"{name}.{p}", rows, dtype, device) for p in parameters}
             self.groups.extend(stacks.values())
             self._steps.append(functools.partial(fuse_experts, module, ExpertMember(name, stacks, self.context)))
         elif list(parameters) == ["weight"]:
             full = f"{name}.weight"
-            stack = stack_adapters(self.updates[full], module, dtype)
-            group = self._group([full], [stack], device, rows)
-            self._fuse_later(module, stack, Member(group, 0, self.context, False), FusedWeight)
+            (stack,), group = self._group([full], [module], rows)
+            self._fuse_later(module, stack, Member(group, 0, self.context), FusedWeight)
         else:
             raise ArchitectureError(
                 f"{list(parameters)} of '{name}' in decoder layer {self.context.index} of {type(self.model).__name__} "
@@ -135,17 +160,41 @@ class BuiltLayer:
             )
 
 
+def match_inside(model: PreTrainedModel, layers: DecoderLayers, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
+    """Adapters by the names of a base, all of whose updates are inside its decoder layers.
+
+    Raises:
+        AdapterError: if one does not fit the base, or updates something else.
+    """
+    matched = match_adapters(adapters, model)
+    for adapter in matched:
+        check_inside_layers(adapter, layers)
+    return matched
+
+
+def make_stock(adapters: Sequence[Adapter]) -> Stock | None:
+    """What loads adapters as they are used, where those of a bank are among them."""
+    limits = [adapter.bank.device_bytes for adapter in adapters if isinstance(adapter, StoredAdapter)]
+    return Stock(adapters, min(limits)) if limits else None
+
+
 def _updates_by_layer(layers: DecoderLayers, adapters: Sequence[Adapter]) -> list[dict[str, Updates]]:
-    """What the adapters do to each layer, by the name of the module or parameter within it."""
+    """What the adapters do to each layer, by the name of the module or parameter within it; outlined where unread."""
+    adapters = [outlined(adapter) for adapter in adapters]
+    return [
+        {name: tuple(adapter.modules.get(full) for adapter in adapters) for name, full in of_layer.items()}
+        for of_layer in _names_by_layer(layers, adapters)
+    ]
+
+
+def _names_by_layer(layers: DecoderLayers, adapters: Sequence[Adapter]) -> list[dict[str, str]]:
+    """What adapters update in each layer: full names by those within it."""
     names: list[dict[str, str]] = [{} for _ in layers.layers]
     for full in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         place = layers.split(full)
         if place is not None:
             names[place[0]][place[1]] = full
-    return [
-        {name: tuple(adapter.modules.get(full) for adapter in adapters) for name, full in of_layer.items()}
-        for of_layer in names
-    ]
+    return names
 
 
 def unfuse_layers(layers: DecoderLayers) -> None:
@@ -167,9 +216,15 @@ def fused_parts(layer: nn.Module) -> list[Fused]:
     return [module for module in layer.modules() if isinstance(module, Fused)]
 
 
-def prepare(parts: Sequence[tuple[nn.Module, str, Fused]], lanes: Lanes, adapters: int) -> None:
-    """Make what lanes are known to use, so that a graph that is compiled next finds it."""
+def prepare(
+    parts: Sequence[tuple[nn.Module, str, Fused]], lanes: Lanes, adapters: int, stock: Stock | None = None
+) -> None:
+    """Make what lanes are known to use, so that a graph that is compiled next finds it; of a stock, only a few."""
     use = use_of(lanes, adapters, first=True)
+    if stock is not None:
+        if use.active is None or not use.lasts:
+            return
+        stock.bring(use.active)
     for _, _, part in parts if use.active != () and use.lasts else ():
         if isinstance(part, FusedLinear):
             part.prepare(use, each=lanes.reads_modules)
@@ -178,11 +233,12 @@ def prepare(parts: Sequence[tuple[nn.Module, str, Fused]], lanes: Lanes, adapter
 def find_sites(layers: DecoderLayers, adapters: Sequence[Adapter]) -> dict[Place, dict[str, Site]]:
     """Every place that a gate can stand, by place, then by site name."""
     names, count = tuple(adapter.name for adapter in adapters), len(layers.layers)
-    everywhere: dict[str, Updates] = {}
+    everywhere: dict[str, Sequence[LoraModule | None]] = {}
     sites: dict[Place, dict[str, Site]] = {"layer": {}, "module": {}}
-    by_layer = _updates_by_layer(layers, adapters)
-    for index, (layer, updates) in enumerate(zip(layers.layers, by_layer, strict=True)):
-        of_layer: dict[str, Updates] = {}
+    by_layer = _names_by_layer(layers, adapters)
+    for index, (layer, full_names) in enumerate(zip(layers.layers, by_layer, strict=True)):
+        of_layer: dict[str, Sequence[LoraModule | None]] = {}
+        updates = {name: _updates_of(adapters, full) for name, full in full_names.items()}
         for name, features in (place for part in fused_parts(layer) for place in _inputs_of(part)):
             full = f"layers.{index}.{name}"
             of_layer[name] = everywhere[full] = updates[name]
@@ -190,6 +246,41 @@ def find_sites(layers: DecoderLayers, adapters: Sequence[Adapter]) -> dict[Place
         sites["layer"][f"layers.{index}"] = Site(names, layers.hidden_size, count, index, updates=of_layer)
     sites["model"] = {"model": Site(names, layers.hidden_size, count, updates=everywhere)}
     return sites
+
+
+def _updates_of(adapters: Sequence[Adapter], full: str) -> Sequence[LoraModule | None]:
+    if any(isinstance(adapter, StoredAdapter) for adapter in adapters):
+        return StoredUpdates(adapters, full)
+    return tuple(adapter.modules.get(full) for adapter in adapters)
+
+
+def check_room(stock: Stock | None, among: Sequence[int] | None) -> None:
+    """Check that adapters, or all, may be in a pass at once, where they are loaded for it.
+
+    Raises:
+        MethodError: if they may not.
+    """
+    if stock is not None:
+        stock.check(stock.everything if among is None else tuple(among))
+
+
+def site_among(site: Site, among: Sequence[int] | None, names: Sequence[str] = ()) -> Site:
+    """The same site for some of the adapters, by other names perhaps, or for all."""
+    if among is None:
+        return site
+    return dataclasses.replace(
+        site,
+        adapters=tuple(names) or tuple(site.adapters[position] for position in among),
+        updates={
+            name: updates.among(among) if isinstance(updates, StoredUpdates) else tuple(updates[i] for i in among)
+            for name, updates in site.updates.items()
+        },
+    )
+
+
+def is_target(updates: Sequence[LoraModule | None]) -> bool:
+    """Whether one of the adapters has an update there."""
+    return updates.any() if isinstance(updates, StoredUpdates) else any(updates)
 
 
 def _inputs_of(part: Fused) -> Iterator[tuple[str, int]]:
@@ -208,6 +299,12 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def make_keeper(method: Method, site: Site, device: torch.device, own: torch.dtype) -> Gates:
+    """What a method that weighs tokens keeps for the whole model, to read prompts by; none for other methods."""
+    keeper = None if method.level == "query" else method.keeper(site)
+    return {} if keeper is None else {KEEPER: keeper.to(device, torch.promote_types(torch.float32, own))}
 
 
 def gate_dtype(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:

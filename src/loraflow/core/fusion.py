@@ -15,9 +15,10 @@ from transformers import GenerationConfig
 from loraflow.core.batch import (
     RowMethod,
     RowWeights,
+    WeighPrompts,
     beside_tokens,
+    lanes_of_methods,
     lanes_of_rows,
-    lanes_of_weights,
     prompt_mask,
     read_weights,
     refuse_prompts,
@@ -75,6 +76,7 @@ class Fusion(FusionState):
         *args: Any,
         methods: Sequence[RowMethod] | None = None,
         fusion_weights: RowWeights | None = None,
+        prompt_mask: Int[Tensor, "batch seq"] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with the fused adapters in it.
@@ -86,17 +88,21 @@ class Fusion(FusionState):
             args: the base's.
             methods: who weighs each row, where rows differ, as for `generate`.
             fusion_weights: weights of each row instead.
+            prompt_mask: 1 at the tokens of each row's prompt, 0 elsewhere, for methods that read prompts.
             kwargs: the base's.
 
         Raises:
-            MethodError: if a method weighs whole prompts: a bare forward does not say what the prompt is.
+            MethodError: if a method reads whole prompts, and nothing says what they are.
         """
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         rows = None if inputs is None else len(inputs)
         with self.at_work():
             if methods is None and fusion_weights is None:
-                return self._forward(args, kwargs)
-            lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, refuse_prompts)
+                if prompt_mask is None or not self.method.reads_prompt:
+                    return self._forward(args, kwargs)
+                methods = [None] * (rows or 1)
+            weigh = refuse_prompts if prompt_mask is None else self._reader(inputs, prompt_mask, beside_tokens(kwargs))
+            lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
                 return self._forward(args, kwargs)
 
@@ -142,18 +148,14 @@ class Fusion(FusionState):
         ids = next((v for v in (inputs, kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
         rows = next((len(v) for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
 
-        def weigh(method: QueryMethod, gates: Gates, requests: list[int]) -> Tensor:
-            if ids is None:
-                raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
-            mask = prompt_mask(ids, {**kwargs, "generation_config": generation_config}, self.generation_config)
-            chosen = None if mask is None else mask[requests]
-            return self._weigh(method, gates, ids[requests], chosen, beside_tokens(kwargs))
-
         with self.at_work():
             if methods is None and fusion_weights is None:
-                if not isinstance(self.method, QueryMethod):
+                if not self.method.reads_prompt:
                     return generate(*given, **kwargs)
                 methods = [None] * (rows or 1)
+            options = {**kwargs, "generation_config": generation_config}
+            mask = None if ids is None else prompt_mask(ids, options, self.generation_config)
+            weigh = self._reader(ids, mask, beside_tokens(kwargs))
             lanes = lanes_of_rows(self.attachment, methods, fusion_weights, rows, self._gates_of, weigh)
             with self.attachment.weighing(lanes):
                 return generate(*given, **kwargs)
@@ -213,7 +215,7 @@ class Fusion(FusionState):
     def _batching(self) -> Iterator[None]:
         """The turn for a batch whose steps another thread runs, none of which says what the prompts are."""
         with self.at_work():
-            if isinstance(self.method, QueryMethod):
+            if self.method.reads_prompt:
                 raise MethodError(
                     f"The method {self.method.name!r} weighs each prompt before it is answered, and a step of "
                     f"continuous batching does not say what the prompts are. {_INSTEAD}"
@@ -251,10 +253,20 @@ class Fusion(FusionState):
                 )
             return self._weigh(chosen, gates, input_ids, attention_mask, beside_tokens(kwargs))
 
+    def _reader(self, ids: Tensor | None, mask: Tensor | None, beside: Mapping[str, Tensor]) -> WeighPrompts:
+        """What reads the prompts of rows, where a method does; their padding is masked."""
+
+        def weigh(method: Method, gates: Gates, requests: list[int]) -> Tensor:
+            if ids is None or ids.is_floating_point():
+                raise MethodError(f"The method {method.name!r} reads the prompt, and `input_ids` is missing.")
+            return self._weigh(method, gates, ids[requests], None if mask is None else mask[requests], beside)
+
+        return weigh
+
     @torch.no_grad()
     def _weigh(
         self,
-        method: QueryMethod,
+        method: Method,
         gates: Gates,
         ids: Tensor,
         mask: Tensor | None,
@@ -287,6 +299,7 @@ class Fusion(FusionState):
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         *,
         prompt_length: int = 0,
+        prompt_mask: Int[Tensor, "batch seq"] | None = None,
         **kwargs: Any,
     ) -> Trace:
         """The fusion weights at every position of a text, computed in one forward.
@@ -296,6 +309,7 @@ class Fusion(FusionState):
             attention_mask: 1 at real tokens, 0 at padding on either side.
             prompt_length: how many positions are the prompt's; pictures show the rest as generated. Methods that weigh
                 whole prompts read these, or all where it is 0.
+            prompt_mask: 1 at the tokens of each row's prompt, where rows differ, for methods that read them.
             kwargs: anything else for the base model's forward.
 
         Returns:
@@ -309,14 +323,11 @@ class Fusion(FusionState):
             method, gates, lanes = self.method, self.gates, None
             if not gates:
                 raise LoraflowError("The method in use is 'base', which has no fusion weights. Trace another method.")
-            if isinstance(method, QueryMethod):
-                prompt = slice(0, prompt_length or None)
-                beside = {
-                    name: value[:, prompt] if value.shape[:2] == input_ids.shape else value
-                    for name, value in beside_tokens(kwargs).items()
-                }
-                weights = self._weigh(method, gates, input_ids[:, prompt], mask[:, prompt], beside)
-                lanes = lanes_of_weights(self.attachment, weights, len(input_ids), method.mixing)
+            if method.reads_prompt:
+                read = mask.clone() if prompt_mask is None else mask * prompt_mask
+                read[:, prompt_length or read.shape[1] :] = 0
+                weigh = self._reader(input_ids, read, beside_tokens(kwargs))
+                lanes = lanes_of_methods(self.attachment, [(method, gates)] * len(input_ids), weigh)
             layer_weights, module_weights = read_weights(self.attachment, input_ids, mask, lanes, **kwargs)
         return Trace(
             weights=layer_weights,

@@ -17,10 +17,24 @@ from torch import Tensor, nn
 from loraflow.core.active import Active, lasting
 from loraflow.core.context import LayerContext
 from loraflow.core.cuts import Cuts
-from loraflow.core.picks import Picks, Sizes, Way, by_adapter, cheapest
+from loraflow.core.picks import (
+    BY_INPUT,
+    EVERYTHING_READ,
+    Picks,
+    Plan,
+    Scoring,
+    Sizes,
+    Way,
+    by_adapter,
+    cheapest,
+    cheapest_plan,
+)
 from loraflow.core.products import WeightedProduct, mix_slots, slot_weights
 from loraflow.core.rows import Rows
+from loraflow.core.slots import Slots, exactly, read_listed, shortlists, slot_gates
 from loraflow.core.stack import StackedLora
+from loraflow.core.stock import Shelf
+from loraflow.methods.slots import Shortlists, WeighsSlots
 
 Counts = tuple[int, ...]
 
@@ -42,6 +56,7 @@ class Reading:
         slots: of each module, how many slots each adapter has.
         adapters: how many adapters there are.
         sizes: how many slots each module has.
+        starts: where those of each adapter begin in it.
     """
 
     lora_A: Tensor
@@ -50,10 +65,12 @@ class Reading:
     slots: tuple[Counts, ...]
     adapters: int = field(init=False)
     sizes: list[int] = field(init=False)
+    starts: list[Counts] = field(init=False)
 
     def __post_init__(self) -> None:
         self.adapters = len(self.slots[0])
         self.sizes = [sum(counts) for counts in self.slots]
+        self.starts = [tuple(itertools.accumulate(counts[:-1], initial=0)) for counts in self.slots]
         self._expansions: dict[bool, Tensor] = {}
 
     @property
@@ -75,6 +92,11 @@ class Reading:
         """Bytes of the matrices, and of their copies with an axis of adapters."""
         copies = [part for part, _ in self.parts] if "parts" in vars(self) else []
         return self.lora_A.nbytes + sum(part.nbytes for part in copies if not _shares(part, self.lora_A))
+
+    def of(self, member: int) -> tuple[Float[Tensor, "slots in_features"], Float[Tensor, " slots"] | None]:
+        """A and its bias of one module."""
+        own = slice(sum(self.sizes[:member]), sum(self.sizes[: member + 1]))
+        return self.lora_A[own], None if self.input_bias is None else self.input_bias[own]
 
     @functools.cached_property
     def parts(self) -> list[tuple[Float[Tensor, "adapters width in_features"], Float[Tensor, "adapters width"] | None]]:
@@ -113,6 +135,8 @@ class InputGroup(nn.Module):
         slots: as there.
         out_features: of each module.
         dropout: probability with which inputs of A are dropped in training.
+        shelf: where the matrices are, made as they are used (`core/stock.py`); None where those of all adapters are
+            here. `lora_A` has no slots then.
     """
 
     names: tuple[str, ...]
@@ -123,11 +147,18 @@ class InputGroup(nn.Module):
     slots: tuple[Counts, ...]
     out_features: tuple[int, ...]
     dropout: float
+    shelf: Shelf[GroupPart] | None
 
     def __init__(
-        self, names: Sequence[str], stacks: Sequence[StackedLora], device: torch.device, rows: Rows = "tokens"
+        self,
+        names: Sequence[str],
+        stacks: Sequence[StackedLora],
+        device: torch.device,
+        rows: Rows = "tokens",
+        shelf: Shelf[GroupPart] | None = None,
     ) -> None:
         super().__init__()
+        self.shelf = shelf
         self.names = tuple(names)
         self.rows = rows
         self.slots = tuple(stack.slots for stack in stacks)
@@ -137,13 +168,17 @@ class InputGroup(nn.Module):
         self._starts = [tuple(itertools.accumulate(counts, initial=0)) for counts in self.slots]
         self._member_starts = tuple(itertools.accumulate(map(sum, self.slots), initial=0))
         self._cuts: Cuts[Reading] = Cuts()
-        self._ways: dict[tuple[int, int, int, int], Way] = {}
+        self._ways: dict[tuple[int, ...], Way] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self.register_buffer("lora_A", torch.cat([stack.lora_A for stack in stacks]).to(device), persistent=False)
         self.register_buffer("input_bias", _stack_input_bias(stacks, device), persistent=False)
-        self.register_buffer("places", _places(stacks).to(device), persistent=False)
+        places = _places(self.slots) if shelf is None else torch.empty(0, dtype=torch.long)
+        self.register_buffer("places", places.to(device), persistent=False)
 
     def reading(self, active: Active | None) -> Reading:
         """The stacked A of these adapters, or of all, cut out once as long as it is used."""
+        if self.shelf is not None:
+            return self.shelf.of(active).reading
         return self._cuts.of(active, self.lora_A, self._cut)
 
     def _cut(self, active: Active | None) -> Reading:
@@ -159,23 +194,49 @@ class InputGroup(nn.Module):
             tuple(tuple(counts[adapter] for adapter in active) for counts in self.slots),
         )
 
+    def look(self, context: LayerContext, x: Float[Tensor, "*batch in_features"]) -> None:
+        """Note what adapters have read of an input, if gates are to weigh by that and not by the input itself."""
+        gates, reading = slot_gates(context.running, context.index, self.names), self.reading(context.active)
+        context.slots = None
+        if not any(gates):
+            return
+        x = x.reshape(-1, x.shape[-1])
+        named = shortlists(context.running.only, gates)
+        plan = self._plan(context, reading, len(x), gates, named)
+        if plan.source == "input":
+            return
+        read = x if x.dtype == reading.lora_A.dtype else x.to(reading.lora_A.dtype)
+        if plan.source == "list":
+            parts = zip(named, reading.parts, strict=True)
+            found = [read_listed(gate, x, read, part, plan.read) for gate, part in parts]
+            context.slots = Slots(None, [], found, reading.starts, context.active, plan.write)
+            return
+        with exactly(x.device.type):
+            whole = F.linear(read, reading.lora_A, reading.input_bias)
+        own = whole.split_with_sizes(reading.sizes, -1)
+        context.slots = Slots(whole, own, [None] * len(self.names), reading.starts, context.active, plan.write)
+
     def project(
         self, context: LayerContext, x: Float[Tensor, "*batch in_features"], weights: Float[Tensor, "*tokens gates"]
     ) -> None:
         """Compute the weighted slots of all modules for one input, and note them in the context."""
-        reading = self.reading(context.active)
+        reading, slots = self.reading(context.active), context.slots
         context.group, context.seen = self, x
         if weights.shape[-1] == reading.adapters:
             context.member_weights, each = (weights,) * len(self.names), False
         else:
             context.member_weights, each = weights.split(reading.adapters, dim=-1), True
-        if self.dropout and self.training:
+        if slots is not None and slots.write != "all":
+            context.products = self._pick_read(context, reading, slots)
+            return
+        dropping = bool(self.dropout) and self.training
+        if dropping:
             x = F.dropout(x, self.dropout)
         lora_A = reading.lora_A
         if x.dtype != lora_A.dtype:
             x = x.to(lora_A.dtype)
         x = x.reshape(-1, x.shape[-1])
-        if context.most is not None and weights.dim() > 1:
+        if slots is None and context.most is not None and weights.dim() > 1:
             way, span = self._way(context, reading, len(x))
             if way != "all":
                 context.products = self._pick(context, reading, x, span, way)
@@ -184,7 +245,8 @@ class InputGroup(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
             weighted = WeightedProduct.apply(x, lora_A, reading.input_bias, weights, expand)
         else:
-            weighted = F.linear(x, lora_A, reading.input_bias)
+            seen = None if slots is None or dropping or torch.is_autocast_enabled(x.device.type) else slots.whole
+            weighted = F.linear(x, lora_A, reading.input_bias) if seen is None else seen
             weighted = weighted * slot_weights(weights, expand, weighted.dtype)
         if context.mixes is not False:
             mixed = self._mix(reading, weighted, slot_weights(weights, expand, weighted.dtype))
@@ -192,13 +254,31 @@ class InputGroup(nn.Module):
             weighted = mixed if isinstance(mixes, bool) else torch.where(mixes, mixed, weighted)
         context.products = weighted.split_with_sizes(reading.sizes, -1) if len(self.names) > 1 else (weighted,)
 
-    def _way(self, context: LayerContext, reading: Reading, positions: int) -> tuple[Way, int]:
-        """How to compute what few adapters at each position add, and how many positions in a row use the same ones."""
+    def _may_pick(self, context: LayerContext, reading: Reading) -> bool:
+        """Whether what few adapters at each position add may be computed alone."""
         if torch.is_grad_enabled() or context.mixes is not False or torch.compiler.is_compiling():
             # A graph has one way for all sizes; and backwards are those of the one product.
-            return "all", 1
-        device = reading.lora_A.device.type
-        if torch.is_autocast_enabled(device) or not reading.pads_little:
+            return False
+        return not torch.is_autocast_enabled(reading.lora_A.device.type) and reading.pads_little
+
+    def _sizes(self, context: LayerContext, reading: Reading, positions: int, span: int) -> Sizes:
+        used = [(max(counts), features) for counts, features in zip(reading.slots, self.out_features, strict=True)]
+        assert context.most is not None
+        return Sizes(
+            rows=positions // span,
+            span=span,
+            adapters=reading.adapters,
+            most=context.most,
+            in_features=reading.lora_A.shape[1],
+            slots=tuple(slots for slots, _ in used),
+            out_features=tuple(features for _, features in used),
+            itemsize=reading.lora_A.element_size(),
+            device=reading.lora_A.device.type,
+        )
+
+    def _way(self, context: LayerContext, reading: Reading, positions: int) -> tuple[Way, int]:
+        """How to compute what few adapters at each position add, and how many positions in a row use the same ones."""
+        if not self._may_pick(context, reading):
             return "all", 1
         of_rows = context.by_row and self.rows == "tokens" and positions == math.prod(context.shape)
         span = context.shape[1] if of_rows else 1
@@ -207,20 +287,55 @@ class InputGroup(nn.Module):
         if key not in self._ways:
             if len(self._ways) >= _KEPT_WAYS:
                 self._ways.clear()
-            used = [(max(counts), features) for counts, features in zip(reading.slots, self.out_features, strict=True)]
-            sizes = Sizes(
-                rows=positions // span,
-                span=span,
-                adapters=reading.adapters,
-                most=context.most,
-                in_features=reading.lora_A.shape[1],
-                slots=tuple(slots for slots, _ in used),
-                out_features=tuple(features for _, features in used),
-                itemsize=reading.lora_A.element_size(),
-                device=device,
-            )
-            self._ways[key] = cheapest(sizes)
+            self._ways[key] = cheapest(self._sizes(context, reading, positions, span))
         return self._ways[key], span
+
+    def _plan(
+        self,
+        context: LayerContext,
+        reading: Reading,
+        positions: int,
+        gates: Sequence[Sequence[WeighsSlots]],
+        named: Sequence[Shortlists],
+    ) -> Plan:
+        """From what gates weigh this input, and how the updates are computed then."""
+        rows = sum(gate.score_rows for own in gates for gate in own)
+        if rows > reading.adapters * len(gates):
+            # More than one for each adapter are as much as another A.
+            rows = 0
+        if torch.is_grad_enabled() and rows:
+            # The product with A is that of the backward, and would be another one.
+            return BY_INPUT
+        if context.most is None or not self._may_pick(context, reading):
+            return EVERYTHING_READ
+        scoring = Scoring(
+            rows,
+            sum(gate.list_rows for gate in named),
+            max((gate.candidates for gate in named), default=0),
+        )
+        key = (positions, reading.adapters, context.most, *scoring)
+        if key not in self._plans:
+            if len(self._plans) >= _KEPT_WAYS:
+                self._plans.clear()
+            self._plans[key] = cheapest_plan(self._sizes(context, reading, positions, 1), scoring)
+        return self._plans[key]
+
+    def _pick_read(self, context: LayerContext, reading: Reading, slots: Slots) -> list[Picked | None]:
+        """What the picked adapters of each module have read already; None as in `_pick`."""
+        picked: list[Picked | None] = []
+        sizes = (context.most or 1, reading.adapters)
+        for member, counts in enumerate(reading.slots):
+            listed = slots.listed[member]
+            if not any(counts):
+                picked.append(None)
+            elif listed is not None:
+                found = Picks.among(listed.slots, listed.weights, listed.adapters, sizes, slots.write)
+                picked.append(Picked(*found))
+            else:
+                by_position = by_adapter(slots.own[member].T, counts).permute(2, 0, 1)
+                weights = context.member_weights[member].expand(len(by_position), -1)
+                picked.append(Picked(*Picks.among(by_position, weights, None, sizes, slots.write)))
+        return picked
 
     def _pick(
         self, context: LayerContext, reading: Reading, x: Float[Tensor, "tokens in_features"], span: int, way: Way
@@ -261,6 +376,9 @@ class InputGroup(nn.Module):
         """Drop what was cut out, and which ways were the cheapest."""
         self._cuts.clear()
         self._ways.clear()
+        self._plans.clear()
+        if self.shelf is not None:
+            self.shelf.stock.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.forget()
@@ -279,12 +397,12 @@ def _indices(slices: Sequence[slice], device: torch.device) -> Int[Tensor, " kep
     return torch.tensor(kept, dtype=torch.long, device=device)
 
 
-def _places(stacks: Sequence[StackedLora]) -> Int[Tensor, " slots"]:
+def _places(slots: Sequence[Counts]) -> Int[Tensor, " slots"]:
     places, start = [], 0
-    for stack in stacks:
-        places += [start + place for count in stack.slots for place in range(count)]
-        start += max(stack.slots)
-    return torch.tensor(places)
+    for counts in slots:
+        places += [start + place for count in counts for place in range(count)]
+        start += max(counts)
+    return torch.tensor(places, dtype=torch.long)
 
 
 def _stack_input_bias(stacks: Sequence[StackedLora], device: torch.device) -> Tensor | None:
@@ -339,3 +457,84 @@ def cut_writing(
     if output_scale is not None:
         scale = output_scale.index_select(0, torch.tensor(active, dtype=torch.long, device=output_scale.device))
     return Writing(lora_B.index_select(0, index), scale, tuple(counts[adapter] for adapter in active))
+
+
+@dataclass(eq=False)
+class GroupPart:
+    """The matrices of some adapters for linears that read one input.
+
+    Attributes:
+        reading: their stacked A.
+        writings: the stacked B of each linear.
+    """
+
+    reading: Reading
+    writings: tuple[Writing, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.reading.nbytes + sum(writing.nbytes for writing in self.writings)
+
+    @classmethod
+    def of_one(cls, stacks: Sequence[StackedLora], starts: Sequence[int], device: torch.device) -> GroupPart:
+        """That of one adapter, given its update of each linear, and where the places of each begin."""
+        places = [torch.arange(sum(stack.slots)) + start for stack, start in zip(stacks, starts, strict=True)]
+        bias = _stack_input_bias(stacks, device)
+        reading = Reading(
+            torch.cat([stack.lora_A for stack in stacks]).to(device),
+            bias,
+            torch.cat(places).to(device),
+            tuple(stack.slots for stack in stacks),
+        )
+        return cls(
+            reading,
+            tuple(
+                Writing(
+                    stack.lora_B.to(device),
+                    None if stack.output_scale is None else stack.output_scale.to(device),
+                    stack.slots,
+                )
+                for stack in stacks
+            ),
+        )
+
+    @classmethod
+    def of_several(cls, parts: Sequence[GroupPart]) -> GroupPart:
+        """That of several adapters, in this order, given each one's."""
+        readings = [part.reading for part in parts]
+        slots = tuple(sum(counts, ()) for counts in zip(*(reading.slots for reading in readings), strict=True))
+        bias = None
+        if any(reading.input_bias is not None for reading in readings):
+            bias = _by_linear(readings, [_filled_bias(reading) for reading in readings])
+        return cls(
+            Reading(
+                _by_linear(readings, [reading.lora_A for reading in readings]),
+                bias,
+                _by_linear(readings, [reading.places for reading in readings]),
+                slots,
+            ),
+            tuple(
+                Writing(
+                    torch.cat([writing.lora_B for writing in writings]),
+                    _joined_scale([writing.output_scale for writing in writings]),
+                    counts,
+                )
+                for writings, counts in zip(zip(*(part.writings for part in parts), strict=True), slots, strict=True)
+            ),
+        )
+
+
+def _by_linear(readings: Sequence[Reading], tensors: Sequence[Tensor]) -> Tensor:
+    """Rows of all slots of each adapter, as those of all adapters of each linear."""
+    split = [tensor.split(reading.sizes) for tensor, reading in zip(tensors, readings, strict=True)]
+    return torch.cat([rows for of_linear in zip(*split, strict=True) for rows in of_linear])
+
+
+def _filled_bias(reading: Reading) -> Float[Tensor, " slots"]:
+    return reading.lora_A.new_zeros(len(reading.lora_A)) if reading.input_bias is None else reading.input_bias
+
+
+def _joined_scale(scales: Sequence[Tensor | None]) -> Float[Tensor, "adapters out_features"] | None:
+    present = [scale for scale in scales if scale is not None]
+    return torch.cat([torch.zeros_like(present[0]) if one is None else one for one in scales]) if present else None

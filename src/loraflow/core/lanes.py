@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loraflow.errors import FusionError, LoraflowError
+from loraflow.errors import ArchitectureError, FusionError, LoraflowError
 from loraflow.methods.base import Mixing, Place
 
 Gates = dict[str, nn.Module]
 """The gates of one method by site: `model`, `layers.3`, or `layers.3.self_attn.q_proj`."""
+
+KEEPER = "model"
+"""Where, among gates of layers or linears, is what their method keeps to read prompts by, if it does."""
 
 
 def learned_of(gates: Gates) -> dict[str, Tensor]:
@@ -68,6 +72,65 @@ class RowGate(nn.Module):
         return self.weights
 
 
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What whole prompts say of the adapters, for each request of its own.
+
+    Attributes:
+        prior: minus infinity where an adapter is excluded.
+    """
+
+    prior: Float[Tensor, "requests adapters"]
+
+    @functools.cached_property
+    def candidates(self) -> tuple[int, ...]:
+        """The adapters that some request does not exclude."""
+        return tuple(self.prior.isfinite().any(dim=0).nonzero().flatten().tolist())
+
+    @functools.cached_property
+    def most(self) -> int:
+        """How many adapters a request does not exclude, at most."""
+        return int(self.prior.isfinite().sum(dim=-1).max())
+
+
+class Informed(nn.Module):
+    """A gate of one lane, with what the prompts of its requests say of the adapters."""
+
+    def __init__(self, gate: nn.Module, heard: Heard) -> None:
+        super().__init__()
+        self.gate, self.heard = gate, heard
+
+    @property
+    def most(self) -> int:
+        """How many adapters have a weight at one position, at most."""
+        return max(1, min(self.heard.most, getattr(self.gate, "most", self.heard.most)))
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch adapters"]:
+        """The weights; all rows that are one request's stand together, whether they are beams, positions, or both."""
+        prior, positions = self.heard.prior.to(x.device), x.shape[:-1].numel()
+        prior = prior.repeat_interleave(positions // len(prior), dim=0)
+        return self.gate(x, prior.reshape(*x.shape[:-1], -1))
+
+
+def check_apart(gates: Iterable[nn.Module | None], where: str) -> None:
+    """Check that gates are not to weigh several prompts, each by what it says, where they cannot be told apart.
+
+    Raises:
+        ArchitectureError: if one is.
+    """
+    if any(isinstance(gate, Informed) and len(gate.heard.prior) > 1 for gate in gates):
+        raise ArchitectureError(
+            f"{where} reads rows of which it cannot be told whose they are, so a method that weighs each prompt's "
+            "tokens by what that prompt says cannot answer several together. Answer them one at a time."
+        )
+
+
+def inform(gates: Gates, prior: Float[Tensor, "requests adapters"]) -> Gates:
+    """A method's gates with what prompts say; what it keeps for the whole model has done its part."""
+    heard = Heard(prior)
+    return {site: Informed(gate, heard) for site, gate in gates.items() if site != KEEPER}
+
+
 @dataclass(frozen=True)
 class Lane:
     """Requests of a batch that are weighed alike.
@@ -94,6 +157,12 @@ class Lane:
             return None
         site = "model" if self.place == "model" else f"layers.{layer}"
         return self.gates.get(site if module is None else f"{site}.{module}")
+
+    @property
+    def reads_slots(self) -> bool:
+        """Whether its gates, which are all of one kind, can weigh by what the adapters have read."""
+        first = next(iter(self.gates.values()), None) if self.place == "module" else None
+        return hasattr(first, "weigh_slots")
 
     def spread(self, weights: Float[Tensor, "*weights own"], adapters: int) -> Float[Tensor, "*weights adapters"]:
         """The weights that a gate gave, each at its adapter's place among all."""
@@ -126,6 +195,7 @@ class Lanes:
         only: the one lane, where there are no others: its requests are all rows, in order.
         reads_embeddings: whether a gate of the whole model is among them.
         reads_modules: whether linears have gates of their own.
+        reads_slots: whether such gates can weigh by what the adapters have read.
         adds: whether gates among them add updates of their own.
         all_mix: whether all lanes mix parameters; None where some do and others mix outputs.
         uses: which adapters they use (`active.Use`), with gradients and without; found by the forwards.
@@ -137,6 +207,7 @@ class Lanes:
     only: Lane | None = field(init=False, repr=False)
     reads_embeddings: bool = field(init=False, repr=False)
     reads_modules: bool = field(init=False, repr=False)
+    reads_slots: bool = field(init=False, repr=False)
     adds: bool = field(init=False, repr=False)
     all_mix: bool | None = field(init=False, repr=False)
     uses: dict[bool, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -147,6 +218,7 @@ class Lanes:
         object.__setattr__(self, "only", self.lanes[0] if len(self.lanes) == 1 else None)
         object.__setattr__(self, "reads_embeddings", any(one.place == "model" and one.gates for one in self.lanes))
         object.__setattr__(self, "reads_modules", any(one.place == "module" and one.gates for one in self.lanes))
+        object.__setattr__(self, "reads_slots", any(one.reads_slots for one in self.lanes))
         object.__setattr__(self, "adds", any(one.adds and one.gates for one in self.lanes))
         mixing = {one.mixing == "parameters" for one in self.lanes}
         object.__setattr__(self, "all_mix", mixing.pop() if len(mixing) == 1 else None)

@@ -72,16 +72,18 @@ class FusedLinear(nn.Module):
         And what gates add of their own, where a method's do.
         """
         result = self._add_weighted(x, base_output)
-        group, member, context, _ = self.fused
+        group, member, context = self.fused
         return add_own_updates(context, group.names[member], group.rows, x, result) if context.running.adds else result
 
     def _add_weighted(
         self, x: Float[Tensor, "*batch in_features"], base_output: Float[Tensor, "*batch out_features"]
     ) -> Float[Tensor, "*batch out_features"]:
-        group, member, context, uses_dora = self.fused
+        group, member, context = self.fused
         if context.alone is not None:
             return self._each_alone(x, base_output)
         if context.seen is not x or context.group is not group:
+            if context.running.reads_slots:
+                group.look(context, x)
             weights = context.weights_for(group.names, group.rows, x)
             if weights is None:
                 return base_output
@@ -101,12 +103,12 @@ class FusedLinear(nn.Module):
             base_output = base_output.contiguous()
         shape = base_output.shape
         flat = base_output.view(-1, shape[-1])
-        if not uses_dora and not (torch.is_grad_enabled() and (flat.requires_grad or product.requires_grad)):
+        if output_scale is None and not (torch.is_grad_enabled() and (flat.requires_grad or product.requires_grad)):
             # Adding in place saves a tensor and, at one token, time.
             flat.addmm_(product, lora_B)
             return base_output
         result = torch.addmm(flat, product, lora_B)
-        if uses_dora:
+        if output_scale is not None:
             dense = flat if self.bias is None else flat - cast(Tensor, self.bias)
             result = result + ScaledOutput.apply(dense, context.member_weights[member], output_scale)
         return result.view(shape)
@@ -115,7 +117,8 @@ class FusedLinear(nn.Module):
         self, picked: Picked, base_output: Float[Tensor, "*batch out_features"], writing: Writing
     ) -> Float[Tensor, "*batch out_features"]:
         """Add the updates of the adapters that each row uses; without gradients."""
-        _, member, context, uses_dora = self.fused
+        _, member, context = self.fused
+        uses_dora = writing.output_scale is not None
         flat = base_output.reshape(-1, base_output.shape[-1])
         dense = flat if not uses_dora or self.bias is None else flat - cast(Tensor, self.bias)
         scaled = None
@@ -131,11 +134,14 @@ class FusedLinear(nn.Module):
 
     def writing(self, active: Active | None) -> Writing:
         """The stacked B of these adapters, or of all, cut out once as long as it is used."""
+        group, member, _ = self.fused
+        if group.shelf is not None:
+            return group.shelf.of(active).writings[member]
         return self.lora_cuts.of(active, self.lora_B, self._cut)
 
     def prepare(self, use: Use, *, each: bool) -> None:
         """Make what lanes use, before the first forward that does; `each` if linears have weights of their own."""
-        group, member, context, _ = self.fused
+        group, member, context = self.fused
         if use.active is not None and not context.keeps:
             use.index(self.lora_B.device)
             self.writing(use.active)
@@ -143,7 +149,7 @@ class FusedLinear(nn.Module):
             group.reading(None if context.keeps else use.active).expansion(each and len(group.names) > 1)
 
     def _cut(self, active: Active | None) -> Writing:
-        group, member, _, _ = self.fused
+        group, member, _ = self.fused
         return cut_writing(self.lora_B, self.lora_output_scale, group, member, active)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -159,7 +165,7 @@ class FusedLinear(nn.Module):
         Raises:
             ArchitectureError: if it cannot be told which rows are whose.
         """
-        group, member, context, _ = self.fused
+        group, member, context = self.fused
         assert context.alone is not None
         if group.rows == "unknown" and len(context.alone) > 1:
             raise ArchitectureError(
@@ -171,15 +177,25 @@ class FusedLinear(nn.Module):
         for row, adapter in enumerate(context.alone):
             if adapter is None or not group.slots[member][adapter]:
                 continue
-            own, grouped = group.slots_of(member, adapter)
-            bias = None if group.input_bias is None else group.input_bias[grouped]
-            lora_A, lora_B = group.lora_A[grouped], self.lora_B[own]
+            lora_A, bias, lora_B, scale = self._of_one(adapter)
             product = F.linear(rows[row].to(lora_A.dtype), lora_A, bias)
-            if self.lora_output_scale is not None:
+            if scale is not None:
                 dense = result[row] if self.bias is None else result[row] - cast(Tensor, self.bias)
-                result[row] += dense * self.lora_output_scale[adapter].to(dense.dtype)
+                result[row] += dense * scale.to(dense.dtype)
             result[row].addmm_(product.to(result.dtype), lora_B.to(result.dtype))
         return result.view(base_output.shape)
+
+    def _of_one(self, adapter: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """A, its bias, B and DoRA's output scale of one adapter."""
+        group, member, _ = self.fused
+        if group.shelf is not None:
+            part = group.shelf.of((adapter,))
+            (lora_A, bias), writing = part.reading.of(member), part.writings[member]
+            return lora_A, bias, writing.lora_B, None if writing.output_scale is None else writing.output_scale[0]
+        own, grouped = group.slots_of(member, adapter)
+        bias = None if group.input_bias is None else group.input_bias[grouped]
+        scale = None if self.lora_output_scale is None else self.lora_output_scale[adapter]
+        return group.lora_A[grouped], bias, self.lora_B[own], scale
 
 
 class Member(NamedTuple):
@@ -189,13 +205,11 @@ class Member(NamedTuple):
         group: the linears that read its input.
         member: its position among them.
         context: what its layer's gates and linears share.
-        uses_dora: whether one of the adapters is a DoRA there.
     """
 
     group: InputGroup
     member: int
     context: LayerContext
-    uses_dora: bool
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from torch import Tensor
 from loraflow.core.routed import Routed
 
 Way = Literal["all", "gathered", "grouped"]
+Stage = Literal["read", "write"]
 
 # Multiplications and additions in the time of a byte, and bytes in that of starting an operation: for one core of a
 # server (10 GB/s, 80 GFLOP/s, 5 us), and for a large GPU (2 TB/s, 200 TFLOP/s, 5 us).
@@ -31,6 +32,10 @@ _FLOPS = {"cpu": 8}
 _FLOPS_ELSEWHERE = 100
 _START = {"cpu": 50_000}
 _START_ELSEWHERE = 10_000_000
+
+# Gates score in float32, where the base's precision is not more.
+_GATE_BYTES = 4
+_SLOT_OPERATIONS = 6
 
 # The grouped kernels want rows of whole 16 bytes.
 _ALIGNED_BYTES = 16
@@ -62,11 +67,16 @@ class Sizes:
     itemsize: int
     device: str = "cpu"
 
-    @property
-    def adapter(self) -> int:
-        """Numbers in the matrices of one adapter."""
-        pairs = zip(self.slots, self.out_features, strict=True)
-        return sum(slots * (self.in_features + features) for slots, features in pairs)
+    def matrices(self, stage: Stage) -> int:
+        """Numbers in the A, or in the B, of one adapter."""
+        if stage == "read":
+            return sum(self.slots) * self.in_features
+        return sum(slots * features for slots, features in zip(self.slots, self.out_features, strict=True))
+
+    def time_of(self, flops: float, operations: int) -> float:
+        """Bytes that could be moved in the time of arithmetic, and of starting operations."""
+        start = _START.get(self.device, _START_ELSEWHERE)
+        return flops / _FLOPS.get(self.device, _FLOPS_ELSEWHERE) + operations * start
 
     @property
     def aligned(self) -> bool:
@@ -79,35 +89,111 @@ def moved_bytes(way: Way, sizes: Sizes) -> int:
 
     A copy of a gathered matrix is read where it was just written; that is no way to the memory.
     """
+    return _numbers("read", way, sizes, sizes.most) + _numbers("write", way, sizes, sizes.most)
+
+
+def _numbers(stage: Stage, way: Way, sizes: Sizes, used: int) -> int:
+    """Bytes of one stage: the products with A, or with B, of `used` adapters for each row."""
     positions, slots, written = sizes.rows * sizes.span, sum(sizes.slots), sum(sizes.out_features)
-    pairs = positions * sizes.most
+    pairs, reads = positions * used, stage == "read"
     if way == "grouped":
-        matrices = min(sizes.adapters, pairs) * sizes.adapter
-        activations = pairs * (3 * sizes.in_features + 4 * slots + 4 * written) + 3 * positions * written
+        matrices = min(sizes.adapters, pairs) * sizes.matrices(stage)
+        activations = pairs * (3 * sizes.in_features if reads else 4 * written) + 2 * pairs * slots
+        activations += 0 if reads else 3 * positions * written
     else:
-        stacked = sizes.adapters if way == "all" else sizes.most
-        matrices = (1 if way == "all" else sizes.rows) * stacked * sizes.adapter
-        activations = positions * (sizes.in_features + 4 * stacked * slots + 2 * written)
+        stacked = sizes.adapters if way == "all" else used
+        matrices = (1 if way == "all" else sizes.rows) * stacked * sizes.matrices(stage)
+        activations = positions * ((sizes.in_features if reads else 2 * written) + 2 * stacked * slots)
     return (matrices + activations) * sizes.itemsize
+
+
+def _cost(stage: Stage, way: Way, sizes: Sizes, used: int) -> float:
+    """What one stage costs, in bytes."""
+    linears, reads = len(sizes.slots), stage == "read"
+    operations = {
+        "all": 2 if reads else linears,
+        "gathered": 1 + 3 * linears if reads else 2 + 2 * linears,
+        "grouped": 4 + 4 * linears if reads else 4 + 3 * linears,
+    }[way]
+    multiplied = sizes.adapters if way == "all" else used
+    flops = 2 * sizes.rows * sizes.span * multiplied * sizes.matrices(stage)
+    return _numbers(stage, way, sizes, used) + sizes.time_of(flops, operations)
 
 
 def cost(way: Way, sizes: Sizes) -> float:
     """What a way costs, in bytes."""
-    linears = len(sizes.slots)
-    operations = {"all": 2 + linears, "gathered": 3 + 5 * linears, "grouped": 8 + 7 * linears}[way]
-    used = sizes.adapters if way == "all" else sizes.most
-    flops = 2 * sizes.rows * sizes.span * used * sizes.adapter
-    return (
-        moved_bytes(way, sizes)
-        + flops / _FLOPS.get(sizes.device, _FLOPS_ELSEWHERE)
-        + operations * _START.get(sizes.device, _START_ELSEWHERE)
-    )
+    return _cost("read", way, sizes, sizes.most) + _cost("write", way, sizes, sizes.most)
+
+
+def ways_for(sizes: Sizes) -> tuple[Way, ...]:
+    """The ways that there are for such sizes."""
+    return ("all", "gathered", "grouped") if sizes.aligned else ("all", "gathered")
 
 
 def cheapest(sizes: Sizes) -> Way:
     """The way that costs least, of those that there are for such sizes."""
-    ways: tuple[Way, ...] = ("all", "gathered", "grouped") if sizes.aligned else ("all", "gathered")
-    return min(ways, key=lambda way: cost(way, sizes))
+    return min(ways_for(sizes), key=lambda way: cost(way, sizes))
+
+
+class Scoring(NamedTuple):
+    """What gates of the linears need that can weigh adapters by what those have read.
+
+    Attributes:
+        input_rows: rows as wide as the input that they multiply if they weigh by the input instead, of all linears; 0
+            where they are not to, for these rows take memory.
+        list_rows: those that find candidates; 0 where there are none.
+        candidates: at each position.
+    """
+
+    input_rows: int
+    list_rows: int = 0
+    candidates: int = 0
+
+
+class Plan(NamedTuple):
+    """From what gates weigh, and how the updates of the adapters with a weight are computed then.
+
+    Attributes:
+        source: "slots", what all adapters have read; "list", what candidates have; "input", the input itself.
+        read: the way to that.
+        write: the way to the updates.
+    """
+
+    source: Literal["slots", "list", "input"]
+    read: Way
+    write: Way
+
+
+EVERYTHING_READ = Plan("slots", "all", "all")
+BY_INPUT = Plan("input", "all", "all")
+
+
+def cheapest_plan(sizes: Sizes, scoring: Scoring) -> Plan:
+    """The plan that costs least."""
+    linears, picking = len(sizes.slots), [way for way in ways_for(sizes) if way != "all"]
+    whole, choosing = _cost("read", "all", sizes, sizes.most), sizes.time_of(0, 4 * linears)
+    # Small matrices are multiplied by adapter, which takes more operations than one product with the input.
+    weighing = sizes.time_of(0, _SLOT_OPERATIONS * linears)
+    costs = {EVERYTHING_READ: whole + weighing + _cost("write", "all", sizes, sizes.most)}
+    if scoring.input_rows:
+        best = cheapest(sizes)
+        costs[Plan("input", best, best)] = _scored(sizes, scoring.input_rows) + cost(best, sizes)
+    for write in picking:
+        written = _cost("write", write, sizes, sizes.most) + choosing + weighing
+        costs[Plan("slots", "all", write)] = whole + written
+        for read in picking if scoring.list_rows else ():
+            # The candidates' small matrices are copied for each position.
+            small = sizes.rows * scoring.candidates * sum(slots**2 for slots in sizes.slots) * _GATE_BYTES
+            found = _scored(sizes, scoring.list_rows) + _cost("read", read, sizes, scoring.candidates)
+            costs[Plan("list", read, write)] = found + 2 * small + written
+    return min(costs, key=lambda plan: costs[plan])
+
+
+def _scored(sizes: Sizes, rows: int) -> float:
+    """What a product of the input with so many rows costs."""
+    numbers = rows * sizes.in_features + sizes.rows * sizes.span * (sizes.in_features + rows)
+    flops = 2 * sizes.rows * sizes.span * rows * sizes.in_features
+    return numbers * _GATE_BYTES + sizes.time_of(flops, 2 * len(sizes.slots))
 
 
 def by_adapter(
@@ -148,6 +234,48 @@ class Picks:
             return cls(chosen, picked, None)
         of_positions = chosen.repeat_interleave(span, dim=0)
         return cls(chosen, picked, Routed.sort(of_positions, weights.shape[-1], "grouped_mm"))
+
+    @classmethod
+    def listing(cls, listed: Int[Tensor, "positions candidates"], like: Tensor, adapters: int, way: Way) -> Picks:
+        """Candidates that are to be read, before one of so many adapters has a weight."""
+        routed = Routed.sort(listed, adapters, "grouped_mm") if way == "grouped" else None
+        return cls(listed, like.new_ones(listed.shape)[:, None], routed)
+
+    def of_positions(self, slots: Tensor) -> Float[Tensor, "positions most width"]:
+        """What `read` gave, by position."""
+        rows, _, most = self.weights.shape
+        if self.routed is None:
+            return slots.view(rows, most, -1)
+        return torch.empty_like(slots).index_copy_(0, self.routed.order, slots).view(rows, most, -1)
+
+    @classmethod
+    def among(
+        cls,
+        slots: Float[Tensor, "positions candidates width"],
+        weights: Float[Tensor, "positions candidates"],
+        listed: Int[Tensor, "positions candidates"] | None,
+        sizes: tuple[int, int],
+        way: Way,
+    ) -> tuple[Picks, Tensor]:
+        """Picks of what was read already, and their weighted slots, for `write`.
+
+        Args:
+            slots: what candidates have read.
+            weights: their fusion weights, of which few are not zero.
+            listed: who they are; None for all adapters.
+            sizes: how many of them have a weight, at most, and how many adapters there are.
+            way: how they are written.
+        """
+        most, adapters = sizes
+        places = weights.abs().topk(min(most, weights.shape[-1]), dim=-1).indices
+        chosen = places if listed is None else listed.gather(-1, places)
+        picked = weights.gather(-1, places)
+        own = slots.gather(1, places[..., None].expand(-1, -1, slots.shape[-1]))
+        weighted = own * picked[..., None].to(own.dtype)
+        if way != "grouped":
+            return cls(chosen, picked[:, None], None), weighted.flatten(1)[:, None]
+        routed = Routed.sort(chosen, adapters, "grouped_mm")
+        return cls(chosen, picked[:, None], routed), weighted.flatten(0, 1)[routed.order]
 
     def read(
         self,

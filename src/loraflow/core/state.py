@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraflow.adapters import Adapter
+from loraflow.adapters import Adapter, AdapterBank
 from loraflow.bases import BaseRecord
 from loraflow.core.asking import Asking
 from loraflow.core.attach import Attachment, Built
 from loraflow.core.choice import Choice, Use
 from loraflow.core.lanes import Gates, load_gates
+from loraflow.core.names import check_adapter_names
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods import Method, get_method
@@ -47,6 +48,9 @@ class FusionState(Asking, _OfBase):
         endings: what ends an answer, where a call of `generate` says nothing else; saved with the fusion.
         attachment: the adapters in the model, for whoever works on that level.
         base_record: what tells the base from others.
+        bank: what its adapters are all of, where it was made of one: calls that begin after the bank has changed use
+            what is in it then, unless the fusion's own method has learned something with those of before.
+        bank_changes: how often that had changed when its adapters were taken from it.
         training_record: what a fit of the fusion's own method did, as JSON values; None before.
     """
 
@@ -62,6 +66,8 @@ class FusionState(Asking, _OfBase):
     attachment: Attachment
     base_record: BaseRecord
     training_record: dict[str, Any] | None
+    bank: AdapterBank | None = None
+    bank_changes: int = 0
 
     def __init__(
         self,
@@ -151,6 +157,7 @@ class FusionState(Asking, _OfBase):
         """
         with self.attachment.turn():
             self.attachment.check_attached()
+            self._follow_bank()
             self._choice.change(self._choice.fresh(method, self.attachment))
             if not self._choice.in_block:
                 self.training_record = None
@@ -170,6 +177,7 @@ class FusionState(Asking, _OfBase):
         """
         with self.attachment.turn():
             self.attachment.check_attached()
+            self._follow_bank()
             use = self._choice.fresh(method, self.attachment)
         try:
             with self._choice.block(use):
@@ -208,6 +216,7 @@ class FusionState(Asking, _OfBase):
     def _with_turn(self) -> Iterator[None]:
         with self.attachment.turn():
             self.attachment.check_attached()
+            self._follow_bank()
             use = self._choice.now
             if not use.fits(self.adapters):
                 raise LoraflowError(
@@ -298,6 +307,7 @@ class FusionState(Asking, _OfBase):
         read while it runs (quantised, offloaded), all of it has. Where it fails the model is as it was, but for its
         method.
         """
+        self.bank = None
         aside = not self._choice.own.gates and self.attachment.reads_aside
         built = self.attachment.build(adapters) if aside else None
         with self.attachment.turn():
@@ -315,13 +325,40 @@ class FusionState(Asking, _OfBase):
     def exchanged(self, adapters: Sequence[Adapter]) -> Iterator[Self]:
         """Have others in place of all adapters inside the block, at first as the base; then all is as it was."""
         with self.attachment.turn():
-            before = self.adapters
-            self._swap_adapters(adapters)
+            before, bank, self.bank = self.adapters, self.bank, None
             try:
-                with self.using("base"):
-                    yield self
+                self._swap_adapters(adapters)
+                try:
+                    with self.using("base"):
+                        yield self
+                finally:
+                    self._swap_adapters(before)
             finally:
-                self._swap_adapters(before)
+                self.bank = bank
+
+    def _follow_bank(self) -> None:
+        """Have the adapters that the bank has by now, unless a call runs: that keeps those that it began with.
+
+        Raises:
+            MethodError: if the fusion's own method, or the caller's, names one that is no longer there.
+        """
+        own = self._choice.own.method
+        if self.bank is None or self._calls or own.learns is not None or self.bank.changes == self.bank_changes:
+            return
+        changes, adapters = self.bank.changes, self.bank.stored()
+        names = [adapter.name for adapter in adapters]
+        check_adapter_names(names)
+        get_method(own, names)
+        self._choice.own = Use(get_method("base", []), {}, self.adapters)
+        try:
+            self._swap_adapters(adapters)
+            self.bank_changes = changes
+        finally:
+            self._choice.own = self._choice.fresh(own, self.attachment)
+            self._register()
+        now = self._choice.now
+        if not now.fits(self.adapters) and now.method.learns is None:
+            self._choice.change(self._choice.fresh(now.method, self.attachment))
 
     def _swap_adapters(self, adapters: Sequence[Adapter], built: Built | None = None) -> None:
         """Take all adapters out and put others in; where that fails, the same ones again."""

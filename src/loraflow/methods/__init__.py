@@ -11,15 +11,20 @@ from typing import Any
 from loraflow.errors import MethodError, did_you_mean
 from loraflow.methods.adapter_core import AdapterCore
 from loraflow.methods.arrow import Arrow
-from loraflow.methods.base import Method, QueryMethod, Site
+from loraflow.methods.base import Method, QueryMethod, ScoredMethod, Site
 from loraflow.methods.centroid import Centroid
+from loraflow.methods.lag import Lag
 from loraflow.methods.learned_static import LearnedStatic
 from loraflow.methods.logo import Logo
 from loraflow.methods.lora_flow import LoraFlow
 from loraflow.methods.lora_retriever import LoraRetriever
 from loraflow.methods.lorahub import LoraHub
+from loraflow.methods.norm_max import NormMax
+from loraflow.methods.on_top import PARAMETER, OnTop
 from loraflow.methods.phatgoose import Phatgoose
 from loraflow.methods.qa_flora import QaFlora
+from loraflow.methods.ramole import Ramole
+from loraflow.methods.spectr import SpectR
 from loraflow.methods.static import Average, Base, Static
 
 ENTRY_POINTS = "loraflow.methods"
@@ -37,7 +42,11 @@ METHODS: dict[str, type[Method]] = {
         Centroid,
         LoraRetriever,
         Arrow,
+        SpectR,
+        NormMax,
+        Lag,
         Phatgoose,
+        Ramole,
         LoraFlow,
         AdapterCore,
     )
@@ -50,16 +59,22 @@ __all__ = [
     "Average",
     "Base",
     "Centroid",
+    "Lag",
     "LearnedStatic",
     "Logo",
     "LoraFlow",
     "LoraHub",
     "LoraRetriever",
     "Method",
+    "NormMax",
+    "OnTop",
     "Phatgoose",
     "QaFlora",
     "QueryMethod",
+    "Ramole",
+    "ScoredMethod",
     "Site",
+    "SpectR",
     "Static",
     "get_method",
     "make_method",
@@ -79,6 +94,10 @@ def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
         MethodError: if the name is unknown, or a parameter is.
     """
     found = _find(name)
+    if PARAMETER in parameters:
+        names = parameters[PARAMETER]
+        rest = {key: value for key, value in parameters.items() if key != PARAMETER}
+        return OnTop(make_method(name, rest), tuple(names) if isinstance(names, list) else names)
     known = [field.name for field in dataclasses.fields(found)]
     for parameter in parameters:
         if parameter not in known:

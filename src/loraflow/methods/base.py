@@ -1,18 +1,19 @@
 """The contract of a method: what it looks at, where its weights differ, what it learns, and how it gives them.
 
-=========  =======================================  =====================================================
-level      looks at                                 gives weights through
-=========  =======================================  =====================================================
-`task`     nothing                                  a gate that ignores its input
-`query`    the whole prompt, before generation      `QueryMethod.weigh`, once for each request
-`token`    each position of its place's input       a gate
-=========  =======================================  =====================================================
+| level | looks at | gives weights through |
+|---|---|---|
+| `task` | nothing | a gate that ignores its input |
+| `query` | the whole prompt, before generation | `weigh`, once for each request; a `ScoredMethod` scores first |
+| `token` | each position of its place's input | a gate |
 
 A *gate* is a module that reads an input `x` and gives the fusion weights, one for each adapter:
 
 ```python
 gate(x: Float[Tensor, "batch seq features"]) -> Float[Tensor, "batch seq adapters"]
 ```
+
+A method that looks at tokens may look at the whole prompt first (`reads_prompt`): what its `prior` says of each
+adapter, once for each request, its gates get beside each input, as `gate(x, prior)`.
 
 Weights that do not depend on the input may be given as `[adapters]`, those of whole rows as `[batch, adapters]`; they
 are broadcast. `place` says where gates stand: one for the whole model, for each layer, or for each linear module.
@@ -34,7 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loraflow.adapters import LoraModule
@@ -45,8 +46,8 @@ Place = Literal["model", "layer", "module"]
 Mixing = Literal["outputs", "parameters"]
 Learning = str
 """The name of a learner in `loraflow.training.learners`: "gradient" and gradient-free "search" learn on examples of the
-task at hand; "experts", by gradient with one adapter alone, and "samples", by looking, on each adapter's own data. What
-they need of the method and its gates is in the protocols below."""
+task at hand; "experts", by gradient with one adapter alone, "together", by gradient with all but a few, and "samples",
+by looking, on each adapter's own data. What they need of the method and its gates is in the protocols below."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Site:
     layers: int
     layer: int = 0
     module: str | None = None
-    updates: Mapping[str, tuple[LoraModule | None, ...]] = field(default_factory=dict, repr=False)
+    updates: Mapping[str, Sequence[LoraModule | None]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,23 @@ class Method(ABC):
     def recipe(self) -> Mapping[str, Any]:
         """Fields of `FitConfig` whose defaults this method's own source changes; a class may have one for all."""
         return {}
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it has to look at a whole prompt before that is answered."""
+        return False
+
+    def keeper(self, site: Site) -> nn.Module | None:
+        """Make what a method that weighs tokens keeps for the whole model, to read prompts by; or None."""
+        return None
+
+    def prior(self, query: Query, keeper: Any) -> Float[Tensor, " adapters"]:
+        """What a whole prompt says of each adapter, for gates that weigh its tokens; minus infinity excludes one.
+
+        Raises:
+            NotImplementedError: of methods that need none.
+        """
+        raise NotImplementedError(f"The method {self.name!r} has nothing to say of whole prompts.")
 
     @property
     def mixing(self) -> Mixing:
@@ -218,11 +236,33 @@ class LearnsAlone(Protocol):
 
 
 @runtime_checkable
+class LearnsAmong(Protocol):
+    """A gate that may learn among some of the adapters, as if there were no others.
+
+    Attributes:
+        among: which adapters those are, while it learns, `[adapters]`; else None.
+    """
+
+    among: Bool[Tensor, " adapters"] | None
+
+
+@runtime_checkable
+class Drops(Protocol):
+    """A method whose gates learn among adapters that change from forward to forward.
+
+    Attributes:
+        drop: the probability with which an adapter is left out of one.
+    """
+
+    drop: float
+
+
+@runtime_checkable
 class Embeds(Protocol):
     """A method that embeds texts."""
 
     def embed(self, query: Query, gate: Any) -> Float[Tensor, " hidden"]:
-        """The embedding of a text, given what the method's `gate` made."""
+        """The embedding of a text, given what the method's `gate` made for the whole model, or its `keeper`."""
 
 
 @runtime_checkable
@@ -301,6 +341,11 @@ class QueryMethod(Method):
 
     level: ClassVar[Level] = "query"
 
+    @property
+    def reads_prompt(self) -> bool:
+        """That is all it looks at."""
+        return True
+
     def gate(self, site: Site) -> QueryGate:
         """Make what the method keeps, for the whole model."""
         return QueryGate()
@@ -308,6 +353,33 @@ class QueryMethod(Method):
     @abstractmethod
     def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
         """The fusion weights of one request, given what `gate` made."""
+
+
+@dataclass(frozen=True)
+class ScoredMethod(QueryMethod):
+    """A query-level method that scores each adapter, the higher the better it fits, and weighs by the scores.
+
+    Who picks a few of many adapters compares their scores, and weighs those that are left by theirs alone.
+    """
+
+    @property
+    @abstractmethod
+    def measure(self) -> str:
+        """What a score is, for people, with its unit where it has one."""
+
+    @abstractmethod
+    def scores(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """How well each adapter fits a prompt, given what `gate` made; where layers differ, their mean says it."""
+
+    @abstractmethod
+    def weights_of(
+        self, scores: Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]
+    ) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """The fusion weights of adapters with these scores; those of some of them are as if there were no others."""
+
+    def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"] | Float[Tensor, " adapters"]:
+        """The fusion weights of one request, by its scores."""
+        return self.weights_of(self.scores(query, gate))
 
 
 def check_weights(weights: Any, adapters: Sequence[str], parameter: str) -> None:
@@ -355,7 +427,17 @@ def check_positive(value: Any, parameter: str) -> None:
         raise MethodError(f"`{parameter}` (={value!r}) must be a positive number.")
 
 
-def check_top_k(top_k: Any, adapters: Sequence[str]) -> None:
+def check_share(value: Any, parameter: str) -> None:
+    """Check that a parameter is a number of at least 0 and less than 1.
+
+    Raises:
+        MethodError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise MethodError(f"`{parameter}` (={value!r}) must be at least 0 and less than 1.")
+
+
+def check_top_k(top_k: Any, adapters: Sequence[str], parameter: str = "top_k") -> None:
     """Check a number of adapters to keep; None keeps all.
 
     Raises:
@@ -364,4 +446,6 @@ def check_top_k(top_k: Any, adapters: Sequence[str]) -> None:
     if top_k is None:
         return
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(adapters):
-        raise MethodError(f"`top_k` (={top_k!r}) must be between 1 and the number of adapters (={len(adapters)}).")
+        raise MethodError(
+            f"`{parameter}` (={top_k!r}) must be between 1 and the number of adapters (={len(adapters)})."
+        )

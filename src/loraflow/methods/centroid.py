@@ -23,11 +23,11 @@ from torch import Tensor
 
 from loraflow.methods._shared.centroids import BASE, EmbedsPrompts
 from loraflow.methods._shared.scores import top_k_softmax
-from loraflow.methods.base import Learning, Place, Query, QueryMethod, check_positive, check_top_k
+from loraflow.methods.base import Learning, Place, Query, ScoredMethod, check_positive, check_top_k
 
 
 @dataclass(frozen=True)
-class Centroid(EmbedsPrompts, QueryMethod):
+class Centroid(EmbedsPrompts, ScoredMethod):
     """Weights by likeness to each adapter's data.
 
     Attributes:
@@ -55,10 +55,17 @@ class Centroid(EmbedsPrompts, QueryMethod):
         super().__post_init__()
         check_positive(self.temperature, "temperature")
 
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
+    @property
+    def measure(self) -> str:  # noqa: D102
+        return "cosine"
+
+    def scores(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:
+        """A prompt's likeness to the centroids: cosines."""
         embedding, centroids = self.compared(query, gate, center=self.center)
-        cosines = torch.cosine_similarity(embedding, centroids, dim=-1)
-        return top_k_softmax(cosines, self.top_k or len(cosines), self.temperature)
+        return torch.cosine_similarity(embedding, centroids, dim=-1)
+
+    def weights_of(self, scores: Float[Tensor, " adapters"]) -> Float[Tensor, " adapters"]:  # noqa: D102
+        return top_k_softmax(scores, self.top_k or len(scores), self.temperature)
 
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
         check_top_k(self.top_k, adapters)

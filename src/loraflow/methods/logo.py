@@ -25,7 +25,7 @@ from torch import Tensor
 from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError, did_you_mean
 from loraflow.methods._shared.scores import largest_normalized
-from loraflow.methods.base import Place, Query, QueryGate, QueryMethod, Site, check_choice, check_top_k
+from loraflow.methods.base import Place, Query, QueryGate, ScoredMethod, Site, check_choice, check_top_k
 
 
 class LogoProbe(QueryGate):
@@ -38,7 +38,7 @@ class LogoProbe(QueryGate):
 
 
 @dataclass(frozen=True)
-class Logo(QueryMethod):
+class Logo(ScoredMethod):
     """LoGo's weights.
 
     Attributes:
@@ -83,11 +83,18 @@ class Logo(QueryMethod):
             )
         return LogoProbe(prefix + module, shared[module])
 
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
+    @property
+    def measure(self) -> str:  # noqa: D102
+        return "norm of the update" if self.score == "norm" else "inverse entropy of the update, 1 / nats"
+
+    def scores(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:  # noqa: D102
         x = query.module_input(gate.module)[-1].double().cpu()
         outputs = [u.scaling * (u.lora_B.double() @ (u.lora_A.double() @ x)) for u in gate.updates]
         score = torch.linalg.vector_norm if self.score == "norm" else _inverse_entropy
-        return largest_normalized(torch.stack([score(output) for output in outputs]), self.top_k)
+        return torch.stack([score(output) for output in outputs])
+
+    def weights_of(self, scores: Float[Tensor, " adapters"]) -> Float[Tensor, " adapters"]:  # noqa: D102
+        return largest_normalized(scores, self.top_k)
 
     def check(self, adapters: Sequence[str]) -> None:  # noqa: D102
         check_top_k(self.top_k, adapters)

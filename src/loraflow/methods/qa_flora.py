@@ -24,16 +24,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraflow.methods.base import Place, Query, QueryMethod, check_choice, check_positive
+from loraflow.methods.base import Place, Query, ScoredMethod, check_choice, check_positive
 
 Distance = Literal["kl", "js", "cosine", "euclidean"]
-_DISTANCES = ("kl", "js", "cosine", "euclidean")
+_MEASURES: dict[str, str] = {
+    "kl": "KL divergence, nats",
+    "js": "Jensen-Shannon divergence, nats",
+    "cosine": "cosine distance",
+    "euclidean": "Euclidean distance",
+}
 # Values of float64 that the lens may hold at a time: 256 MiB.
 _LENS_VALUES = 2**25
 
 
 @dataclass(frozen=True)
-class QaFlora(QueryMethod):
+class QaFlora(ScoredMethod):
     """qa-FLoRA's weights.
 
     Attributes:
@@ -54,11 +59,17 @@ class QaFlora(QueryMethod):
     place: ClassVar[Place] = "layer"
 
     def __post_init__(self) -> None:
-        check_choice(self.distance, _DISTANCES, "distance")
+        check_choice(self.distance, tuple(_MEASURES), "distance")
         check_choice(self.tokens, ("last", "all"), "tokens")
         check_positive(self.epsilon, "epsilon")
 
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"]:  # noqa: D102
+    @property
+    def measure(self) -> str:  # noqa: D102
+        return _MEASURES[self.distance]
+
+    def scores(self, query: Query, gate: Any) -> Float[Tensor, "layers adapters"]:
+        """How far each adapter moves each layer's output on the prompt."""
+
         def measure(base: Tensor, alone: Tensor) -> Tensor:
             if self.distance == "cosine":
                 return (1 - torch.cosine_similarity(base.double(), alone.double(), dim=-1)).mean(dim=-1)
@@ -66,7 +77,10 @@ class QaFlora(QueryMethod):
                 return torch.linalg.vector_norm(base.double() - alone.double(), dim=-1).mean(dim=-1)
             return self._between_distributions(query, base, alone)
 
-        distances = query.compare(measure, self.tokens).clamp(min=0) + self.epsilon
+        return query.compare(measure, self.tokens).clamp(min=0)
+
+    def weights_of(self, scores: Float[Tensor, "layers adapters"]) -> Float[Tensor, "layers adapters"]:  # noqa: D102
+        distances = scores + self.epsilon
         return distances / distances.sum(dim=-1, keepdim=True)
 
     def _between_distributions(

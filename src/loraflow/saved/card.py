@@ -39,6 +39,19 @@ _TRAINING = """
 """
 
 
+_ON_TOP = """---
+library_name: peft
+{base_line}tags: [lora, peft, loraflow]
+---
+
+# A LoRA that was trained on top of a fusion
+
+It learned, with [loraflow](https://pypi.org/project/loraflow) {version}, what a fusion of the adapters {below} by the
+method `{method}` on the base model `{base}` was missing. PEFT opens it on that base, but without the fusion below it is
+not what it was trained to be: load the fusion that it is a part of.
+"""
+
+
 def model_card(config: FusionConfig, learned: int) -> str:
     """The card's text, from a fusion's configuration and its number of learned values."""
     adapters = "\n".join(f"| `{a.name}` | `{a.path}` | {a.revision or '-'} |" for a in config.adapters)
@@ -46,8 +59,7 @@ def model_card(config: FusionConfig, learned: int) -> str:
     rows = [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in known.items()]
     return _CARD.format(
         base=config.base.path or "unknown",
-        # The Hub takes ids of its own there, no paths.
-        base_line=f"base_model: {config.base.path}\n" if config.base.path and config.base.path[0] != "." else "",
+        base_line=_base_line(config),
         count=len(config.adapters),
         version=config.loraflow_version,
         method=config.method.name,
@@ -56,6 +68,22 @@ def model_card(config: FusionConfig, learned: int) -> str:
         learned=learned,
         training=_TRAINING.format(rows="\n".join(rows)) if rows else "",
     )
+
+
+def on_top_card(config: FusionConfig) -> str:
+    """The card of the last adapter of a fusion, which was trained on top of the others."""
+    return _ON_TOP.format(
+        base=config.base.path or "unknown",
+        base_line=_base_line(config),
+        version=config.loraflow_version,
+        below=", ".join(f"`{adapter.name}`" for adapter in config.adapters[:-1]),
+        method=config.method.name,
+    )
+
+
+def _base_line(config: FusionConfig) -> str:
+    # The Hub takes ids of its own there, no paths.
+    return f"base_model: {config.base.path}\n" if config.base.path and config.base.path[0] != "." else ""
 
 
 def _cell(value: Any) -> str:

@@ -170,7 +170,7 @@ class SavedFusion:
             FusionError: if it cannot be read there, or is another one.
         """
         if isinstance(source, Adapter):
-            adapter = dataclasses.replace(source, name=record.name)
+            adapter = source.called(record.name)
         else:
             source = source.source if isinstance(source, BankEntry) else source
             try:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loraflow.serving.catalog import Served
 from loraflow.serving.jobs import Job, Token
 from loraflow.serving.logs import log_facts
 from loraflow.serving.metrics import Metrics
+from loraflow.serving.picking import Picks
 from loraflow.serving.record import CURRENT, Record
+from loraflow.serving.served import Served
 from loraflow.serving.tracing import Tracing
 
 log = logging.getLogger("loraflow.serving")
@@ -49,10 +50,14 @@ class Prompt(Protocol):
     started: float
     stages: Stages
     generated: int
+    tells_weights: bool
 
     @property
     def outcome(self) -> str:
         """How it ended."""
+
+    def picks(self) -> Picks | None:
+        """What `auto` picked for it; None for other models."""
 
 
 def _first_token_s(asked: Prompt) -> float | None:
@@ -101,7 +106,7 @@ class Accounts:
         elif index in stages.last:
             metrics.observe("inter_token_latency_seconds", now - stages.last[index])
         stages.last[index] = now
-        if token.weights is not None:
+        if token.weights is not None and asked.tells_weights:
             offered = self._offered()
             at = [index for index, name in enumerate(asked.served.adapters) if name in offered]
             metrics.add_weights([asked.served.adapters[index] for index in at], token.weights[:, at])
@@ -130,6 +135,9 @@ class Accounts:
             "finished": asked.outcome == "finished",
             "outcome": asked.outcome,
         }
+        picks = asked.picks()
+        if picks is not None:
+            facts["picked"] = {name: round(weight, 4) for name, weight in picks.weights.items()}
         if record is not None:
             facts["request_id"] = record.id
         if self._text_of is not None:
@@ -140,6 +148,11 @@ class Accounts:
         metrics, stages = self._metrics, asked.stages
         if asked.served.id in self._offered():
             metrics.requests.labels(asked.served.id, asked.outcome).inc()
+        picks = asked.picks()
+        if picks is not None:
+            offered = self._offered()
+            metrics.add_picks({name: w for name, w in picks.weights.items() if name in offered}, asked.generated)
+            metrics.base_alone.inc(not picks.weights)
         metrics.prompt_tokens.inc(len(asked.prompt))
         queried = [job for job in asked.jobs if job.cached is not None]
         metrics.prefix_queries.inc(len(asked.prompt) * len(queried))
@@ -197,6 +210,9 @@ def _trace(tracing: Tracing, record: Record, asked: Prompt, ended: float) -> Non
         "loraflow.method": served.method.name,
         "loraflow.outcome": asked.outcome,
     }
+    picks = asked.picks()
+    if picks is not None:
+        attributes["loraflow.picked"] = list(picks.weights)
     first_s = _first_token_s(asked)
     if first_s is not None:
         attributes["gen_ai.latency.time_to_first_token"] = first_s

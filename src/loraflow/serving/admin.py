@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraflow.errors import LoraflowError
-from loraflow.serving.catalog import Served
 from loraflow.serving.logs import log_facts
 from loraflow.serving.protocol import ApiError
+from loraflow.serving.served import Served
 from loraflow.serving.service import Service, find_model
 
 log = logging.getLogger("loraflow.serving")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraflow import __version__
 from loraflow.serving.admin import Admin
-from loraflow.serving.catalog import Served
+from loraflow.serving.asked import Asked, Outcome
 from loraflow.serving.intake import Entrance, Intake
 from loraflow.serving.keys import LOAD, UNLOAD, check_caller
 from loraflow.serving.observed import Observed
@@ -27,7 +27,8 @@ from loraflow.serving.page import make_page
 from loraflow.serving.pieces import Piece, Wanted
 from loraflow.serving.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from loraflow.serving.replies import Echo, Reply, chat_chunk, chat_reply, completion_chunk, completion_reply, usage
-from loraflow.serving.service import Asked, Outcome, Service, find_model
+from loraflow.serving.served import Served
+from loraflow.serving.service import Service, find_model
 from loraflow.serving.text import show_prompt
 from loraflow.serving.turns import end_reading, let_others_go_first
 
@@ -196,7 +197,7 @@ def _card(service: Service, served: Served) -> dict[str, Any]:
         "root": served.root,
         "parent": served.parent,
         "kind": served.kind,
-        "adapters": list(served.adapters),
+        "adapters": list(service.catalog.adapters_of(served)),
         "method": served.method.name,
         "digest": served.digest,
         "max_model_len": service.longest,

@@ -4,63 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from loraflow.adapters import Adapter, load_adapter, tensors_digest
+from loraflow.adapters import Adapter, all_adapters, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
 from loraflow.core.attach import Attachment
-from loraflow.core.batch import is_constant, layer_weights, weigh_prompts
 from loraflow.core.lanes import Gates, load_gates
 from loraflow.endings import Endings
-from loraflow.errors import FusionError, LoraflowError, MethodError, did_you_mean
-from loraflow.methods import METHODS, Method, QueryMethod, Static, get_method, make_method
+from loraflow.errors import LoraflowError, MethodError, did_you_mean
+from loraflow.methods import Method, QueryMethod, Static, make_method
 from loraflow.methods.base import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import Permit, SavedFusion, fusion_digest
-from loraflow.saved.records import CONFIG_FILE, FusionConfig
+from loraflow.saved.records import CONFIG_FILE
+from loraflow.serving.auto import AUTO, Auto, Picking
 from loraflow.serving.jobs import Weigher
-
-Kind = Literal["base", "adapter", "fusion"]
+from loraflow.serving.joining import add_adapters, check_reads_nothing_else
+from loraflow.serving.picking import check_method, check_options, limited, method_of
+from loraflow.serving.served import Kind, Served, try_gates, unlearned_method, weigher_of
 
 # Methods whose gates are kept for further requests; parameters are the clients' to choose.
 _KEPT = 16
-
-
-@dataclass(frozen=True)
-class Served:
-    """One model that requests can name.
-
-    Attributes:
-        digest: of all that its answers depend on but the request: base, adapters, method and what that has learned.
-        adapters: names of its adapters, in the order of its weights.
-        method: who weighs them.
-        prompt: how conversations become prompts.
-        endings: what ends an answer, where a request says nothing more.
-        gates: the method's gates, for its own adapters.
-        origin: digest of the model that was named, where a request has its adapters weighed otherwise.
-    """
-
-    id: str
-    kind: Kind
-    root: str
-    parent: str | None
-    digest: str
-    adapters: tuple[str, ...]
-    parts: tuple[str, ...]
-    method: Method
-    prompt: PromptFormat
-    endings: Endings
-    gates: Gates = field(repr=False)
-    origin: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Catalog:
@@ -84,24 +53,26 @@ class Catalog:
     def open(
         cls,
         base: str | Path | None,
-        adapters: Mapping[str, str] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         fusions: Mapping[str, str] | None = None,
         *,
         base_id: str | None = None,
         prompt: PromptFormat | None = None,
         stop_strings: Sequence[str] = (),
         options: BaseOptions | None = None,
+        auto: Auto | None = None,
     ) -> Catalog:
         """Load a base, adapters and saved fusions.
 
         Args:
             base: Hub id or directory; by default the first fusion's.
-            adapters: further adapters by name, which can be asked for alone and in weights.
+            adapters: further adapters by name, asked for alone and in weights; or a bank's, loaded as they are used.
             fusions: saved fusions by name.
             base_id: what requests call the base; by default its id, or its directory's name.
             prompt: how questions to the base and to adapters become prompts; fusions have a format of their own.
             stop_strings: answers of all of them end before the first of these too.
             options: precision, placement and quantisation of the base.
+            auto: what picks adapters for requests to the model `auto`; None offers no such model.
 
         Raises:
             FusionError: if a fusion was made with another base.
@@ -112,8 +83,8 @@ class Catalog:
             if not saved:
                 raise LoraflowError("There is nothing to serve. Give a fusion, or a base and adapters.")
             base = saved[0].base
-        union = {name: load_adapter(name, path) for name, path in (adapters or {}).items()}
-        with_names = [_add_adapters(fusion, union) for fusion in saved]
+        union = all_adapters(adapters or {})
+        with_names = [add_adapters(fusion, union) for fusion in saved]
         if not union:
             raise LoraflowError("There are no adapters to serve. Give `adapters=...`, or a fusion.")
         tokenizer, how = find_tokenizer(base, options or BaseOptions()), prompt
@@ -129,6 +100,8 @@ class Catalog:
         catalog = cls(model, name, str(base), prompt)
         for fusion, names in with_names:
             catalog._offer(catalog._make_saved(fusion, names))
+        if auto is not None:
+            catalog.offer_auto(auto)
         return catalog
 
     def load(self, name: str, path: str, permit: Permit = lambda path: path) -> Served:
@@ -154,8 +127,8 @@ class Catalog:
             known[name] = load_adapter(name, path)
         else:
             check_base(fusion.config.base, self.model.base_record)
-            fusion, own = _add_adapters(fusion, known, permit)
-            _check_reads_nothing_else(fusion.config)
+            fusion, own = add_adapters(fusion, known, permit)
+            check_reads_nothing_else(fusion.config)
             if name in known:
                 raise LoraflowError(f"The fusion {name!r} has an adapter of the same name. Give it another.")
         present = {adapter.name for adapter in before}
@@ -172,6 +145,7 @@ class Catalog:
         try:
             offered = [self._make_adapter(adapter) for adapter in new]
             offered += [] if fusion is None else [self._make_saved(fusion, own)]
+            self._check_auto(offered)
         except BaseException:
             # Nobody has heard of them yet.
             if new:
@@ -179,6 +153,34 @@ class Catalog:
             raise
         self._offer(*offered)
         return offered[-1]
+
+    def offer_auto(self, auto: Auto) -> None:
+        """Offer the model `auto`, which picks adapters for each request.
+
+        It is asked as the base is, or where a fusion's method picks, as that.
+
+        Raises:
+            LoraflowError: if there is a model of that name.
+            MethodError: if the method is unknown, cannot pick so, or learns and is no fusion's.
+        """
+        base, fusion = self.served[self.base_id], self.served.get(auto.method)
+        if fusion is None or fusion.kind != "fusion":
+            fusions = [one.id for one in self.served.values() if one.kind == "fusion"]
+            method = method_of(auto, self.adapters, fusions)
+            digest = self._digest((), (), method, {})
+            like = dataclasses.replace(base, method=method, digest=digest, parent=self.base_id)
+        else:
+            if auto.options:
+                raise MethodError(
+                    f"{auto.method!r} is a fusion, whose method has its own parameters, and `{AUTO}` has options "
+                    f"beside it (={dict(auto.options)}). Leave them out."
+                )
+            check_method(fusion.method)
+            like = fusion
+        offered = dataclasses.replace(like, id=AUTO, kind="auto", auto=auto)
+        # What no request could have is told now.
+        self.with_picks(offered)
+        self._offer(offered)
 
     def withdraw(self, name: str) -> list[str]:
         """Offer a model no longer; `free` then takes what only it needed out of memory.
@@ -190,8 +192,11 @@ class Catalog:
             LoraflowError: if there is no such model, it is the base, or an adapter that a fusion needs.
         """
         served = self.find(name)
-        if served.kind == "base":
-            raise LoraflowError(f"{name!r} is the base, which stays. Unload an adapter or a fusion.")
+        if served.kind in ("base", "auto"):
+            what = "the base" if served.kind == "base" else "what picks among the adapters"
+            raise LoraflowError(f"{name!r} is {what}, which stays. Unload an adapter or a fusion.")
+        if served.kind == "fusion" and any(one.auto and one.auto.method == name for one in self.served.values()):
+            raise LoraflowError(f"The fusion {name!r} is needed by {AUTO!r}, which picks by its method. It stays.")
         users = [one.id for one in self.served.values() if one.kind == "fusion" and name in one.adapters]
         if served.kind == "adapter" and users:
             raise LoraflowError(f"The adapter {name!r} is needed by {', '.join(map(repr, users))}. Unload that first.")
@@ -208,6 +213,10 @@ class Catalog:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that are offered, in order."""
         return tuple(name for name in self.model.adapter_names if name in self.served)
+
+    def adapters_of(self, served: Served) -> tuple[str, ...]:
+        """Names of the adapters that a model weighs, or picks from; for `auto`, those that are offered now."""
+        return served.adapters if served.adapters or served.kind != "auto" else self.adapters
 
     def is_current(self, served: Served) -> bool:
         """Whether a model is still offered, and its names mean the same adapters."""
@@ -246,7 +255,7 @@ class Catalog:
             prompt = prompt.resolve(model.tokenizer)
         endings = endings or Endings.find(prompt, model.tokenizer, model.generation_config)
         manner = prompt, endings.and_stop(model.endings.stop, model.tokenizer)
-        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion.tensors)
+        return self._make(fusion.name, "fusion", fusion.path, tuple(adapters), fusion.method, manner, fusion)
 
     def _check_tokens(self, what: str, tokens: AddedTokens) -> None:
         """Check that the one tokenizer of all has added tokens.
@@ -270,20 +279,21 @@ class Catalog:
         adapters: tuple[str, ...],
         method: Method,
         manner: tuple[PromptFormat, Endings],
-        tensors: Mapping[str, Tensor] | None = None,
+        saved: SavedFusion | None = None,
     ) -> Served:
         attachment = self.model.attachment
-        gates = attachment.make_gates(method, attachment.positions(adapters))
-        load_gates(gates, tensors or {}, f"the method of the fusion {name!r}")
-        for gate in gates.values():
-            gate.requires_grad_(False)
+        # Adapters may be called otherwise here than in the fusion, whose method knows them by its own names.
+        tensors, names = ({}, adapters) if saved is None else (saved.tensors, saved.adapter_names)
+        gates = attachment.make_gates(method, attachment.positions(adapters), names)
+        load_gates(gates, tensors, f"the method of the fusion {name!r}")
+        nn.ModuleList(gates.values()).requires_grad_(False)
         parts = _parts(attachment, adapters)
         return Served(
             id=name,
             kind=kind,
             root=root,
             parent=None if kind == "base" else self.base_id,
-            digest=self._digest(adapters, parts, method, tensors or {}),
+            digest=self._digest(adapters, parts, method, tensors),
             adapters=adapters,
             parts=parts,
             method=method,
@@ -326,20 +336,61 @@ class Catalog:
         """
         attachment = self.model.attachment
         names = self._weighable(served, attachment)
-        chosen = get_method(method, list(names), options)
-        if chosen.learns:
-            fitted = [s.id for s in self.served.values() if s.method.name == chosen.name]
-            hint = f" Ask for one of the models {', '.join(map(repr, fitted))}." if fitted else ""
-            usable = ", ".join(sorted(repr(name) for name, known in METHODS.items() if known.learns is None))
-            raise MethodError(
-                f"The method {chosen.name!r} learns, and a request cannot wait for that.{hint} Methods that learn "
-                f"nothing: {usable}."
-            )
-        return self._with(served, names, chosen, attachment)
+        return self._with(served, names, unlearned_method(method, names, options, self.served.values()), attachment)
+
+    def with_picks(
+        self,
+        served: Served,
+        adapters: Sequence[str] | None = None,
+        top_k: int | None = None,
+        floor: float | None = None,
+        method: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> Served:
+        """What picks adapters for one request to `auto`.
+
+        Args:
+            served: `auto` as it is offered.
+            adapters: the only ones that it may pick.
+            top_k: how many it may pick at most.
+            floor: one that scores less is not picked.
+            method: another method that picks, and its options.
+
+        Raises:
+            MethodError: if an adapter or a method is unknown, or the method cannot do what is asked of it.
+        """
+        attachment = self.model.attachment
+        assert served.auto is not None
+        known = self._weighable(served, attachment)
+        picking = served.auto.picking(known, adapters, top_k, floor)
+        if served.gates and method is None:
+            return served.fitted_picking(picking)
+        return self._with_unlearned(served, picking, method or (served.auto.method, served.auto.options), attachment)
+
+    def _with_unlearned(
+        self, served: Served, picking: Picking, by: tuple[str, Mapping[str, Any]], attachment: Attachment
+    ) -> Served:
+        name, options = by
+        check_options(options)
+        chosen = unlearned_method(name, picking.adapters, options, self.served.values())
+        check_method(chosen)
+        found = self._with(served, picking.adapters, limited(chosen, picking), attachment)
+        return found if not isinstance(chosen, QueryMethod) else found.with_picking(picking)
+
+    def _check_auto(self, new: Sequence[Served]) -> None:
+        """Check that `auto` can pick from adapters that come too, and make what it needs for that.
+
+        Raises:
+            MethodError: if it cannot.
+        """
+        names = [*self.adapters, *(one.id for one in new if one.kind == "adapter")]
+        for served in self.served.values():
+            if served.auto is not None and not served.adapters:
+                picking = served.auto.picking(names, None, None, None)
+                self._with_unlearned(served, picking, (served.auto.method, served.auto.options), self.model.attachment)
 
     def _weighable(self, served: Served, attachment: Attachment) -> tuple[str, ...]:
         """The adapters that a request may weigh: the fusion's own, or all that are offered."""
-        if served.kind == "fusion":
+        if served.kind == "fusion" or (served.kind == "auto" and served.adapters):
             return served.adapters
         return tuple(adapter.name for adapter in attachment.adapters if adapter.name in self.served)
 
@@ -347,9 +398,12 @@ class Catalog:
         # One and the same attachment all the way, whatever comes or leaves meanwhile.
         parts = _parts(attachment, names)
         key = json.dumps([names, parts, method.name, method.parameters()], sort_keys=True)
-        gates = self._made.get(key)
-        if gates is None:
-            gates = self._try_gates(method, attachment, attachment.positions(names))
+        gates = self._made.pop(key, None)
+        if gates is not None:
+            # Those that were used last stay the longest.
+            self._made[key] = gates
+        else:
+            gates = try_gates(self.model, method, attachment, attachment.positions(names))
             if method.level != "task":
                 # Constant weights are cheap to make, and as many as there are requests.
                 self._made[key] = gates
@@ -360,88 +414,14 @@ class Catalog:
             served, digest=digest, adapters=names, parts=parts, method=method, gates=gates, origin=served.digest
         )
 
-    def _try_gates(self, method: Method, attachment: Attachment, positions: Sequence[int]) -> Gates:
-        """Make gates, and let each weigh one token: what fails in a step fails all who are in it.
-
-        Raises:
-            LoraflowError: if the method refuses its parameters.
-            MethodError: if it fails otherwise, as with parameters of a wrong type.
-        """
-        sites = {name: site for place in attachment.sites.values() for name, site in place.items()}
-        try:
-            gates = attachment.make_gates(method, positions)
-            for name, gate in gates.items():
-                if not isinstance(method, QueryMethod):
-                    gate(torch.zeros(1, 1, sites[name].features, device=self.model.device, dtype=self.model.dtype))
-        except LoraflowError:
-            raise
-        except Exception as error:
-            raise MethodError(f"The method {method.name!r} cannot weigh with these parameters: {error}") from error
-        return gates
-
     def weigher(self, served: Served, prompt: Sequence[int]) -> Weigher:
         """Who weighs a request; methods that read prompts read this one now, which takes some passes.
 
         Raises:
             LoraflowError: if an adapter has left the model.
         """
-        if served.gates and is_constant(served.method, served.gates):
-            # However many different ones there are, they are weighed together.
-            layers = self.model.attachment.layer_count
-            weights = layer_weights(served.gates, layers)
-            return Weigher(weights=weights, adapters=served.adapters, digest=served.digest)
-        if not isinstance(served.method, QueryMethod):
-            return Weigher(served.method, served.gates, adapters=served.adapters, digest=served.digest)
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        with self.model.attachment.turn(), torch.no_grad():
-            attachment = self.model.attachment
-            positions = attachment.positions(served.adapters)
-            gate = served.gates.get("model")
-            weights = weigh_prompts(attachment, served.method, gate, ids, None, self.model.tokenizer, positions)[0]
-        # The whole prompt decides the weights, and so what is kept of its beginning.
-        digest = tensors_digest({"weights": weights.cpu()}, served.digest)
-        return Weigher(weights=weights, mixing=served.method.mixing, adapters=served.adapters, digest=digest)
-
-
-def _check_reads_nothing_else(config: FusionConfig) -> None:
-    """Refuse methods that would open another model, wherever that may be.
-
-    Raises:
-        LoraflowError: if the fusion's is such a one.
-    """
-    encoder = config.method.parameters.get("encoder", "base")
-    if encoder != "base":
-        raise LoraflowError(
-            f"The method {config.method.name!r} reads another model (`encoder`={encoder!r}), which is not loaded while "
-            "the server runs. Name the fusion when the server is started."
-        )
+        return weigher_of(self.model, served, prompt)
 
 
 def _parts(attachment: Attachment, adapters: Sequence[str]) -> tuple[str, ...]:
     return tuple(attachment.adapters[position].digest for position in attachment.positions(adapters))
-
-
-def _add_adapters(
-    fusion: SavedFusion, known: dict[str, Adapter], permit: Permit = lambda path: path
-) -> tuple[SavedFusion, list[str]]:
-    """A fusion with the names of its adapters among all, to which those that are missing are added.
-
-    Equal ones under several names are one; another one of the same name gets the fusion's name before its own.
-
-    Raises:
-        FusionError: if that name is another adapter's too.
-    """
-    fusion, adapters = fusion.load(loaded=known.values(), permit=permit)
-    names = []
-    for adapter in adapters:
-        name = next((name for name, other in known.items() if other.digest == adapter.digest), None)
-        if name is None:
-            name = adapter.name if adapter.name not in known else f"{fusion.name}.{adapter.name}"
-            if name in known:
-                raise FusionError(
-                    f"The adapter {adapter.name!r} of the fusion {fusion.name!r} would be called {name!r}, and another "
-                    "adapter is called so already. Unload that first, or give the fusion another name."
-                )
-            known[name] = dataclasses.replace(adapter, name=name)
-        names.append(name)
-    return fusion, names

@@ -16,6 +16,7 @@ from loraflow.core.lanes import Gates
 from loraflow.methods import Method
 from loraflow.methods.base import Mixing
 from loraflow.serving.grammars import Constraint
+from loraflow.serving.picking import Picks
 
 FinishReason = Literal["stop", "length"]
 
@@ -57,6 +58,7 @@ class Weigher:
         adapters: names of the adapters that these are for, in order; None for all in the model. Others may come into
             the model and leave it while a request runs.
         digest: of all that the weights depend on beside the tokens so far; None where nobody knows.
+        picks: what was picked for the prompt, and why; None where the adapters were named.
     """
 
     method: Method | None = None
@@ -65,6 +67,7 @@ class Weigher:
     mixing: Mixing = "outputs"
     adapters: tuple[str, ...] | None = None
     digest: str | None = None
+    picks: Picks | None = None
 
     def prefix(self, salt: str | None) -> bytes | None:
         """What pages of the cache are found by, beside their tokens (`Job.prefix`)."""

@@ -6,7 +6,7 @@ No label has a value that clients choose: how many series there are depends on w
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxtyping import Float
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -83,6 +83,15 @@ class Metrics:
             ["adapter"],
             registry=registry,
         )
+        self._picked = {
+            name: Counter(f"loraflow:auto_{name}", text, ["adapter"], registry=registry)
+            for name, text in (
+                ("requests", "Prompts that an adapter was picked for"),
+                ("generation_tokens", "Tokens generated for these"),
+                ("weight", "Sum of its mean weights in these"),
+            )
+        }
+        self.base_alone = Counter("loraflow:auto_base_alone", "Prompts that none was picked for", registry=registry)
         self._weighed = Counter("loraflow:weighed_tokens", "Tokens that were sent with weights", registry=registry)
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -106,9 +115,17 @@ class Metrics:
         for name, weight in zip(adapters, weights.mean(dim=0).tolist(), strict=True):
             self._weights.labels(name).inc(max(0.0, weight))
 
+    def add_picks(self, weights: Mapping[str, float], tokens: int) -> None:
+        """Count what `auto` picked for a prompt; negative weights take nothing away."""
+        for name, weight in weights.items():
+            self._picked["requests"].labels(name).inc()
+            self._picked["generation_tokens"].labels(name).inc(tokens)
+            self._picked["weight"].labels(name).inc(max(0.0, weight))
+
     def keep(self, models: Collection[str], adapters: Collection[str]) -> None:
         """Forget what is offered no longer, so that series do not grow as models come and go."""
-        for counter, known in ((self.requests, models), (self._weights, adapters)):
+        of_adapters = [(counter, adapters) for counter in (self._weights, *self._picked.values())]
+        for counter, known in ((self.requests, models), *of_adapters):
             for values in {tuple(sample.labels.values()) for metric in counter.collect() for sample in metric.samples}:
                 if values[0] not in known:
                     counter.remove(*values)

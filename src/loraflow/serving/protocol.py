@@ -68,6 +68,20 @@ class FusionChoice(_Body):
         return value
 
 
+class AutoChoice(_Body):
+    """What the model `auto` may pick for one request; what is left out is as the server has it.
+
+    Attributes:
+        adapters: the only adapters that it may pick.
+        top_k: how many it may pick at most; no token is sampled by it.
+        floor: an adapter that scores less is not picked.
+    """
+
+    adapters: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(min_length=1)] | None = None
+    top_k: Count | None = None
+    floor: Finite | None = None
+
+
 class StreamOptions(StreamNoOps, _Body):
     """OpenAI's."""
 
@@ -150,6 +164,7 @@ class Generation(NoOps, _Body):
         structured_outputs: the same, in vLLM's words.
         adapter_weights: fusion weights by adapter, for this request.
         fusion: another method on the model's adapters, for this request.
+        auto: what may be picked for this request, where the model is `auto`.
         return_fusion_weights: send each token's weights with it: the mean over the layers (true), or of all of them.
         cache_salt: vLLM's: only requests with the same one share what is in the cache.
     """
@@ -166,6 +181,7 @@ class Generation(NoOps, _Body):
     structured_outputs: StructuredOutputs | None = None
     adapter_weights: dict[str, Finite] | None = None
     fusion: FusionChoice | None = None
+    auto: AutoChoice | None = None
     return_fusion_weights: StrictBool | Literal["all"] = False
     cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
 

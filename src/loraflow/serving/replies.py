@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraflow.serving.asked import Asked
+from loraflow.serving.auto import AUTO
 from loraflow.serving.jobs import Token
 from loraflow.serving.pieces import Piece
 from loraflow.serving.protocol import Generation
-from loraflow.serving.service import Asked, Service
+from loraflow.serving.service import Service
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Reply:
             "created": self.created,
             "model": served.id,
             "system_fingerprint": served.digest.removeprefix("sha256:")[:16],
-            "fusion": self.service.fusion_of(served),
+            "fusion": self.service.fusion_of([asked.served for asked in self.asked]),
         }
 
 
@@ -71,18 +73,19 @@ def chat_reply(reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any]:
     for index in range(len(reply.asked[0].jobs)):
         mine = [piece for piece in pieces if piece.index == index]
         message = {"role": "assistant", "content": "".join(piece.text for piece in mine)}
-        choices.append(_choice(reply, 0, index, {"message": message}, mine, _chat_logprobs(reply, mine)))
+        choice = _choice(reply, 0, index, {"message": message}, mine, _chat_logprobs(reply, mine))
+        choices.append(choice | _picks(reply, 0, index, mine, begins=True))
     return {**reply.head(), "choices": choices, "usage": usage(reply)}
 
 
 def chat_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
     """A piece of it."""
     # Clients put the chunks of a message together, its role too.
-    role = {} if piece.index in reply.begun else {"role": "assistant"}
+    begins = piece.index not in reply.begun
     reply.begun.add(piece.index)
-    delta = {"delta": {**role, "content": piece.text}}
+    delta = {"delta": {**({"role": "assistant"} if begins else {}), "content": piece.text}}
     choice = _choice(reply, number, piece.index, delta, [piece], _chat_logprobs(reply, [piece]))
-    return {**reply.head(chunk=True), "choices": [choice]}
+    return {**reply.head(chunk=True), "choices": [choice | _picks(reply, number, piece.index, [piece], begins=begins)]}
 
 
 def completion_reply(reply: Reply, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
@@ -102,12 +105,13 @@ def completion_chunk(reply: Reply, number: int, piece: Piece) -> dict[str, Any]:
 
 
 def _completion_choice(reply: Reply, number: int, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-    index += number * len(reply.asked[number].jobs)
+    answer, index = index, index + number * len(reply.asked[number].jobs)
     echo = reply.prompts[number] if reply.prompts else None
     begins, shown = index not in reply.begun, "" if echo is None else echo.text
     reply.begun.add(index)
     text = {"text": (shown if begins else "") + "".join(piece.text for piece in pieces)}
-    return _choice(reply, number, index, text, pieces, _completion_logprobs(reply, pieces, echo))
+    choice = _choice(reply, number, index, text, pieces, _completion_logprobs(reply, pieces, echo))
+    return choice | _picks(reply, number, answer, pieces, begins=begins)
 
 
 def _choice(
@@ -115,6 +119,16 @@ def _choice(
 ) -> dict[str, Any]:
     choice = {"index": index, **said, "finish_reason": pieces[-1].finish, "logprobs": logprobs}
     return choice | _weights(reply, number, pieces)
+
+
+def _picks(reply: Reply, number: int, answer: int, pieces: Sequence[Piece], *, begins: bool) -> dict[str, Any]:
+    """What `auto` picked, with the beginning of an answer; where each token is weighed, with its end."""
+    asked = reply.asked[number]
+    if asked.served.auto is None:
+        return {}
+    known = asked.jobs[0].weigher.picks is not None
+    picks = asked.picks(answer) if (begins if known else pieces[-1].finish is not None) else None
+    return {} if picks is None else {AUTO: picks.as_json()}
 
 
 def _tokens(pieces: Sequence[Piece]) -> list[Token]:

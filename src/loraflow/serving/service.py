@@ -7,30 +7,30 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from loraflow.answers import require_tokenizer
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError
-from loraflow.methods import QueryMethod
-from loraflow.serving.accounts import Accounts, Stages
-from loraflow.serving.catalog import Catalog, Served
+from loraflow.serving.accounts import Accounts
+from loraflow.serving.asked import Asked
+from loraflow.serving.auto import AUTO
+from loraflow.serving.catalog import Catalog
 from loraflow.serving.config import ServerConfig
 from loraflow.serving.engine import Engine
 from loraflow.serving.grammars import Grammar, Grammars
 from loraflow.serving.jobs import Failure, Job, Sampling, Token, Weigher
 from loraflow.serving.metrics import Metrics
+from loraflow.serving.picking import MeanWeights
 from loraflow.serving.pieces import Piece, Wanted
-from loraflow.serving.protocol import ApiError, Generation
+from loraflow.serving.protocol import ApiError, AutoChoice, Generation
 from loraflow.serving.reading import Reader
+from loraflow.serving.served import Served
 from loraflow.serving.text import TextStream, TokenTexts
 from loraflow.serving.tracing import Tracing
 from loraflow.serving.turns import current_client
-
-Outcome = Literal["finished", "cancelled", "timeout", "invalid", "refused", "failed"]
 
 
 def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
@@ -43,35 +43,6 @@ def find_model(catalog: Catalog, name: str, param: str = "model") -> Served:
         return catalog.find(name)
     except LoraflowError as error:
         raise ApiError(404, str(error), param=param, code="model_not_found") from error
-
-
-@dataclass
-class Asked:
-    """A request that has been checked.
-
-    Attributes:
-        jobs: one for each answer, as the engine takes them.
-        events: what the engine says of them.
-        started: when it came, before it was read and weighed, in seconds of a monotonic clock.
-        stages: how far it came since.
-        generated: tokens so far, of all answers.
-        outcome: how it ended; it was given up by its client where nothing else is known.
-        ended: whether it was counted.
-        only_prompt: whether nothing is wanted but the prompt.
-    """
-
-    id: str
-    served: Served
-    prompt: list[int]
-    jobs: list[Job]
-    streams: list[TextStream]
-    events: asyncio.Queue[tuple[int, Token | Failure]]
-    started: float
-    stages: Stages = field(default_factory=Stages)
-    generated: int = 0
-    outcome: Outcome = "cancelled"
-    ended: bool = False
-    only_prompt: bool = False
 
 
 class Service:
@@ -159,7 +130,8 @@ class Service:
 
     async def find(self, body: Generation) -> Served:
         """Who answers a request, as `served_for` finds it; directions of adapters, say, take a while."""
-        return await (self.reader.do if body.fusion is None else self.reader.weigh)(self.served_for, body)
+        simple = body.fusion is None and body.model != AUTO
+        return await (self.reader.do if simple else self.reader.weigh)(self.served_for, body)
 
     async def read_conversation(self, served: Served, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A conversation's tokens in a model's prompt format; one that is far too long is refused by its beginning.
@@ -180,6 +152,11 @@ class Service:
             ApiError: if there is no such model, or the weights or the method that it asks for cannot be had.
         """
         served = find_model(self.catalog, body.model)
+        if served.auto is not None:
+            return self._picking_for(served, body)
+        if body.auto is not None:
+            message = f"`auto` is for the model {AUTO!r}, and {body.model!r} is asked. Ask that one, or leave it out."
+            raise ApiError(400, message, param="auto")
         if body.adapter_weights is not None and body.fusion is not None:
             message = "`adapter_weights` and `fusion` exclude each other. Give one of them."
             raise ApiError(400, message, param="adapter_weights")
@@ -193,6 +170,22 @@ class Service:
             param = "adapter_weights" if body.adapter_weights is not None else "fusion"
             raise ApiError(400, str(error), param=param) from error
         return served
+
+    def _picking_for(self, served: Served, body: Generation) -> Served:
+        """What picks adapters for a request to `auto`.
+
+        Raises:
+            ApiError: if the request says the weights itself, or what it asks for cannot be had.
+        """
+        if body.adapter_weights is not None:
+            message = f"`adapter_weights` says what {AUTO!r} is there to find. Ask for the base, or leave them out."
+            raise ApiError(400, message, param="adapter_weights")
+        wish = body.auto or AutoChoice()
+        method = None if body.fusion is None else (body.fusion.method, body.fusion.options)
+        try:
+            return self.catalog.with_picks(served, wish.adapters, wish.top_k, wish.floor, method)
+        except (LoraflowError, TypeError) as error:
+            raise ApiError(400, str(error), param=AUTO if method is None else "fusion") from error
 
     def prompt_ids(self, served: Served, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A conversation in a model's prompt format.
@@ -238,7 +231,8 @@ class Service:
 
             seed = None if body.seed is None else (body.seed + index) % 2**63
             sampling = Sampling(body.temperature, body.top_p, seed, wanted.logprobs)
-            wants = bool(body.return_fusion_weights)
+            # Whom a method of tokens picks is known by what it weighed.
+            wants = bool(body.return_fusion_weights) or (served.auto is not None and weigher.picks is None)
             job = Job(f"{name}-{index}", prompt, weigher, sampling, max(limit, 1), endings.token_ids, wants, listen)
             job.client = current_client()
             job.tells_prompt = wanted.tells_prompt
@@ -249,7 +243,7 @@ class Service:
         streams = [TextStream(self.tokenizer, endings.texts, before) for _ in jobs]
         stages.weighed = time.monotonic()
         asked = Asked(name, served, list(prompt), jobs, streams, events, wanted.started, stages)
-        asked.only_prompt = limit == 0
+        asked.only_prompt, asked.tells_weights = limit == 0, bool(body.return_fusion_weights)
         try:
             for job in jobs:
                 self.engine.submit(job)
@@ -268,11 +262,11 @@ class Service:
         """
         while True:
             try:
-                passes = isinstance(served.method, QueryMethod)
+                passes = served.method.reads_prompt
                 do = self.reader.weigh if passes else asyncio.to_thread
                 weigher = await do(self.catalog.weigher, served, prompt)
                 if self.catalog.is_current(served):
-                    return served, weigher
+                    return served if weigher.picks is None else served.among(weigher.adapters or ()), weigher
             except LoraflowError as error:
                 if self.catalog.is_current(served):
                     raise ApiError(400, str(error), param="fusion") from error
@@ -404,6 +398,8 @@ class Service:
             # The engine has no requests without a token, and this one is nobody's.
             return [Piece(index, "", None, "length", prompt=token.prompt)]
         self.accounts.add_token(asked, index, token)
+        if asked.served.auto is not None and token.weights is not None:
+            asked.noted.setdefault(index, MeanWeights()).add(token.weights)
         stream = asked.streams[index]
         start = stream.length
         text = "" if token.id in asked.jobs[index].ends else stream.push(token.id)
@@ -415,14 +411,14 @@ class Service:
         rest = stream.finish()
         return [Piece(index, text + rest, token, "stop" if stream.stopped else token.finish, start, token.prompt)]
 
-    def fusion_of(self, served: Served) -> dict[str, Any]:
-        """What an answer says of the fusion that made it."""
+    def fusion_of(self, served: Sequence[Served]) -> dict[str, Any]:
+        """What an answer says of the fusion that made it; prompts differ in the adapters that were picked for them."""
         return {
-            "model": served.id,
-            "method": served.method.name,
-            "parameters": served.method.parameters(),
-            "adapters": list(served.adapters),
-            "digest": served.digest,
+            "model": served[0].id,
+            "method": served[0].method.name,
+            "parameters": served[0].method.parameters(),
+            "adapters": list(dict.fromkeys(name for one in served for name in one.adapters)),
+            "digest": served[0].digest,
         }
 
     def shown_weights(self, token: Token, wanted: bool | str) -> Any:

@@ -34,8 +34,8 @@ def answer_loss(
     """Mean negative log-likelihood of the labels, in nats a token, without the logits of all positions.
 
     It is the loss of the model's own forward, its gradients too, at the cost of a head that reads the answers only
-    (`core/head.py` says how, and which models have to compute all logits all the same). Methods that weigh whole
-    prompts read what has no label.
+    (`core/head.py` says how, and which models have to compute all logits all the same). Methods that read whole
+    prompts read what has no label; while their gates learn, these do without.
 
     Args:
         model: a `FusedModel`, a transformers model, or one of PEFT's.
@@ -47,6 +47,8 @@ def answer_loss(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if isinstance(model, Fusion) and isinstance(model.method, QueryMethod) and kwargs.get("fusion_weights") is None:
         kwargs["fusion_weights"] = model.weigh(input_ids, mask * (labels == IGNORED))
+    elif isinstance(model, Fusion) and model.method.reads_prompt and not model.training:
+        kwargs["prompt_mask"] = mask * (labels == IGNORED)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "use_cache": False, **kwargs}
     return (model(**inputs) if isinstance(model, Fusion) else labelled_forward(model, **inputs)).loss
 

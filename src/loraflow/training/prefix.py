@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from loraflow.core.fusion import Fusion
-from loraflow.methods import QueryMethod
 from loraflow.training.data import IGNORED, Collator, TokenExample
 
 # Shorter ones, or those that are a small part of the rows, are not worth a forward of their own.
@@ -55,8 +54,8 @@ def read_prefix(model: Any, rows: Sequence[TokenExample]) -> Prefix | None:
     """
     length = _common(rows)
     mean = sum(len(row.input_ids) for row in rows) / len(rows)
-    weighs_prompts = isinstance(model, Fusion) and isinstance(model.method, QueryMethod)
-    if len(rows) < 2 or length < max(_SHORTEST, _SHARE * mean) or weighs_prompts:
+    reads_prompts = isinstance(model, Fusion) and model.method.reads_prompt
+    if len(rows) < 2 or length < max(_SHORTEST, _SHARE * mean) or reads_prompts:
         return None
     ids = torch.tensor([rows[0].input_ids[:length]], device=model.device)
     base = model.base_model if isinstance(model, Fusion) else model.get_base_model()

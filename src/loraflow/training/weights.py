@@ -32,7 +32,7 @@ def weights_of_rows(
         of_prompts = model.weigh(ids, mask * (tensors["labels"] == IGNORED)).double().cpu()[:, list(layers)]
         weights = of_prompts[:, None].expand(-1, ids.shape[1], -1, -1)
     else:
-        traced = model.trace(ids, mask)
+        traced = model.trace(ids, mask, prompt_mask=tensors["labels"] == IGNORED)
         of_modules = [traced.module_weights[name] for name in modules]
         weights = torch.cat([traced.weights[:, :, list(layers)], *(w[:, :, None] for w in of_modules)], dim=2).double()
     for row, example in zip(weights, batch.rows, strict=True):

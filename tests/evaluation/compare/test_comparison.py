@@ -526,6 +526,9 @@ MISTAKES: dict[str, tuple[Any, type[LoraflowError], str]] = {
     "position": ({"adapter": 2}, DataError, r"wants the adapter 2, and 'zh' has 'zh-chat', 'math'. .* from 0 to 1"),
     "adapter": ({"adapter": "es-chat"}, DataError, "The row 'row' wants the adapter 'es-chat', and 'zh' has"),
     "adapters": ({"method": "average", "adapters": ["maths"]}, DataError, "wants the adapter 'maths'.*mean 'math'"),
+    "on top of": ({"finetune": "new", "on_top_of": 2}, DataError, "'row' wants the adapter 2, and 'zh' has 'zh-chat'"),
+    "on no method": ({"finetune": "new", "on_top_of": "code"}, MethodError, "Unknown method 'code'"),
+    "on a query": ({"finetune": "new", "on_top_of": "qa-flora"}, MethodError, "'qa-flora' reads whole prompts before"),
     "tuned": ({"finetune": "code"}, DataError, "The row 'row' wants the adapter 'code', and 'zh' has"),
     "fit": ({**FLOW, "fit": {"max_step": 3}}, DataError, "unknown setting 'max_step' of its fit.*mean 'max_steps'"),
     "LoRA of gates": ({**FLOW, "fit": {"alpha": 3}}, DataError, "unknown setting 'alpha' of its fit"),
@@ -561,6 +564,28 @@ def test_a_row_that_cannot_be_is_told_before_anything_is_loaded(
     with pytest.raises(error, match=said):
         run(plan, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_is_trained_on_an_adapter_or_on_gates_that_are_fitted_first(
+    shorter: dict[str, Any], tmp_path: Path
+) -> None:
+    lora = {"finetune": "new", "fit": {**QUICK, "r": 2, "alpha": 4}}
+    rows = {"on math": {**lora, "on_top_of": 1}, "on gates": {**lora, "on_top_of": "lora-flow", "examples": 2}}
+    gates = {"lora-flow": {"max_steps": 2}}
+    plan = small_plan({**shorter, "recipes": gates}, rows, tasks=["zh"], limit=1, weights=True)
+    failed, said = run(plan, tmp_path)
+    assert not failed, said
+    first, second = records(plan, tmp_path).values()
+    assert (first.examples, second.examples, first.details["steps"]) == (6, 2, 2)
+    assert second.learned_parameters > first.learned_parameters
+    assert {name: mean for name, (mean, _) in dict(first.weights or {}).items()} == {
+        "zh-chat": 0.0,
+        "math": 1.0,
+        "tuned": 1.0,
+    }
+    # What is finished is kept.
+    _, said = run(plan, tmp_path)
+    assert "2 cells, 2 of them finished before" in said
 
 
 def test_data_of_adapters_may_be_missing(setting: dict[str, Any]) -> None:

@@ -116,7 +116,9 @@ def test_only_wanted_tasks_are_read(spec: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("outside")
 def test_another_package_brings_settings_by_name() -> None:
     assert load_setting("flat", tasks=["a"], allow_code=True).base == "['a'] True"
-    with pytest.raises(DataError, match=r"Known: 'absent', 'empty', 'flat', 'small-world'. Did you mean 'flat'"):
+    with pytest.raises(
+        DataError, match=r"Known: 'absent', 'empty', 'flat', 'many-world', 'small-world'. Did you mean 'flat'"
+    ):
         load_setting("flatt")
     with pytest.raises(DataError, match=r"The setting 'absent' of the package 'worlds' cannot be imported: "):
         load_setting("absent")

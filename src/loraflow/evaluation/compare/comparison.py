@@ -12,7 +12,7 @@ from loraflow.errors import DataError, LoraflowError, SandboxError
 from loraflow.evaluation.compare.plan import EVERY_TASK, Plan, RowSpec
 from loraflow.evaluation.compare.rows import PlannedRow
 from loraflow.evaluation.compare.store import Cell, Store
-from loraflow.evaluation.compare.tasks import Setting, load_setting
+from loraflow.evaluation.compare.tasks import Setting, Task, load_setting
 from loraflow.evaluation.harness.evaluate import check_task
 from loraflow.evaluation.sandbox import check_available
 from loraflow.saved.fusion import SavedFusion
@@ -43,7 +43,18 @@ class Comparison:
 
     def learned_on(self, cell: Cell) -> str:
         """The task under whose name a cell's row keeps what it learned."""
-        return self.setting.tasks[self.rows[cell.method].spec.fitted_on or cell.task].learns_as
+        row = self.rows[cell.method]
+        source = self.setting.tasks[row.spec.fitted_on or cell.task]
+        if row.reads_adapters(source):
+            # What is learned from adapters' own data is the same for all tasks that fuse the same ones, asked alike.
+            others = (self.setting.tasks[other.task] for other in self.cells if other.method == cell.method)
+            source = next((task for task in others if _fuse_alike(row, task, source)), source)
+        return source.learns_as
+
+
+def _fuse_alike(row: PlannedRow, task: Task, other: Task) -> bool:
+    prompts = [one.train_prompt or one.prompt for one in (task, other)]
+    return prompts[0] == prompts[1] and task.stop == other.stop and row.adapters(task) == row.adapters(other)
 
 
 def open_comparison(plan: Plan, *, allow_code: bool = False) -> Comparison:
@@ -123,6 +134,8 @@ def identities(comparison: Comparison) -> dict[Cell, dict[str, Any]]:
             "limit": plan.limit,
             "problems": tests[cell.task],
         }
+        if own := row.uses_own(task):
+            found[cell]["own"] = own
         if others := [name for name in fitted if name not in fused]:
             # What it learned with, and does not answer with; where there is none, nothing is to be told apart.
             found[cell]["fitted_adapters"] = [[name, setting.weights_digest(name)] for name in others]

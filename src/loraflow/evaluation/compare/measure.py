@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from loraflow.answers import generate_answers
 from loraflow.core.fusion import Fusion
@@ -165,8 +167,9 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
         watcher.join()
 
 
-def mean_answer_weights(model: Fusion, task: Task, items: Sequence[Item]) -> dict[str, tuple[float, float]]:
-    """The mean fusion weight of each adapter over answers' tokens and layers, and how answers differ in it.
+def weigh_answers(model: Fusion, task: Task, items: Sequence[Item]) -> dict[str, Any]:
+    """The mean fusion weight of each adapter over answers' tokens and layers, how answers differ in it, and in which
+    answers which adapter has the most.
 
     Args:
         model: the fused model that gave the answers.
@@ -174,22 +177,34 @@ def mean_answer_weights(model: Fusion, task: Task, items: Sequence[Item]) -> dic
         items: its answers; the first 64 count.
 
     Returns:
-        Mean, and standard deviation between the answers, by adapter; empty for the base or one adapter alone,
-        and for tasks of lm-evaluation-harness.
+        What a `Record` has of it: `weights` and `chosen`, both empty for the base or one adapter alone, and for tasks
+        of lm-evaluation-harness.
     """
     if not model.gates or len(model.adapters) == 1 or task.harness is not None:
-        return {}
+        return {"weights": {}, "chosen": []}
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    means = []
+    found: list[Tensor | None] = []
     for problem, item in zip(task.test, items[:WEIGHED_ANSWERS], strict=False):
         prompt = model.prompt.prompt_ids(tokenizer, problem.messages)
         answer = tokenizer(item.answer, add_special_tokens=False)["input_ids"]
-        if answer:
-            ids = torch.tensor([[*prompt, *answer]], device=model.device)
-            means.append(model.trace(ids, prompt_length=len(prompt)).token_weights()[len(prompt) :].mean(dim=0))
-    if not means:
-        return {}
-    found = torch.stack(means).double()
-    spread = found.std(dim=0, unbiased=False)
-    return {name: (float(found[:, i].mean()), float(spread[i])) for i, name in enumerate(model.adapter_names)}
+        ids = torch.tensor([[*prompt, *answer]], device=model.device)
+        trace = model.trace(ids, prompt_length=len(prompt)) if answer else None
+        found.append(None if trace is None else trace.token_weights()[len(prompt) :].mean(dim=0).double())
+    names = model.adapter_names
+    chosen = [None if mean is None else _largest(mean, names) for mean in found]
+    # An answer without a token has no weights; which adapter it chose is not known.
+    weighed = [mean for mean in found if mean is not None]
+    if not weighed:
+        return {"weights": {}, "chosen": chosen}
+    means = torch.stack(weighed)
+    spread = means.std(dim=0, unbiased=False)
+    weights = {name: (float(means[:, i].mean()), float(spread[i])) for i, name in enumerate(names)}
+    return {"weights": weights, "chosen": chosen}
+
+
+def _largest(weights: Float[Tensor, " adapters"], names: Sequence[str]) -> str | None:
+    """The adapter with the largest weight, unless another one's is the same but for rounding."""
+    most, at = weights.max(dim=0)
+    alone = (weights > most - 1e-6 * most.abs()).sum() == 1
+    return names[int(at)] if alone else None

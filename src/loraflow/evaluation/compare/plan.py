@@ -7,6 +7,8 @@ methods:                      # the rows of the table, by the name that each get
   layer: lora-flow
   module: {method: lora-flow, options: {granularity: module}}
   merged: {merge: knots-ties, options: {scale: 0.5}}
+  oracle: {adapter: own}      # the one that the task names as its own
+  unseen: {method: arrow, without: own}
   task LoRA, tuned: {finetune: 1}
 seeds: [0, 1, 2]
 reference: layer
@@ -32,6 +34,7 @@ from loraflow.training.recipes import read_yaml
 STUDIES = Path(__file__).parents[1] / "studies"
 EVERY_TASK = "every"
 NEW_LORA = "new"
+OWN = "own"
 
 
 class _Spec(BaseModel):
@@ -64,9 +67,11 @@ class TaskSpec(_Spec):
 
     Attributes:
         adapters: names of the adapters to fuse, in order; all of the setting's by default.
+        own: the one of them that was made for this task, where it is a question which of many serves.
         test: examples, as `loraflow.examples.Source` reads them, answered by `generate` and scored by `scorer`.
         harness: instead, the name of a task of lm-evaluation-harness.
         mixed: instead, a mixture of two other tasks.
+        together: instead, the problems of several other tasks in turns, so that one batch has some of each.
         train: examples for what learns.
         more_train: further ones, for rows that want more `examples` than `train` has.
         dev: examples on which its checkpoints are chosen.
@@ -87,9 +92,11 @@ class TaskSpec(_Spec):
     """
 
     adapters: list[str] | None = None
+    own: str | None = None
     test: str | None = None
     harness: str | None = None
     mixed: MixSpec | None = None
+    together: list[str] | None = Field(None, min_length=2)
     train: str | None = None
     more_train: str | None = None
     dev: str | None = None
@@ -109,13 +116,18 @@ class TaskSpec(_Spec):
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskSpec:
-        if sum(source is not None for source in (self.test, self.harness, self.mixed)) != 1:
-            raise ValueError("give exactly one of `test`, `harness` and `mixed`")
+        if sum(source is not None for source in (self.test, self.harness, self.mixed, self.together)) != 1:
+            raise ValueError("give exactly one of `test`, `harness`, `mixed` and `together`")
         if self.test is not None and self.scorer is None:
             raise ValueError("`test` needs a `scorer`")
         if self.mixed is not None and self.model_fields_set != {"mixed"}:
             more = sorted(self.model_fields_set - {"mixed"})
             raise ValueError(f"a `mixed` task is as the task that it mixes; leave `{more[0]}` out")
+        if self.together is not None and self.model_fields_set != {"together"}:
+            more = sorted(self.model_fields_set - {"together"})
+            raise ValueError(f"tasks that are `together` stay as they are; leave `{more[0]}` out")
+        if self.own is not None and self.adapters is not None and self.own not in self.adapters:
+            raise ValueError(f"`own` (={self.own!r}) is not among the task's `adapters`; name it there too")
         for name in ("metric", "num_fewshot", "chat", "include_path"):
             if self.harness is None and getattr(self, name):
                 raise ValueError(f"`{name}` is of a `harness` task; leave it out")
@@ -154,9 +166,12 @@ class RowSpec(_Spec):
         options: its parameters, or the merge's.
         merge: the adapters merged into one by one of `loraflow.merging.MERGES`.
         rank: the rank that a merge is compressed to; by default none.
-        adapter: one of the task's adapters alone, by name or position.
+        adapter: one of the task's adapters alone, by name or position, or "own": the one made for the task.
         finetune: train a LoRA on the task instead of fusing: "new", or one of the task's adapters further.
+        on_top_of: what a new LoRA is trained on: one of the task's adapters, by name or position, or a method's name,
+            which is fitted first where it learns; by default the base.
         adapters: what is fused: the task's adapters, all of the setting's, or these.
+        without: adapters to leave out of those, by name; "own" is the one made for the task.
         fit: settings of `FitConfig` (and of `LoraSettings` for `finetune`) that differ from the recipe.
         search: choose learning rate and batch size on the dev examples, by the paper's grid.
         examples: how many training examples it gets, the first ones; all by default. In a plan's file it may be a list:
@@ -173,7 +188,9 @@ class RowSpec(_Spec):
     adapter: int | str | None = None
     fusion: str | None = None
     finetune: int | str | None = None
+    on_top_of: int | str | None = None
     adapters: Literal["task", "all"] | list[str] = "task"
+    without: list[str] = []
     fit: dict[str, Any] = {}
     search: bool = False
     examples: int | None = Field(None, ge=1)
@@ -186,13 +203,21 @@ class RowSpec(_Spec):
         kinds = (self.method, self.adapter, self.fusion, self.merge, self.finetune)
         if sum(kind is not None for kind in kinds) != 1:
             raise ValueError("give exactly one of `method`, `adapter`, `fusion`, `merge` and `finetune`")
+        if self.on_top_of is not None and self.finetune != NEW_LORA:
+            raise ValueError(f"`on_top_of` is what a new LoRA is trained on; say `finetune: {NEW_LORA}`")
         if self.options and self.method is None and self.merge is None:
             raise ValueError("`options` are parameters of a `method` or a `merge`")
         if self.rank is not None and self.merge is None:
             raise ValueError("`rank` is what a `merge` is compressed to; leave it out")
-        if self.fusion is not None and self.adapters != "task":
-            raise ValueError("a `fusion` has its own adapters; leave `adapters` out")
+        for name in ("adapters", "without"):
+            if self.fusion is not None and name in self.model_fields_set:
+                raise ValueError(f"a `fusion` has its own adapters; leave `{name}` out")
         return self
+
+    @field_validator("without", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def short(self) -> dict[str, Any]:
         """Only what was said, as JSON values."""

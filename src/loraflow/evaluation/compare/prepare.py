@@ -132,7 +132,9 @@ def prepare(
         facts["details"] = {"from_sum": loss.error}
     elif row.learns(task):
         facts = _learned(bench, row, task, seed, directory, say)
-        if row.spec.finetune is not None:
+        if row.spec.on_top_of is not None:
+            model = bench.saved(str(directory / "fusion"))
+        elif row.spec.finetune is not None:
             model = bench.fused({TUNED: str(directory / "adapter")}, TUNED, bench.manner(task, task.prompt)[1])
         else:
             model = bench.of_row(row, task)
@@ -216,6 +218,21 @@ def _keep_only(directory: Path, identity: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(identity).encode())
 
 
+def _below(
+    bench: Bench, row: PlannedRow, task: Task, seed: int | None, directory: Path, console: Console
+) -> tuple[FusedModel, int]:
+    """What a LoRA is trained on top of, fitted unless that is kept, and its number of learned values."""
+    if not row.learns(task):
+        return bench.of_row(row, task), 0
+    fitted = directory / FIT_FILE
+    if not fitted.is_file():
+        facts = _learn(bench, row, task, seed, directory, console)
+        write_atomically(fitted, json.dumps(facts).encode())
+    model = bench.of_row(row, task)
+    model.load_state_dict(SavedFusion.open(directory / "fusion").tensors)
+    return model, json.loads(fitted.read_text(encoding="utf-8"))["parameters"]
+
+
 def _learn(
     bench: Bench, row: PlannedRow, task: Task, seed: int | None, directory: Path, console: Console
 ) -> dict[str, Any]:
@@ -234,7 +251,14 @@ def _learn(
         "overwrite": not resume,
         "console": console,
     }
-    if row.spec.finetune is not None:
+    below = row.below(task)
+    if below is not None:
+        model, learned = _below(bench, below, task, seed, directory / "below", console)
+        model.tokenizer = tokenizer
+        model.set_prompt(prompt, task.stop)
+        result = model.finetune(train, directory / "fusion", name=TUNED, lora=lora, dev=dev, **run)
+        details, parameters = {}, result.parameters + learned
+    elif row.spec.finetune is not None:
         result = finetune(
             bench.bare(),
             train,

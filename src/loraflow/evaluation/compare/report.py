@@ -1,4 +1,4 @@
-"""A table as files: Markdown for a paper's appendix, CSV and JSON for other programs, HTML for people."""
+"""A table as files: Markdown for a paper's appendix, LaTeX, CSV and JSON for other programs, HTML for people."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import transformers
 
 import loraflow
 from loraflow.evaluation.compare.comparison import Comparison
+from loraflow.evaluation.compare.latex import latex
 from loraflow.evaluation.compare.store import Cell, Store
 from loraflow.evaluation.compare.table import AVERAGE, SIGNIFICANT, Row, Table, make_table, table_json
 from loraflow.files import write_atomically
@@ -28,11 +29,12 @@ SHOWN_PROBLEMS = 40
 
 
 def write_report(comparison: Comparison, store: Store, wanted: Mapping[Cell, Mapping[str, Any]] | None = None) -> Table:
-    """Write `report.md`, `.csv`, `.json` and `.html` beside a run's cells; cells count as `make_table` says."""
+    """Write `report.md`, `.tex`, `.csv`, `.json` and `.html` beside a run's cells; cells count as `make_table` says."""
     table = make_table(comparison, store, wanted)
     settings = run_settings(comparison)
     files = {
         "report.md": markdown(table, settings),
+        "report.tex": latex(table, _columns(table), number),
         "report.csv": table_csv(table),
         "report.json": json.dumps({**table_json(table), "settings": settings}, ensure_ascii=False, indent=1),
         "report.html": html(table, settings, _shown_answers(comparison, store)),
@@ -104,7 +106,20 @@ def cost_texts(row: Row) -> list[str]:
     ]
 
 
+OWN_CHOSEN = "own adapter chosen"
+# Of so many adapters' mean weights a table can be read; those of more are in `report.json`.
+MOST_WEIGHTS = 12
 COSTS = ("values learned", "examples", "fit, s", "tokens/s", "memory, MiB")
+
+
+def own_chosen(row: Row) -> str:
+    """In how many answers the adapter made for the problem has the most weight, in per cent; empty where unknown."""
+    return "" if row.own_chosen is None else f"{100 * row.own_chosen:.1f}"
+
+
+def _columns(table: Table) -> list[str]:
+    """The tasks, and the average where there is one."""
+    return [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
 
 
 def _note(table: Table) -> str:
@@ -137,7 +152,7 @@ def _note(table: Table) -> str:
 
 def markdown(table: Table, settings: Mapping[str, str]) -> str:
     """The scores, and what they cost with the comparison with the reference; for one task all in one table."""
-    columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
+    columns = _columns(table)
     parts = [f"# {table.title}", table.description.strip(), _missing(table)]
     scores = [["seeds", *columns], *(_scores(table, name, columns) for name in table.contenders)]
     names = ["method", *table.contenders]
@@ -146,6 +161,8 @@ def markdown(table: Table, settings: Mapping[str, str]) -> str:
     costs = [list(COSTS), *map(cost_texts, last.values())]
     against = [[f"difference to {table.reference}{of}", "p", "p, corrected"], *map(_against, last.values())]
     blocks = [against, costs] if any(row.difference is not None for row in last.values()) else [costs]
+    if any(row.own_chosen is not None for row in last.values()):
+        blocks.insert(0, [[OWN_CHOSEN], *([own_chosen(row)] for row in last.values())])
     if len(columns) == 1:
         parts += [_markdown_table(names, scores, *blocks), _note(table)]
     else:
@@ -177,6 +194,8 @@ def _weights(table: Table) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row.weights))
+    if len(names) > MOST_WEIGHTS:
+        return f"The mean fusion weights of {len(names)} adapters are in `report.json`."
     lines = [
         [row.task, *(f"{row.weights[n][0]:.3f} ± {row.weights[n][1]:.3f}" if n in row.weights else "" for n in names)]
         for row in rows
@@ -203,14 +222,14 @@ def table_csv(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     head = ["contender", "task", "metric", "seeds", "problems", "mean", "low", "high", "difference", "difference_low",
             "difference_high", "test", "p", "p_corrected", "learned_parameters", "examples", "fit_s", "tokens_per_s",
-            "memory_mib", "fitted_on"]  # fmt: skip
+            "memory_mib", "fitted_on", "own_chosen"]  # fmt: skip
     writer.writerow(head)
     for row in table.rows:
         differences = [row.difference, *(row.difference_interval or (None, None))]
         writer.writerow(
             [row.contender, row.task, row.metric, row.seeds, row.problems, row.mean, *row.interval, *differences,
              row.test, row.p, row.p_corrected, row.learned_parameters, row.examples, row.fit_s, row.tokens_per_s,
-             row.memory_mib, row.fitted_on]
+             row.memory_mib, row.fitted_on, row.own_chosen]
         )  # fmt: skip
     return text.getvalue()
 
@@ -221,7 +240,7 @@ def table_csv(table: Table) -> str:
 def html(table: Table, settings: Mapping[str, str], answers: Mapping[str, Any]) -> str:
     """One page that needs nothing else: the table, a picture of it, what it cost, and answers to look at."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    columns = [*table.tasks, *([AVERAGE] if any(row.task == AVERAGE for row in table.rows) else [])]
+    columns = _columns(table)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     # A closing tag inside an answer must not end the page's script.
     data = json.dumps(answers, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
@@ -236,6 +255,8 @@ def html(table: Table, settings: Mapping[str, str], answers: Mapping[str, Any]) 
         difference=difference,
         p_text=p_text,
         cost_texts=cost_texts,
+        own_heading=OWN_CHOSEN if any(row.own_chosen is not None for row in table.rows) else "",
+        own_chosen=own_chosen,
         forests=[_forest(table, column) for column in columns],
         data=jinja2.utils.markupsafe.Markup(data.replace("\u2029", "\\u2029")),
     )

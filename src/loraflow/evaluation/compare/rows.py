@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from loraflow.errors import DataError, LoraflowError, MethodError, did_you_mean
-from loraflow.evaluation.compare.plan import NEW_LORA, RowSpec
+from loraflow.evaluation.compare.plan import NEW_LORA, OWN, RowSpec
 from loraflow.evaluation.compare.tasks import Setting, Task
 from loraflow.merging import Merge, make_merge
 from loraflow.methods import Method, get_method
+from loraflow.methods.on_top import put_on_top
 from loraflow.saved.fusion import SavedFusion
 from loraflow.training import FitConfig, LoraSettings
 from loraflow.training.config import LEARNING_RATE
@@ -30,18 +31,31 @@ class PlannedRow:
         """The adapters that it fuses on a task.
 
         Raises:
-            DataError: if the setting lacks one of them.
+            DataError: if the setting lacks one of them, one is to be left out that is not there, or none is left.
         """
-        if self.spec.adapters == "task":
-            return list(task.adapters)
-        if self.spec.adapters == "all":
-            return list(self.setting.adapters)
-        for name in self.spec.adapters:
+        whole = {"task": task.adapters, "all": tuple(self.setting.adapters)}
+        names = whole[self.spec.adapters] if isinstance(self.spec.adapters, str) else tuple(self.spec.adapters)
+        for name in names:
             if name not in self.setting.adapters:
                 raise DataError(
                     f"The row {self.name!r} wants the adapter {name!r}. {did_you_mean(name, self.setting.adapters)}"
                 )
-        return list(self.spec.adapters)
+        absent = {self._own(task) if name == OWN else name for name in self.spec.without}
+        for name in sorted(absent - set(names)):
+            raise DataError(f"The row {self.name!r} is `without` {name!r}. {did_you_mean(name, names)}")
+        left = [name for name in names if name not in absent]
+        if not left:
+            raise DataError(f"The row {self.name!r} leaves out all adapters of {task.name!r}. Keep one of them.")
+        return left
+
+    def uses_own(self, task: Task) -> str | None:
+        """The adapter made for a task, where this row is told of it; another one there makes another row.
+
+        Raises:
+            DataError: if it is, and the task has none or several.
+        """
+        told = self.spec.adapter == OWN or self.spec.finetune == OWN or OWN in self.spec.without
+        return self._own(task) if told else None
 
     def method(self, task: Task) -> Method | None:
         """The method that it uses on a task; None where it is not given by one.
@@ -54,6 +68,24 @@ class PlannedRow:
         if self.spec.method is None:
             return None
         return get_method(self.spec.method, self.adapters(task), self.spec.options)
+
+    def below(self, task: Task) -> PlannedRow | None:
+        """The row that a new LoRA is trained on top of; None where that is the base.
+
+        Raises:
+            DataError: if there is no such adapter.
+            MethodError: if there is no such method, or nothing can be on top of it.
+        """
+        on, spec = self.spec.on_top_of, {"adapters": self.spec.adapters}
+        if on is None:
+            return None
+        if isinstance(on, int) or on in self.adapters(task):
+            return dataclasses.replace(self, spec=RowSpec(adapter=self._adapter(on, task), **spec))
+        row = dataclasses.replace(self, spec=RowSpec(method=on, **spec))
+        put_on_top(cast(Method, row.method(task)), self.name)
+        if row.learns(task) and not row.reads_adapters(task):
+            return dataclasses.replace(row, spec=row.spec.model_copy(update={"examples": self.spec.examples}))
+        return row
 
     def merge(self, task: Task, seed: int | None = None) -> Merge | None:
         """The merge that makes one adapter of its adapters on a task, by this seed; None where it is no merge.
@@ -159,6 +191,9 @@ class PlannedRow:
             if self.reads_adapters(source)
             else source.train_digest(self.spec.examples),
         }
+        below = self.below(source)
+        if below is not None:
+            identity["below"] = below.fit_identity(source, seed)
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
 
@@ -175,6 +210,9 @@ class PlannedRow:
             SavedFusion.open(self.spec.fusion)
         if isinstance(self.spec.finetune, int | str) and self.spec.finetune != NEW_LORA:
             self._adapter(self.spec.finetune, source)
+        below = self.below(source)
+        if below is not None:
+            below.check(source)
         if not self.learns(task):
             for name in ("fit", "search", "examples", "fitted_on"):
                 if getattr(self.spec, name):
@@ -213,6 +251,7 @@ class PlannedRow:
             DataError: if there is none such.
         """
         names = self.adapters(task)
+        which = self._own(task) if which == OWN else which
         if isinstance(which, int) and -len(names) <= which < len(names):
             return names[which]
         if which not in names:
@@ -221,6 +260,25 @@ class PlannedRow:
                 f"{', '.join(map(repr, names))}. Give one of them, or a position from 0 to {len(names) - 1}."
             )
         return str(which)
+
+    def _own(self, task: Task) -> str:
+        """The one adapter that was made for a task.
+
+        Raises:
+            DataError: if there is none, or its problems have several.
+        """
+        if OWN in self.setting.adapters:
+            raise DataError(
+                f"The row {self.name!r} says {OWN!r}, which is a task's own adapter, and one adapter has that name. "
+                "Give that one another name in the setting."
+            )
+        if len(set(task.own)) != 1:
+            found = "has problems with adapters of their own" if task.own else "does not say which adapter is its own"
+            raise DataError(
+                f"The row {self.name!r} wants the task's own adapter, and {task.name!r} {found}. Say `own` in the "
+                "setting's task, or `if_possible: true` in the row."
+            )
+        return task.own[0]
 
     def tuned_from(self, task: Task) -> str | None:
         """Where the adapter is that is trained further; None for a new one."""

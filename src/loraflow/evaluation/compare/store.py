@@ -82,6 +82,8 @@ class Record:
         fitted_on: the task that it learned on, where that is another one's choice.
         weights: mean fusion weight of each adapter over the answers' tokens and the layers, and the standard deviation
             of the answers' means; empty where there are none, None where they were not recorded.
+        chosen: for each answer whose weights were recorded, the adapter with the largest mean weight; None where none
+            has it alone.
         details: more of the fit, for readers.
         notice: what a reader of the scores has to know.
     """
@@ -98,6 +100,7 @@ class Record:
     memory_mib: float
     fitted_on: str | None = None
     weights: Mapping[str, tuple[float, float]] | None = None
+    chosen: Sequence[str | None] = ()
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     higher_is_better: bool = True
     notice: str | None = None

@@ -50,6 +50,8 @@ class Row:
         fitted_on: the task that it learned on, where that is another one's choice.
         curve: the curve that it is a point of.
         weights: mean fusion weight of each adapter, and its standard deviation between answers.
+        own_chosen: in how many of the answers whose weights were recorded the adapter made for the problem has the
+            largest mean weight, as a share; None where it is not among those fused, or nothing says which it is.
         share: whether scores are shares, between 0 and 1, which are shown in per cent.
         notice: what a reader of the scores has to know.
     """
@@ -75,6 +77,7 @@ class Row:
     fitted_on: str | None = None
     curve: str | None = None
     weights: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    own_chosen: float | None = None
     share: bool = True
     higher_is_better: bool = True
     notice: str | None = None
@@ -210,6 +213,7 @@ def _row(
         tokens_per_s=_speed(records),
         memory_mib=max(record.memory_mib for record in records),
         fitted_on=first.fitted_on,
+        own_chosen=_own_chosen(comparison, records),
         curve=comparison.rows[contender].spec.curve,
     )
     if task != AVERAGE:
@@ -242,6 +246,18 @@ def _mean_weights(recorded: Sequence[Mapping[str, tuple[float, float]]]) -> dict
         return {}
     means = {name: np.mean([of_run[name] for of_run in recorded], axis=0).tolist() for name in recorded[0]}
     return {name: (mean, spread) for name, (mean, spread) in means.items()}
+
+
+def _own_chosen(comparison: Comparison, records: Sequence[Record]) -> float | None:
+    """The share of answers that chose the adapter made for their problem, each record counting the same."""
+    shares = []
+    for record in records:
+        own = comparison.setting.tasks[record.cell.task].own
+        if not own or not record.weights or not set(own) <= record.weights.keys():
+            return None
+        chosen = [name == own[at % len(own)] for at, name in enumerate(record.chosen)]
+        shares.append(sum(chosen) / len(chosen))
+    return float(np.mean(shares))
 
 
 def _interval(entries: Sequence[_Entry], resampled: np.ndarray) -> Interval:

@@ -58,6 +58,7 @@ class Task:
     Attributes:
         name: what the table calls it.
         adapters: names of the adapters to fuse, in order.
+        own: the one that was made for all of its problems, or the one for each of them; empty where nothing says so.
         test: the problems to answer; empty for a task of lm-evaluation-harness.
         scorers: scores of an answer by name; the first decides.
         harness: that task, where it is one.
@@ -76,6 +77,7 @@ class Task:
     adapters: tuple[str, ...]
     test: tuple[Example, ...]
     scorers: Mapping[str, Scorer]
+    own: tuple[str, ...] = ()
     harness: HarnessTask | None = None
     train: tuple[Example, ...] = ()
     more_train: Callable[[], Sequence[Example]] = tuple
@@ -245,7 +247,7 @@ def load_setting(
     for name in tasks or ():
         if name not in setting.tasks:
             raise DataError(f"The setting has no task {name!r}. {did_you_mean(name, setting.tasks)}")
-    names = tasks or [name for name, spec in setting.tasks.items() if spec.mixed is None]
+    names = tasks or [name for name, spec in setting.tasks.items() if spec.mixed is None and spec.together is None]
     loaded = {name: _load_task(name, setting.tasks[name], setting, allow_code) for name in names}
     return Setting(
         base=setting.base,
@@ -297,8 +299,11 @@ def _own_examples(setting: SettingSpec, adapter: str) -> list[Example]:
 def _load_task(name: str, spec: TaskSpec, setting: SettingSpec, allow_code: bool) -> Task:
     if spec.mixed is not None:
         return _mixed(name, spec.mixed, setting, allow_code)
+    if spec.together is not None:
+        return _together(name, spec.together, setting, allow_code)
     adapters = tuple(spec.adapters or setting.adapters)
-    for adapter in adapters:
+    own = () if spec.own is None else (spec.own,)
+    for adapter in (*adapters, *own):
         if adapter not in setting.adapters:
             raise DataError(
                 f"The task {name!r} wants the adapter {adapter!r}. {did_you_mean(adapter, setting.adapters)}"
@@ -313,6 +318,7 @@ def _load_task(name: str, spec: TaskSpec, setting: SettingSpec, allow_code: bool
         adapters=adapters,
         test=_read(name, "test", spec.test, _fields(spec.test_fields) or fields),
         scorers=scorers,
+        own=own,
         harness=harness,
         train=_read(name, "train", spec.train, fields),
         more_train=functools.partial(_read, name, "more_train", spec.more_train, fields),
@@ -338,6 +344,54 @@ def _read(task: str, key: str, path: str | None, fields: Fields | None) -> tuple
 
 def _fields(names: FieldNames | None) -> Fields | None:
     return None if names is None else Fields(names.prompt, names.completion)
+
+
+# Several tasks in one.
+
+_OF_TASK = "of_task"
+
+
+def _together(name: str, sources: Sequence[str], setting: SettingSpec, allow_code: bool) -> Task:
+    plain = [task for task, spec in setting.tasks.items() if spec.mixed is None and spec.together is None]
+    for source in sources:
+        if source not in plain:
+            raise DataError(f"The task {name!r} puts {source!r} together with others. {did_you_mean(source, plain)}")
+    return join_tasks(name, [_load_task(source, setting.tasks[source], setting, allow_code) for source in sources])
+
+
+def join_tasks(name: str, tasks: Sequence[Task]) -> Task:
+    """A task with the problems of several in turns, each scored as where it comes from; nothing is learned on it.
+
+    Raises:
+        DataError: if a task has no problems of its own, or they differ in adapters, prompts, endings or metric.
+    """
+    first = tasks[0]
+    if names := [task.name for task in tasks if not task.test]:
+        raise DataError(f"The task {name!r} needs problems in memory, and {names[0]!r} has none. Leave it out.")
+    for what in ("adapters", "prompt", "stop", "metric"):
+        for task in tasks:
+            if getattr(task, what) != getattr(first, what):
+                raise DataError(
+                    f"The task {name!r} puts {first.name!r} and {task.name!r} together, which differ in `{what}`: "
+                    f"{getattr(first, what)!r} and {getattr(task, what)!r}. Join tasks that have it in common."
+                )
+    turns = [(task, at) for at in range(max(len(t.test) for t in tasks)) for task in tasks if at < len(task.test)]
+    test = [dataclasses.replace(one := task.test[at], record={**one.record, _OF_TASK: task.name}) for task, at in turns]
+    own = [task.own[at % len(task.own)] if task.own else "" for task, at in turns]
+    scorers = {task.name: task.scorers[task.metric] for task in tasks}
+    return Task(
+        name=name,
+        adapters=first.adapters,
+        test=tuple(test),
+        scorers={first.metric: lambda generated, record: scorers[record[_OF_TASK]](generated, record)},
+        own=tuple(own) if all(own) else (),
+        prompt=first.prompt,
+        max_new_tokens=max(task.max_new_tokens for task in tasks),
+        stop=first.stop,
+        problems=name,
+        learns_as=name,
+        runs_code=any(task.runs_code for task in tasks),
+    )
 
 
 # Mixed-language questions.

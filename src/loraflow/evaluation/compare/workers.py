@@ -17,7 +17,7 @@ import transformers
 
 from loraflow.errors import LoraflowError
 from loraflow.evaluation.compare.comparison import Comparison, open_comparison
-from loraflow.evaluation.compare.measure import answer_task, mean_answer_weights
+from loraflow.evaluation.compare.measure import answer_task, weigh_answers
 from loraflow.evaluation.compare.options import Options
 from loraflow.evaluation.compare.plan import Plan
 from loraflow.evaluation.compare.prepare import Bench, prepare
@@ -139,7 +139,7 @@ class Worker:
         if record is not None:
             # All but its weights, which nobody asked for before.
             items = self._store.read_items(cell)
-            record = dataclasses.replace(record, weights=mean_answer_weights(model, task, items))
+            record = dataclasses.replace(record, **weigh_answers(model, task, items))
         else:
             items, measured = answer_task(
                 model,
@@ -154,7 +154,7 @@ class Worker:
                 identity=identity,
                 scores=[item.scores[measured["metric"]] for item in items],
                 fitted_on=row.spec.fitted_on,
-                weights=mean_answer_weights(model, task, items) if plan.weights else None,
+                **(weigh_answers(model, task, items) if plan.weights else {}),
                 **learned,
                 **measured,
             )

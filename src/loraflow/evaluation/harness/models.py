@@ -178,7 +178,7 @@ class _FusionLM(_LM):
             MethodError: if the method weighs prompts: a whole text has none.
         """
         method = self.fusion.method
-        if isinstance(method, QueryMethod):
+        if method.reads_prompt:
             raise MethodError(
                 f"The method {method.name!r} weighs each prompt, and a text whose likelihood is wanted has none. "
                 "Take a task with questions, or another method."

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loraflow.adapters import LoraModule
+from loraflow.methods._shared.projections import right_singular
 from loraflow.methods.base import Site
 
 
@@ -61,15 +62,39 @@ def top_k_softmax(
     if targets is not None:
         scores = scores.masked_fill(~targets, float("-inf"))
     if top_k < scores.shape[-1]:
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(top_k, dim=-1).indices, True)
-        scores = scores.masked_fill(~kept, float("-inf"))
+        scores = scores.masked_fill(~largest(scores, top_k), float("-inf"))
     return torch.softmax(scores / temperature, dim=-1)
 
 
+def top_k_equal(
+    scores: Float[Tensor, "*batch adapters"], top_k: int, targets: Bool[Tensor, " adapters"]
+) -> Float[Tensor, "*batch adapters"]:
+    """Equal weights, with sum 1, of those of the largest `top_k` scores that are `targets`, of which there must be."""
+    kept = largest(scores.masked_fill(~targets, float("-inf")), top_k) & targets
+    return kept.to(scores.dtype) / kept.sum(dim=-1, keepdim=True)
+
+
+def largest(scores: Float[Tensor, "*batch adapters"], count: int) -> Bool[Tensor, "*batch adapters"]:
+    """Which scores are so many of the largest."""
+    chosen = scores.topk(min(count, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+def softmax_among(
+    scores: Float[Tensor, "*batch adapters"], among: Bool[Tensor, "*batch adapters"]
+) -> Float[Tensor, "*batch adapters"]:
+    """Softmax over some of the adapters; the others get 0, and where there are none all do, with zero gradients."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.softmax(scores.masked_fill(~among, lowest), dim=-1) * among
+
+
 def largest_normalized(scores: Float[Tensor, " adapters"], top_k: int | None) -> Float[Tensor, " adapters"]:
-    """Keep the largest `top_k` of non-negative scores and divide by their sum; where all are zero, weigh evenly."""
+    """Keep the largest `top_k` of non-negative scores and divide by their sum; where all are zero, weigh evenly.
+
+    Where there are fewer, all are kept.
+    """
     kept = torch.zeros_like(scores)
-    chosen = scores.topk(top_k or len(scores)).indices
+    chosen = scores.topk(min(top_k or len(scores), len(scores))).indices
     kept[chosen] = scores[chosen]
     total = kept.sum()
     if total > 0:
@@ -79,13 +104,9 @@ def largest_normalized(scores: Float[Tensor, " adapters"], top_k: int | None) ->
 
 
 def main_input_direction(update: LoraModule) -> Float[Tensor, " in_features"]:
-    """The top right singular vector of B A in float32: the input that the update answers most strongly.
-
-    With `A^T = Q R`, those of `B A` are Q times those of `B R^T`, which is only as wide as the rank.
-    """
-    Q, R = torch.linalg.qr(update.lora_A.double().T)
-    B = update.lora_B.double() @ R.T
-    return (Q @ torch.linalg.eigh(B.T @ B).eigenvectors[:, -1]).float()
+    """The top right singular vector of B A in float32: the input that the update answers most strongly; or zero."""
+    rows = right_singular(update).rows
+    return rows[0].float() if len(rows) else torch.zeros(update.lora_A.shape[1])
 
 
 def targets_of(site: Site) -> Bool[Tensor, " adapters"]:

@@ -39,6 +39,11 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
             f"The method {method.name!r} weighs whole prompts, which vLLM does not show to a plug-in. Let each request "
             "bring its weights (see docs/vllm.md), or serve it with `loraflow serve`."
         )
+    if method.reads_prompt and method.level != "query":
+        raise MethodError(
+            f"The method {method.name!r} weighs tokens by what the whole prompt says, which vLLM does not show to a "
+            "plug-in. Serve it with `loraflow serve`."
+        )
     if method.adds and requests:
         raise MethodError(
             f"The method {method.name!r} adds updates of its own beside the weighted adapters, and vLLM computes all "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from loraflow.errors import AdapterError, FusionError
 from loraflow.export.fusion import folded_update
 from loraflow.methods import Method
 from loraflow.methods.base import Site
+from loraflow.methods.slots import WeighsSlots
 from loraflow.methods.static import ConstantGate
 from loraflow.model import FusedModel
 from loraflow.saved.fusion import SavedFusion
 from loraflow.saved.records import FusionConfig
 
-Updates = Mapping[str, tuple[LoraModule | None, ...]]
+Updates = Mapping[str, Sequence[LoraModule | None]]
 """Each adapter's update of a layer's linears, by their name within the layer; None where one does not target it."""
 
 
@@ -78,7 +79,7 @@ def read_plan(
 def _folded(plan: FusionPlan, sites: Mapping[str, Site]) -> FusionPlan:
     """The one adapter, of weight 1, that a fusion is whose gates ignore their input and add updates of their own."""
     found = {name: folded_update(site, plan.gates[name]) for name, site in sites.items()}
-    layers: list[dict[str, tuple[LoraModule | None, ...]]] = [{} for _ in plan.layers]
+    layers: list[dict[str, Sequence[LoraModule | None]]] = [{} for _ in plan.layers]
     for name, site in sites.items():
         if found[name] is not None:
             layers[site.layer][str(site.module)] = (found[name],)
@@ -97,6 +98,9 @@ def _gates(method: Method, sites: Mapping[str, Site], tensors: Mapping[str, Tens
         gate = method.gate(site)
         if gate is not None:
             gate.load_state_dict({key: tensors[f"{name}.{key}"] for key in gate.state_dict()})
+            if isinstance(gate, WeighsSlots):
+                # There gates read inputs, and a graph cannot make what they need for that.
+                gate.read_inputs()
             gates[name] = gate.float().eval().requires_grad_(False)
     return gates
 

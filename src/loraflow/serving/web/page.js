@@ -1,5 +1,6 @@
-const KINDS = { fusion: "Fusions", adapter: "Adapters", base: "Base" };
+const KINDS = { auto: "Picked by the request", fusion: "Fusions", adapter: "Adapters", base: "Base" };
 const KEY = "loraflow-api-key";
+const NAMED = 12; // adapters that are named of those that one may pick from
 const $ = (id) => document.getElementById(id);
 
 const state = {
@@ -134,8 +135,11 @@ function adaptersOf(model) {
 function chooseModel(id) {
   state.model = state.models.find((model) => model.id === id);
   const { kind, method, adapters, digest } = state.model;
-  const what = { base: "the base, without adapters", adapter: "one adapter:", fusion: `${method} over` }[kind];
-  const whose = adapters.map((name) => element("span", { class: "adapter" }, swatch(place(name)), ` ${name}`));
+  const what = { base: "the base, without adapters", adapter: "one adapter:", fusion: `${method} over`,
+    auto: `${method} picks from ${plural(adapters.length, "adapter")}:` }[kind];
+  const named = kind === "auto" ? adapters.slice(0, NAMED) : adapters;
+  const whose = named.map((name) => element("span", { class: "adapter" }, swatch(place(name)), ` ${name}`));
+  if (named.length < adapters.length) whose.push(element("span", {}, `and ${adapters.length - named.length} more`));
   $("about").replaceChildren(element("span", {}, what), ...whose, element("code", { title: digest }, short(digest)));
   $("by-model").textContent = kind === "adapter" ? "As it is" : "As the fusion does";
   const names = adaptersOf(state.model);
@@ -318,9 +322,11 @@ class Answer {
     if (!choice) return;
     const text = choice.delta.content ?? "";
     this.finish = choice.finish_reason ?? this.finish;
+    if (choice.auto) this.pick(choice.auto);
     this.content += text;
     const told = choice.fusion_weights;
-    if (told?.tokens.length) {
+    // The base alone, which `auto` may leave a question to, has no adapters to weigh.
+    if (told?.tokens.length && told.adapters.length) {
       this.count += told.tokens.length;
       this.names = told.adapters;
       // Text belongs to the token that completes it.
@@ -354,6 +360,17 @@ class Answer {
       const weights = Object.entries(this.given).map(([name, weight]) => `${name} ${number(weight, 2)}`);
       this.maker.append(` · ${weights.join(", ")}`);
     }
+  }
+
+  /** Which adapters were picked, and by which scores; null scores where each token was weighed anew. */
+  pick({ adapter_weights: weights, scores, measure, candidates }) {
+    const score = (name) => (scores ? ` (${number(scores[name], 3)})` : "");
+    const picked = Object.entries(weights).map(([name, weight]) => `${name} ${number(weight, 2)}${score(name)}`);
+    const best = scores && Object.keys(scores)[0];
+    const who = picked.length ? picked.join(", ") : `the base alone${best ? `; best: ${best}${score(best)}` : ""}`;
+    const picks = element("span", { class: "picks" }, ` · ${who}, of ${candidates}`);
+    picks.title = measure ? `weight (score: ${measure})` : "mean weight of the answer's tokens";
+    this.maker.append(picks);
   }
 
   end(remark, error) {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from loraflow.errors import MethodError, did_you_mean
-from loraflow.methods import Method
+from loraflow.methods import Method, OnTop
 from loraflow.training.learners.base import Learner
 from loraflow.training.learners.experts import Experts
 from loraflow.training.learners.gradient import Gradient
 from loraflow.training.learners.samples import Samples
 from loraflow.training.learners.search import Search
+from loraflow.training.learners.together import Together
 
-LEARNERS: dict[str, Learner] = {learner.name: learner for learner in (Gradient(), Search(), Experts(), Samples())}
+LEARNERS: dict[str, Learner] = {
+    learner.name: learner for learner in (Gradient(), Search(), Experts(), Together(), Samples())
+}
 
 __all__ = ["LEARNERS", "Learner", "learner_of"]
 
@@ -19,8 +22,14 @@ def learner_of(method: Method) -> Learner:
     """The learner of a method.
 
     Raises:
-        MethodError: if the method learns nothing, or in an unknown way.
+        MethodError: if the method learns nothing, in an unknown way, or has an adapter on top.
     """
+    if isinstance(method, OnTop):
+        raise MethodError(
+            f"The fusion has {', '.join(map(repr, method.names))} on top of {method.name!r}, trained over its gates as "
+            "they are: fitting those would move what it stands on. Fit a fusion without it, and train on top of that "
+            "(`loraflow finetune --on`)."
+        )
     if method.learns is None:
         raise MethodError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")
     if method.learns not in LEARNERS:

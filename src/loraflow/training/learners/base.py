@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from loraflow.core.fusion import Fusion
+from loraflow.core.lanes import KEEPER
 from loraflow.errors import DataError, MethodError, did_you_mean
 from loraflow.examples import Example
 from loraflow.training.config import FitConfig, FitResult, Run
@@ -50,6 +51,7 @@ class Learner(ABC):
         seeded: whether another seed may give something else.
         has_grid: whether a grid of learning rates and batch sizes can be searched: `learn` once for each setting, with
             results on `dev`.
+        reads_all: whether it needs data of every adapter, where it learns from theirs.
         idle: parameters of `fit`, and fields of `FitConfig`, that it has no use for.
         step: what the steps of its results are.
     """
@@ -60,6 +62,7 @@ class Learner(ABC):
     needs_gates: ClassVar[type | None] = None
     seeded: ClassVar[bool] = True
     has_grid: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = True
     idle: ClassVar[frozenset[str]] = frozenset()
     step: ClassVar[str] = "steps"
 
@@ -99,7 +102,8 @@ class Learner(ABC):
         Raises:
             MethodError: if they have not.
         """
-        needs = [(gate, self.needs_gates) for gate in fusion.gates.values()]
+        weighing = [gate for site, gate in fusion.gates.items() if fusion.method.level == "query" or site != KEEPER]
+        needs = [(gate, self.needs_gates) for gate in (weighing or fusion.gates.values())]
         for thing, needed in [*needs, (fusion.method, self.needs_method)]:
             if needed is not None and not isinstance(thing, needed):
                 raise MethodError(
@@ -134,8 +138,8 @@ class Learner(ABC):
                     f"Examples are given for the unknown adapter {adapter!r}. {did_you_mean(adapter, adapters)}"
                 )
         missing = [adapter for adapter in adapters if adapter not in examples]
-        if missing:
+        if missing and self.reads_all:
             raise DataError(
                 f"The method {name!r} learns from each adapter's own data; there is none for {missing[0]!r}."
             )
-        return {adapter: examples[adapter] for adapter in adapters}
+        return {adapter: examples[adapter] for adapter in adapters if adapter in examples}

@@ -1,7 +1,13 @@
-"""Training an adapter's own weights on the same few examples: what a fusion of existing adapters has to be better than.
+r"""Training an adapter's own weights on the same few examples: what fusing existing adapters has to be better than.
 
-A new LoRA, or one more round for an existing one; by PEFT, and otherwise by the recipe of `training.fit`: the same
-prompts, loss on the response only, schedule, checkpoints and choice on dev examples.
+A new LoRA, on the base or on top of a fusion, or one more round for an existing one; by PEFT, and otherwise by the
+recipe of `training.fit`: the same prompts, loss on the response only, schedule, checkpoints and choice on dev examples.
+
+On top of a fusion, PEFT wraps the fused linears as it would the base's: with the LoRA's A and B, scaled by s,
+
+$$y = f(x) + s B A\, x, \qquad f(x) = W x + \sum_i w_i s_i B_i A_i x$$
+
+and only A and B learn. What PEFT saves opens on the base alone too, but has learned beside f.
 """
 
 from __future__ import annotations
@@ -24,14 +30,27 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from loraflow.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSource, load_adapter, match_adapter, write_keys
+from loraflow.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterSource,
+    load_adapter,
+    match_adapter,
+    tensors_digest,
+    write_keys,
+)
 from loraflow.answers import require_tokenizer
 from loraflow.bases import BaseOptions, base_record, choose, with_tokens
 from loraflow.core.attach import open_base
+from loraflow.core.fusion import Fusion
+from loraflow.core.layers import FusedDecoderLayer
 from loraflow.errors import FusionError, LoraflowError
 from loraflow.examples import Example
 from loraflow.files import make_folder, write_atomically
+from loraflow.methods.on_top import put_on_top
 from loraflow.prompts import PromptFormat
+from loraflow.saved.fusion import fusion_digest
 from loraflow.training.checkpoints import run_directory
 from loraflow.training.config import LEARNING_RATE, FitConfig, FitResult, LoraSettings, Run
 from loraflow.training.data import prepare
@@ -57,7 +76,7 @@ class FinetuneResult(FitResult):
 
 
 def finetune(
-    base: str | Path | PreTrainedModel,
+    base: str | Path | PreTrainedModel | Fusion,
     examples: Sequence[Mapping[str, Any] | Example],
     output: str | Path,
     *,
@@ -77,16 +96,17 @@ def finetune(
     """Train a new LoRA, or an existing adapter further, and save it as an ordinary PEFT adapter.
 
     Args:
-        base: Hub id, path, or a loaded transformers model, which is given back as it was.
+        base: Hub id, path, or a loaded transformers model, which is given back as it was. Or a fusion, which answers
+            while the new LoRA learns what is missing, and stays as it is; `FusedModel.finetune` puts the two together.
         examples: training examples, `{"prompt", "completion"}` or `{"messages"}`.
         output: directory for the adapter; one that is there is replaced only by a finished one.
         adapter: the existing adapter to go on from, which is only read; None trains a new one.
         lora: what a new one is like; by default as the paper's adapters.
         dev: examples on which the best checkpoint is chosen; without them, the last one is kept.
         config: the recipe; by default that of `fit` with a learning rate of 2e-4.
-        tokenizer: by default the base's, where `base` is an id or path.
+        tokenizer: by default the base's, where `base` is an id or path, and a fusion's own.
         prompt: how questions become prompts; by default by the existing adapter's chat template, if it brings one, or
-            else the tokenizer's, if it has one.
+            else the tokenizer's, if it has one; on a fusion, its own format.
         checkpoints: directory for checkpoints; a temporary one by default.
         resume: go on from the newest whole checkpoint there.
         overwrite: start over where there is an interrupted run.
@@ -100,27 +120,23 @@ def finetune(
     Raises:
         AdapterError: if the existing adapter cannot be read, or does not fit the base.
         LoraflowError: if arguments exclude each other, or a resumed run differs from the interrupted one.
+        MethodError: if nothing can be trained on top of the fusion.
     """
     started = time.perf_counter()
     config = config or FitConfig(learning_rate=LEARNING_RATE)
     output = Path(output).expanduser()
     _check_arguments(output, adapter, lora, config)
     check_trackers(config.report_to, weights=False)
-    old = load_adapter("adapter", adapter) if adapter is not None else None
-    if old is not None and output.resolve() == Path(old.source.path).resolve():
-        raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")
-    model, tokenizer = open_base(base, tokenizer, options)
-    tokenizer = require_tokenizer(tokenizer)
-    if old is not None:
-        match_adapter(old, model)
-    record, processes = base_record(model), here(model)
-    choice = choose(
-        prompt or PromptFormat(), tokenizer, {"adapter": old.source} if old is not None else {}, record.vocab_size
-    )
-    tokenizer, prompt = with_tokens(tokenizer, choice.tokens), choice.prompt.resolve(tokenizer)
-    described = old or lora or LoraSettings()
+    if isinstance(base, Fusion):
+        ground = _on_fusion(base, tokenizer, prompt, adapter, options)
+    else:
+        ground = _on_base(base, tokenizer, prompt, adapter, options, output)
+    processes = here(ground.model)
+    if ground.fusion is not None and processes.count > 1:
+        raise LoraflowError(f"On a fusion an adapter is trained in one process, and there are {processes.count}.")
+    described = ground.adapter or lora or LoraSettings()
     identity = {
-        "base": record.model_dump(exclude={"path", "revision"}),
+        **ground.identity,
         "adapter": dataclasses.asdict(described) if isinstance(described, LoraSettings) else described.digest,
     }
     with contextlib.ExitStack() as stack:
@@ -130,8 +146,11 @@ def finetune(
         lasting = checkpoints is not None
         run = Run(config, directory, resume, console, reports=files, lasting=lasting, processes=processes)
         set_seed(config.seed)
-        adapted = stack.enter_context(_adapted(model, described))
-        trained = TrainedAdapter(adapted, tokenizer, prompt)
+        stack.enter_context(_at_work(ground.fusion))
+        adapted = stack.enter_context(_adapted(ground.model, described))
+        if ground.fusion is not None:
+            _check_targets(ground.fusion)
+        trained = TrainedAdapter(adapted, ground.tokenizer, ground.prompt)
         data = prepare(trained, examples, dev, config)
         identity |= {"data": data.digest, "config": config.identity()}
         outcome, _ = train(trained, data, run, json.loads(json.dumps(identity)), "fine-tuning")
@@ -142,6 +161,115 @@ def finetune(
         processes.ask(lambda: _save(*written, output))
     done = dataclasses.replace(outcome, seconds=seconds, truncated=data.train.truncated)
     return FinetuneResult(**vars(done), output=output, parameters=parameters)
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What an adapter is trained in, and what makes two trainings there the same one."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompt: PromptFormat
+    identity: dict[str, Any]
+    adapter: Adapter | None = None
+    fusion: Fusion | None = None
+
+
+def _on_base(
+    base: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: PromptFormat | None,
+    adapter: str | Path | AdapterSource | None,
+    options: BaseOptions | None,
+    output: Path,
+) -> _Ground:
+    old = load_adapter("adapter", adapter) if adapter is not None else None
+    if old is not None and output.resolve() == Path(old.source.path).resolve():
+        raise LoraflowError(f"`output` (={str(output)!r}) is the adapter that is trained further. Give another place.")
+    model, tokenizer = open_base(base, tokenizer, options)
+    tokenizer = require_tokenizer(tokenizer)
+    if old is not None:
+        match_adapter(old, model)
+    record = base_record(model)
+    choice = choose(
+        prompt or PromptFormat(), tokenizer, {"adapter": old.source} if old is not None else {}, record.vocab_size
+    )
+    tokenizer = with_tokens(tokenizer, choice.tokens)
+    identity = {"base": record.model_dump(exclude={"path", "revision"})}
+    return _Ground(model, tokenizer, choice.prompt.resolve(tokenizer), identity, old)
+
+
+def _on_fusion(
+    fusion: Fusion,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: PromptFormat | None,
+    adapter: str | Path | AdapterSource | None,
+    options: BaseOptions | None,
+) -> _Ground:
+    fusion.attachment.check_attached()
+    if adapter is not None:
+        raise LoraflowError(
+            f"`adapter` (={str(adapter)!r}) is an existing one, and on a fusion a new one is trained. Give `lora`."
+        )
+    if options is not None:
+        raise LoraflowError("`options` say how a base is loaded, but `base` is a fusion. Leave them out.")
+    # What cannot have an adapter on top is refused before anything is trained.
+    put_on_top(fusion.own_method, "on top")
+    tokenizer = require_tokenizer(tokenizer or fusion.tokenizer)
+    adapters = [(one.name, one.digest) for one in fusion.adapters]
+    learned = tensors_digest(fusion.state_dict())
+    on = fusion_digest(fusion.base_record, adapters, fusion.own_method, learned)
+    identity = {"base": fusion.base_record.model_dump(exclude={"path", "revision"}), "on": on}
+    return _Ground(
+        fusion.attachment.model, tokenizer, (prompt or fusion.prompt).resolve(tokenizer), identity, fusion=fusion
+    )
+
+
+@contextlib.contextmanager
+def _at_work(fusion: Fusion | None) -> Iterator[None]:
+    """Let a fusion's own method weigh inside the block, its gates beside the base, where PEFT finds none of them."""
+    if fusion is None:
+        yield
+        return
+    with fusion.learning(), fusion.evaluating(), fusion.at_work():
+        layers = fusion.attachment.fusions
+        gates = [layer.gates for layer in layers]
+        learning = [parameter for own in gates for parameter in own.parameters() if parameter.requires_grad]
+        try:
+            for layer in layers:
+                layer.gates = nn.ModuleDict()
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for layer, own in zip(layers, gates, strict=True):
+                layer.gates = own
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+
+def _check_targets(fusion: Fusion) -> None:
+    """Check that a fusion can have an adapter where PEFT has put a new one.
+
+    Raises:
+        LoraflowError: if it cannot.
+    """
+    layers, method = fusion.attachment.layers, fusion.own_method
+    for name, module in fusion.attachment.model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        place = layers.split(name)
+        if place is None:
+            raise LoraflowError(
+                f"`target_modules` reaches '{name}', which is outside the decoder layers ({layers.prefix}), where a "
+                "fusion has no adapters. Name modules that are inside of them."
+            )
+        rows = cast(FusedDecoderLayer, layers.layers[place[0]]).fusion.context.rows.of(place[1])
+        if method.level == "token" and method.place != "module" and rows in ("prompts", "unknown"):
+            raise LoraflowError(
+                f"`target_modules` reaches '{name}', which does not read the layer's tokens one by one, so the method "
+                f"{method.name!r} cannot stand beside an adapter there. Name other modules."
+            )
 
 
 class TrainedAdapter(nn.Module):

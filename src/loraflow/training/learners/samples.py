@@ -42,32 +42,45 @@ class Samples(Learner):
         read = super().check_examples(fusion, {**known, **examples}, dev)
         return {name: own for name, own in read.items() if name in examples}
 
-    @torch.no_grad()
     def learn(  # noqa: D102
         self, fusion: Fusion, examples: Mapping[str, Sequence[Any]], dev: Examples | None, run: Run
     ) -> FitResult:
         started = time.perf_counter()
-        method = cast(Embeds, fusion.method)
-        tokenizer = require_tokenizer(fusion.tokenizer)
-        parsed = {name: parse_examples(own) for name, own in examples.items()}
-        embeddings = {name: kept for name, kept in _kept(fusion).items() if name not in parsed}
-        before = (fusion.training_record or {}).get("samples", {})
-        counts = {**before, **{name: len(own) for name, own in parsed.items()}}
+        kept, before = _kept(fusion), (fusion.training_record or {}).get("samples", {})
         fusion.set_method(fusion.method)
-        gate = cast(Any, fusion.gates["model"])
-        with fusion.evaluating(), counting_progress(run.console) as progress:
-            bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
-            for name, own in parsed.items():
-                of_one = []
-                for example in own:
-                    ids = torch.tensor(fusion.prompt.prompt_ids(tokenizer, example.messages), device=fusion.device)
-                    of_one.append(method.embed(Prompt(fusion.attachment, ids, tokenizer), gate))
-                    progress.advance(bar)
-                embeddings[name] = torch.stack(of_one)
-        gate.set_samples([embeddings[name] for name in fusion.adapter_names])
+        counts = {**before, **read_samples(fusion, examples, run, kept)}
         # Of vectors that were taken from elsewhere nobody knows the number.
         fusion.training_record = {"samples": {name: counts[name] for name in fusion.adapter_names if name in counts}}
         return FitResult(seconds=time.perf_counter() - started)
+
+
+@torch.no_grad()
+def read_samples(
+    fusion: Fusion, examples: Mapping[str, Sequence[Any]], run: Run, kept: Mapping[str, Tensor] | None = None
+) -> dict[str, int]:
+    """Give what a method keeps for the whole model the embeddings of each adapter's own prompts; how many those are.
+
+    Args:
+        fusion: with that method in use.
+        examples: of each adapter.
+        run: where progress is shown.
+        kept: embeddings of adapters that have no examples here.
+    """
+    method, gate = cast(Embeds, fusion.method), cast(KeepsSamples, fusion.gates["model"])
+    tokenizer = require_tokenizer(fusion.tokenizer)
+    parsed = {name: parse_examples(own) for name, own in examples.items()}
+    embeddings = {name: own for name, own in (kept or {}).items() if name not in parsed}
+    with fusion.evaluating(), counting_progress(run.console) as progress:
+        bar = progress.add_task("reading samples", total=sum(map(len, parsed.values())))
+        for name, own in parsed.items():
+            of_one = []
+            for example in own:
+                ids = torch.tensor(fusion.prompt.prompt_ids(tokenizer, example.messages), device=fusion.device)
+                of_one.append(method.embed(Prompt(fusion.attachment, ids, tokenizer), gate))
+                progress.advance(bar)
+            embeddings[name] = torch.stack(of_one)
+    gate.set_samples([embeddings[name] for name in fusion.adapter_names])
+    return {name: len(own) for name, own in parsed.items()}
 
 
 def _kept(fusion: Fusion) -> dict[str, Float[Tensor, "_samples hidden"]]:

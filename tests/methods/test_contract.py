@@ -45,16 +45,8 @@ from loraflow.methods import (
     make_method,
     method_names,
 )
-from loraflow.methods.base import (
-    Level,
-    Mixing,
-    Place,
-    check_choice,
-    check_count,
-    check_positive,
-    check_top_k,
-    check_weights,
-)
+from loraflow.methods.base import Level, Mixing, Place
+from loraflow.methods.checks import check_choice, check_count, check_positive, check_top_k, check_weights
 from loraflow.training.learners import LEARNERS
 from tests.tiny import random_adapter, random_ids, save_adapter, set_random_gates, tiny_model
 

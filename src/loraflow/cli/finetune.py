@@ -186,6 +186,7 @@ def _is_fusion(source: str) -> bool:
 
 def _open(source: str, base: str | None, prompt: PromptOptions, placement: Placement) -> FusedModel:
     """What is trained on: a saved fusion, or one adapter as a fusion of its own."""
+    from loraflow.methods import Static
     from loraflow.model import FusedModel
 
     if _is_fusion(source):
@@ -197,7 +198,7 @@ def _open(source: str, base: str | None, prompt: PromptOptions, placement: Place
     named = "=" in source and not Path(source).expanduser().exists()
     name, path = source.split("=", 1) if named else (Path(source).expanduser().resolve().name, source)
     return FusedModel.from_adapters(
-        str(base), {name: path}, {name: 1.0}, prompt=prompt.format(), options=placement.options()
+        str(base), {name: path}, Static({name: 1.0}), prompt=prompt.format(), options=placement.options()
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,27 +40,9 @@ from loraflow.core.layers import FusedDecoderLayer, LayerFusion
 from loraflow.core.quantized import allow_packing, keep_differentiable
 from loraflow.core.rows import probe_rows
 from loraflow.core.stock import Stock
+from loraflow.core.turn import Turn
 from loraflow.errors import ArchitectureError, LoraflowError
 from loraflow.methods.base import Method, Mixing, Place, Site
-
-
-class Turn:
-    """Lets one thread at a time through: what a call keeps on its way, it keeps on the model.
-
-    Like a lock, which could be neither copied nor pickled with the model.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from loraflow.core.active import EVERYTHING, Active, use_of
-from loraflow.core.lanes import Lane, Lanes, check_apart
+from loraflow.core.lanes import Lane, Lanes, by_row, check_apart
 from loraflow.core.rows import LayerRows, Rows
 from loraflow.core.slots import Slots, weigh
 from loraflow.core.stock import Stock
@@ -334,7 +334,7 @@ class LayerContext:
                 continue
             rows = lanes.rows_of(lane, self.shape[0], hidden_states.device)
             source = None if embeddings is None else embeddings[rows.to(embeddings.device)]
-            weights[rows] = _by_row(self._ask(lane, gate, hidden_states[rows], source), len(rows)).to(weights)
+            weights[rows] = by_row(self._ask(lane, gate, hidden_states[rows], source), len(rows)).to(weights)
         return weights.flatten(0, 1)
 
     def _weights_of_modules(
@@ -393,7 +393,7 @@ class LayerContext:
             if gate is not None:
                 rows = self.running.rows_of(lane, self.shape[0], x.device)
                 given = lane.spread(weigh(self.slots, lane, gate, member, x, rows), self.adapters)
-                weights[rows] = _by_row(given, len(rows)).to(weights)
+                weights[rows] = by_row(given, len(rows)).to(weights)
         return weights.flatten(0, 1)
 
     def _ask(self, lane: Lane, gate: nn.Module, hidden_states: Tensor, embeddings: Tensor | None) -> Tensor:
@@ -425,7 +425,7 @@ class LayerContext:
                     f"A gate of decoder layer {self.index} gave weights of shape {tuple(weights.shape)} for inputs of "
                     f"{tuple(shape)} (batch, seq). Give (adapters), (batch, adapters) or (batch, seq, adapters)."
                 )
-            weights = _by_row(weights.reshape(given[0], -1), shape[0]).expand(*shape, -1)
+            weights = by_row(weights.reshape(given[0], -1), shape[0]).expand(*shape, -1)
         return weights.reshape(-1, weights.shape[-1])
 
     def _record(self, name: str, weights: Float[Tensor, "*tokens adapters"]) -> None:
@@ -442,10 +442,3 @@ class LayerContext:
         self.alone = self.embeddings = self.recorded = None
         self.set_own(own)
         self.close()
-
-
-def _by_row(weights: Float[Tensor, "*weights adapters"], rows: int) -> Float[Tensor, "*rows adapters"]:
-    """Weights to be put into rows; those of requests are repeated for the rows that generation made of them."""
-    if weights.dim() != 2:
-        return weights
-    return weights.repeat_interleave(rows // weights.shape[0], dim=0)[:, None]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from loraflow.adapters import Adapter, LoraModule
 from loraflow.core.experts import ExpertPart, ExpertStack, expert_part, join_experts
-from loraflow.core.group import GroupPart, InputGroup
+from loraflow.core.group import InputGroup
+from loraflow.core.matrices import GroupPart
 from loraflow.core.stack import StackedLora, stack_adapters
 from loraflow.core.stock import Shelf
 

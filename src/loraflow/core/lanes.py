@@ -255,3 +255,10 @@ class Lanes:
             if lane.mixing == "parameters":
                 mask[self.rows_of(lane, shape[0], device)] = True
         return mask.view(-1, 1)
+
+
+def by_row(weights: Float[Tensor, "*weights adapters"], rows: int) -> Float[Tensor, "*rows adapters"]:
+    """Weights to be put into rows; those of requests are repeated for the rows that generation made of them."""
+    if weights.dim() != 2:
+        return weights
+    return weights.repeat_interleave(rows // weights.shape[0], dim=0)[:, None]

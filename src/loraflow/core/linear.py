@@ -35,7 +35,8 @@ from loraflow.core.active import Active, Use
 from loraflow.core.added import add_own_updates
 from loraflow.core.context import LayerContext
 from loraflow.core.cuts import Cuts
-from loraflow.core.group import InputGroup, Picked, Writing, cut_writing
+from loraflow.core.group import InputGroup, Picked, cut_writing
+from loraflow.core.matrices import Writing
 from loraflow.core.products import ScaledOutput
 from loraflow.core.stack import StackedLora
 from loraflow.core.swap import restore_class, swap_class

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loraflow.errors import MethodError
-from loraflow.methods.base import check_positive, check_weights
+from loraflow.methods.checks import check_positive, check_weights
 
 
 class Factors(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loraflow.errors import MethodError
 from loraflow.merging.base import Factors, Merge, Places, Update, check_seed
-from loraflow.methods.base import check_count
+from loraflow.methods.checks import check_count
 
 _MOST_ROUNDS = 100
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from loraflow.errors import MethodError
 from loraflow.merging.base import Factors, Merge, Places, Update, check_density, check_seed
 from loraflow.merging.voting import seeded
-from loraflow.methods.base import check_choice
+from loraflow.methods.checks import check_choice
 
 Together = Callable[[list[Tensor], Tensor], Tensor]
 

@@ -22,7 +22,8 @@ from typing import ClassVar
 from loraflow.adapters import LoraModule
 from loraflow.methods._shared.projections import Projection, right_singular
 from loraflow.methods._shared.scored import RoutedGate
-from loraflow.methods.base import Level, Method, Place, Site, check_positive, check_top_k
+from loraflow.methods.base import Level, Method, Place, Site
+from loraflow.methods.checks import check_positive, check_top_k
 
 _TOP_K = 3
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from loraflow.methods._shared.centroids import BASE, EmbedsPrompts
 from loraflow.methods._shared.scores import top_k_softmax
-from loraflow.methods.base import Learning, Place, Query, ScoredMethod, check_positive, check_top_k
+from loraflow.methods.base import Learning, Place, Query, ScoredMethod
+from loraflow.methods.checks import check_positive, check_top_k
 
 
 @dataclass(frozen=True)

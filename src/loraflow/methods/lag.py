@@ -28,7 +28,8 @@ from loraflow.errors import MethodError, did_you_mean
 from loraflow.methods._shared.projections import right_singular
 from loraflow.methods._shared.scored import ProjectionGate, exactly, lasting, lengths, linears_only
 from loraflow.methods._shared.scores import largest, linear_scores
-from loraflow.methods.base import Level, Method, Place, Site, check_count
+from loraflow.methods.base import Level, Method, Place, Site
+from loraflow.methods.checks import check_count
 
 _LOWEST = float("-inf")
 

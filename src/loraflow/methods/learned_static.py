@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from loraflow.errors import MethodError
 from loraflow.methods._shared.fitted import FittedOnExamples
-from loraflow.methods.base import Learning, Level, Method, Site, check_choice
+from loraflow.methods.base import Learning, Level, Method, Site
+from loraflow.methods.checks import check_choice
 
 # What people write as weights that sum to 1.
 _SUM_TOLERANCE = 1e-3

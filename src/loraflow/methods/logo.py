@@ -25,7 +25,8 @@ from torch import Tensor
 from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError, did_you_mean
 from loraflow.methods._shared.scores import largest_normalized
-from loraflow.methods.base import Place, Query, QueryGate, ScoredMethod, Site, check_choice, check_top_k
+from loraflow.methods.base import Place, Query, QueryGate, ScoredMethod, Site
+from loraflow.methods.checks import check_choice, check_top_k
 
 
 class LogoProbe(QueryGate):

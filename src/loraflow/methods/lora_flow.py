@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from loraflow.methods._shared.fitted import FittedOnExamples
-from loraflow.methods.base import Learning, Level, Method, Site, check_choice, check_count, check_positive, check_top_k
+from loraflow.methods.base import Learning, Level, Method, Site
+from loraflow.methods.checks import check_choice, check_count, check_positive, check_top_k
 from loraflow.methods.flow_gates import ACTIVATIONS, INPUTS, SCORERS, FlowGate, GateShape
 
 

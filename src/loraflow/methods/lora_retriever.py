@@ -37,7 +37,8 @@ from torch import Tensor
 from loraflow.errors import MethodError
 from loraflow.methods._shared.centroids import BASE, Centroids, EmbedsPrompts
 from loraflow.methods._shared.mixed import check_equal_ranks, check_mixable
-from loraflow.methods.base import Learning, Mixing, Place, Query, QueryMethod, Site, check_choice, check_top_k
+from loraflow.methods.base import Learning, Mixing, Place, Query, QueryMethod, Site
+from loraflow.methods.checks import check_choice, check_top_k
 
 _TOP_K = 3
 

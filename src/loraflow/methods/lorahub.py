@@ -19,17 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loraflow.methods._shared.mixed import check_mixable
-from loraflow.methods.base import (
-    Learning,
-    Level,
-    Method,
-    Mixing,
-    Place,
-    Site,
-    check_choice,
-    check_count,
-    check_positive,
-)
+from loraflow.methods.base import Learning, Level, Method, Mixing, Place, Site
+from loraflow.methods.checks import check_choice, check_count, check_positive
 from loraflow.methods.learned_static import LearnedWeights
 
 

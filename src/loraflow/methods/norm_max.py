@@ -21,7 +21,8 @@ from typing import ClassVar
 from loraflow.adapters import LoraModule
 from loraflow.methods._shared.projections import Projection, output_length
 from loraflow.methods._shared.scored import WEIGHTINGS, RoutedGate, Weighting, linears_only
-from loraflow.methods.base import Level, Method, Place, Site, check_choice, check_count, check_positive, check_top_k
+from loraflow.methods.base import Level, Method, Place, Site
+from loraflow.methods.checks import check_choice, check_count, check_positive, check_top_k
 
 
 @dataclass(frozen=True)

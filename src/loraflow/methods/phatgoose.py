@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from loraflow.methods._shared.scores import linear_scores, targets_of, top_k_softmax
-from loraflow.methods.base import Learning, Level, Method, Place, Site, check_top_k
+from loraflow.methods.base import Learning, Level, Method, Place, Site
+from loraflow.methods.checks import check_top_k
 
 _TOP_K = 2
 _EPSILON = 1e-6

@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loraflow.methods.base import Place, Query, ScoredMethod, check_choice, check_positive
+from loraflow.methods.base import Place, Query, ScoredMethod
+from loraflow.methods.checks import check_choice, check_positive
 
 Distance = Literal["kl", "js", "cosine", "euclidean"]
 _MEASURES: dict[str, str] = {

@@ -38,7 +38,8 @@ from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods._shared.centroids import BASE, Centroids, EmbedsPrompts
 from loraflow.methods._shared.scores import linear_scores, softmax_among, targets_of
-from loraflow.methods.base import Learning, Level, Method, Place, Query, Site, check_count, check_share, check_top_k
+from loraflow.methods.base import Learning, Level, Method, Place, Query, Site
+from loraflow.methods.checks import check_count, check_share, check_top_k
 
 
 class RouterGate(nn.Module):

@@ -26,7 +26,8 @@ from loraflow.adapters import LoraModule
 from loraflow.errors import MethodError
 from loraflow.methods._shared.projections import Projection, output_length, right_singular
 from loraflow.methods._shared.scored import WEIGHTINGS, RoutedGate, Weighting, linears_only
-from loraflow.methods.base import Level, Method, Place, Site, check_choice, check_positive, check_top_k
+from loraflow.methods.base import Level, Method, Place, Site
+from loraflow.methods.checks import check_choice, check_positive, check_top_k
 
 _TOP_K = 4
 

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraflow.errors import MethodError
-from loraflow.methods.base import Level, Method, Place, Site, check_weights
+from loraflow.methods.base import Level, Method, Place, Site
+from loraflow.methods.checks import check_weights
 
 
 class ConstantGate(nn.Module):

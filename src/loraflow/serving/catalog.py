@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from loraflow.adapters import Adapter, all_adapters, load_adapter, tensors_digest
 from loraflow.bases import AddedTokens, BaseOptions, check_base, choose, find_tokenizer, read_base_config
@@ -17,7 +17,7 @@ from loraflow.core.lanes import Gates, load_gates
 from loraflow.endings import Endings
 from loraflow.errors import LoraflowError, MethodError, did_you_mean
 from loraflow.methods import Method, QueryMethod, Static, make_method
-from loraflow.methods.base import check_weights
+from loraflow.methods.checks import check_weights
 from loraflow.model import FusedModel, check_adapter_names
 from loraflow.prompts import PromptFormat
 from loraflow.saved.fusion import Permit, SavedFusion, fusion_digest

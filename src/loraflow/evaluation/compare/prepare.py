@@ -241,6 +241,7 @@ def _learn(
     tokenizer, prompt = bench.manner(task, task.train_prompt or task.prompt)
     train, dev = list(task.training(row.spec.examples)), list(task.dev) or None
     examples, result = len(train), cast(Any, None)
+    details: dict[str, Any]
     checkpoints = directory / "checkpoints"
     resume = can_resume(checkpoints)
     run: dict[str, Any] = {

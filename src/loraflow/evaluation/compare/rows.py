@@ -76,12 +76,12 @@ class PlannedRow:
             DataError: if there is no such adapter.
             MethodError: if there is no such method, or nothing can be on top of it.
         """
-        on, spec = self.spec.on_top_of, {"adapters": self.spec.adapters}
+        on, adapters = self.spec.on_top_of, self.spec.adapters
         if on is None:
             return None
         if isinstance(on, int) or on in self.adapters(task):
-            return dataclasses.replace(self, spec=RowSpec(adapter=self._adapter(on, task), **spec))
-        row = dataclasses.replace(self, spec=RowSpec(method=on, **spec))
+            return dataclasses.replace(self, spec=_row_spec(adapter=self._adapter(on, task), adapters=adapters))
+        row = dataclasses.replace(self, spec=_row_spec(method=on, adapters=adapters))
         put_on_top(cast(Method, row.method(task)), self.name)
         if row.learns(task) and not row.reads_adapters(task):
             return dataclasses.replace(row, spec=row.spec.model_copy(update={"examples": self.spec.examples}))
@@ -284,3 +284,7 @@ class PlannedRow:
         """Where the adapter is that is trained further; None for a new one."""
         which = cast(int | str, self.spec.finetune)
         return None if which == NEW_LORA else self.setting.adapters[self._adapter(which, task)]
+
+
+def _row_spec(**fields: Any) -> RowSpec:
+    return RowSpec.model_validate(fields)

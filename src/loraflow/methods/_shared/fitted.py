@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from loraflow.errors import MethodError, did_you_mean
-from loraflow.methods.base import Place, check_weights
+from loraflow.methods.base import Place
+from loraflow.methods.checks import check_weights
 
 
 class FittedOnExamples:

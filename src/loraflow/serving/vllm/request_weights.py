@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraflow.errors import MethodError
-from loraflow.methods.base import check_weights
+from loraflow.methods.checks import check_weights
 
 KEY = "adapter_weights"
 AVERAGE = "average"

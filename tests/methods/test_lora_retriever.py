@@ -139,7 +139,9 @@ def test_the_loss_of_an_answer_is_that_of_the_merged_matrices():
     ids = random_ids(1)
     labels = ids.masked_fill(torch.arange(9) < 4, -100)
     merged = mixed_model(base, adapters, [1 / 3] * 3)
-    torch.testing.assert_close(answer_loss(model, ids, labels), answer_loss(merged, ids, labels))
+    torch.testing.assert_close(
+        answer_loss(model, input_ids=ids, labels=labels), answer_loss(merged, input_ids=ids, labels=labels)
+    )
 
 
 # ---- What cannot be ------------------------------------------------------------------------------------------------

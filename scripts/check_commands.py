@@ -48,7 +48,7 @@ FIRST = {"otel": "serve"}
 
 # What nobody needs who only uses the library.
 FOR_DEVELOPERS = {"docs", "test"}
-# These; what a request to a running server wants, not a command; and what wants a sentence encoder, of which none is here.
+# These; what a request to a running server wants, not a command; and what wants a sentence encoder: none is here.
 UNTRIED = FOR_DEVELOPERS | {"schema", "retrieval"}
 
 

@@ -121,7 +121,7 @@ def test_the_bytes_that_are_held_are_a_number(folder, host_bytes):
 def test_none_that_can_be_used_are_no_bank(folder):
     edit_config(folder / "zh", r=5)
     with pytest.raises(AdapterError, match=r"None of the 1 adapters can be used\. .*says rank 5.* Mend at least one\."):
-        AdapterBank([folder / "zh"], leave_out_broken=True)
+        AdapterBank([folder / "zh"], skip_broken=True)
 
 
 def break_header(folder):
@@ -149,7 +149,7 @@ def test_a_broken_adapter_is_named_and_left_out_only_if_that_is_asked_for(folder
         AdapterError, match=rf"1 of 3 adapters cannot be used: Adapter 'zh'.*{re.escape(message)}.*Mend"
     ):
         AdapterBank(folder)
-    bank = AdapterBank(folder, leave_out_broken=True)
+    bank = AdapterBank(folder, skip_broken=True)
     assert list(bank) == ["law.old", "math"]
     assert list(bank.left_out) == ["zh"]
     assert message in bank.left_out["zh"]
@@ -225,7 +225,7 @@ def test_a_collection_that_cannot_be_read_is_named(folder, monkeypatch):
         AdapterBank.from_collection("user/a")
     items += [types.SimpleNamespace(item_id=str(folder / name), item_type="model") for name in ("zh", "math")]
     edit_config(folder / "zh", r=5)
-    assert list(AdapterBank.from_collection("user/a", leave_out_broken=True).left_out) == ["zh"]
+    assert list(AdapterBank.from_collection("user/a", skip_broken=True).left_out) == ["zh"]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_one_broken_repository_does_not_stop_a_bank(folder, monkeypatch, error, 
         "loraflow.adapters.files.hf_hub_download", lambda repo, file, **options: str(folder / "zh" / file)
     )
     monkeypatch.setattr("loraflow.adapters.files.HfApi.parse_safetensors_file_metadata", header)
-    bank = AdapterBank({"math": folder / "math", "zh": "user/repo"}, leave_out_broken=True)
+    bank = AdapterBank({"math": folder / "math", "zh": "user/repo"}, skip_broken=True)
     assert list(bank) == ["math"]
     assert re.search(message, bank.left_out["zh"])
 

@@ -22,6 +22,7 @@ import uvicorn
 from loraflow import FusedModel
 from loraflow.demo.world import adapter_paths, base_path
 from loraflow.prompts import PromptFormat
+from loraflow.saved.fusion import SavedFusion
 from loraflow.serving.app import make_app
 from loraflow.serving.auto import Auto
 from loraflow.serving.catalog import Catalog
@@ -77,11 +78,11 @@ def server(tmp_path_factory):
     model.save_pretrained(directory / "flow")
     catalog = Catalog.open(None, fusions={"flow": str(directory / "flow")}, base_id="base")
     flow = catalog.served["flow"]
-    tensors = {f"{site}.{key}": value for site, gate in flow.gates.items() for key, value in gate.state_dict().items()}
+    saved = SavedFusion.open(directory / "flow")
     plain = PromptFormat(template="<|user|>{prompt}<|assistant|>")
     for name, prompt in (("plain", plain), (HOSTILE_NAME, flow.prompt)):
         manner = prompt, flow.endings
-        catalog._offer(catalog._make(name, "fusion", "nowhere", tuple(NAMES), flow.method, manner, tensors))
+        catalog._offer(catalog._make(name, "fusion", "nowhere", tuple(NAMES), flow.method, manner, saved))
     # Random gates may find no end.
     service = Service(catalog, ServerConfig(max_new_tokens=24))
     with listening(service) as url:

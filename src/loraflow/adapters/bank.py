@@ -40,7 +40,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         host_bytes: how many bytes of weights are kept, beside those that somebody holds; a whole number.
         device_bytes: how many bytes of matrices each model that the bank is fused into keeps on its devices; a whole
             number.
-        leave_out_broken: leave adapters out that cannot be read, and say so in `left_out`.
+        skip_broken: leave adapters out that cannot be read, and say so in `left_out`.
 
     Attributes:
         host_bytes: how many bytes of weights are kept.
@@ -63,7 +63,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         *,
         host_bytes: int = DEFAULT_HOST_BYTES,
         device_bytes: int = DEFAULT_DEVICE_BYTES,
-        leave_out_broken: bool = False,
+        skip_broken: bool = False,
     ) -> None:
         for name, value in (("host_bytes", host_bytes), ("device_bytes", device_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -83,7 +83,7 @@ class AdapterBank(Mapping[str, BankEntry]):
             adapters = find_adapters(self.folder)
         elif not isinstance(adapters, Mapping):
             adapters = names_of(adapters)
-        self.left_out = self._open(adapters, leave_out_broken=leave_out_broken)
+        self.left_out = self._open(adapters, skip_broken=skip_broken)
 
     @classmethod
     def from_collection(
@@ -92,7 +92,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         *,
         host_bytes: int = DEFAULT_HOST_BYTES,
         device_bytes: int = DEFAULT_DEVICE_BYTES,
-        leave_out_broken: bool = False,
+        skip_broken: bool = False,
     ) -> AdapterBank:
         """Open the adapters of a collection on the Hugging Face Hub (`user/title-0123456789abcdef`).
 
@@ -100,13 +100,13 @@ class AdapterBank(Mapping[str, BankEntry]):
             slug: its name there.
             host_bytes: how many bytes of weights are kept.
             device_bytes: how many bytes of matrices a model keeps.
-            leave_out_broken: leave models out that cannot be read as adapters, and say so in `left_out`.
+            skip_broken: leave models out that cannot be read as adapters, and say so in `left_out`.
 
         Raises:
             AdapterError: if the collection cannot be read or has no models, or as for a bank of those.
         """
         models = models_of_collection(slug)
-        return cls(models, host_bytes=host_bytes, device_bytes=device_bytes, leave_out_broken=leave_out_broken)
+        return cls(models, host_bytes=host_bytes, device_bytes=device_bytes, skip_broken=skip_broken)
 
     def __getitem__(self, name: str) -> BankEntry:
         """What is known of an adapter.
@@ -276,7 +276,7 @@ class AdapterBank(Mapping[str, BankEntry]):
         self._lock, self._reading, self._outlines = threading.RLock(), {}, {}
         self._held, self._held_bytes = OrderedDict(), 0
 
-    def _open(self, sources: Mapping[str, str | Path | AdapterSource], *, leave_out_broken: bool) -> dict[str, str]:
+    def _open(self, sources: Mapping[str, str | Path | AdapterSource], *, skip_broken: bool) -> dict[str, str]:
         known = {} if self.folder is None else read_index(self.folder / INDEX_FILE)
         broken: dict[str, str] = {}
         for name, source in sources.items():
@@ -284,13 +284,12 @@ class AdapterBank(Mapping[str, BankEntry]):
                 self._entries[name] = self._indexed(name, source, known.get(name)) or self._outlined(name, source)
             except AdapterError as error:
                 broken[name] = str(error)
-        if broken and not leave_out_broken:
+        if broken and not skip_broken:
             first = list(broken)[:_SHOWN]
             more = f" {len(broken) - len(first)} more cannot: {list(broken)[_SHOWN:]}." if broken.keys() - first else ""
             raise AdapterError(
                 f"{len(broken)} of {len(sources)} adapters cannot be used: {' '.join(broken[name] for name in first)}"
-                f"{more} Mend them, or leave them out with `leave_out_broken=True` "
-                "(--skip-broken)."
+                f"{more} Mend them, or leave them out with `skip_broken=True`."
             )
         if not self._entries:
             if not broken:

@@ -129,7 +129,7 @@ class BankOptions:
             )
             if value is not None
         }
-        bank = AdapterBank(folder, leave_out_broken=self.skip_broken, **sizes)
+        bank = AdapterBank(folder, skip_broken=self.skip_broken, **sizes)
         for name, why in bank.left_out.items():
             print(f"left out {name}: {why}", file=sys.stderr)
         return bank

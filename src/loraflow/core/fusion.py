@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -33,6 +33,9 @@ from loraflow.methods import Method, QueryMethod
 from loraflow.methods.base import AddsUpdate
 from loraflow.visual.tokens import token_texts
 from loraflow.visual.trace import Trace
+
+PromptMask = Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"]
+"""Which tokens of a batch are of prompts."""
 
 _INSTEAD = "Call `generate`, which takes several prompts at once, or let `loraflow serve` answer many requests."
 
@@ -76,7 +79,7 @@ class Fusion(FusionState):
         *args: Any,
         methods: Sequence[RowMethod] | None = None,
         fusion_weights: RowWeights | None = None,
-        prompt_mask: Int[Tensor, "batch seq"] | None = None,
+        prompt_mask: PromptMask | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with the fused adapters in it.
@@ -299,7 +302,7 @@ class Fusion(FusionState):
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         *,
         prompt_length: int = 0,
-        prompt_mask: Int[Tensor, "batch seq"] | None = None,
+        prompt_mask: PromptMask | None = None,
         **kwargs: Any,
     ) -> Trace:
         """The fusion weights at every position of a text, computed in one forward.

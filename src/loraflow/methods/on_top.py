@@ -155,7 +155,7 @@ def _check_below(method: Method, names: Sequence[str]) -> None:
     if isinstance(method, Base):
         raise MethodError(
             f"The method {method.name!r} has no adapters at work, so nothing can be on top of them "
-            f"(`{PARAMETER}` = {list(names)}). Take an adapter for the base: `loraflow finetune --base`."
+            f"(`{PARAMETER}` = {list(names)}). An adapter for the base alone is what `loraflow finetune` trains."
         )
     if method.reads_prompt:
         raise MethodError(
@@ -166,5 +166,5 @@ def _check_below(method: Method, names: Sequence[str]) -> None:
         why = "adds updates of its own" if method.adds else "mixes parameters"
         raise MethodError(
             f"The method {method.name!r} {why}, and takes no adapter on top (`{PARAMETER}` = {list(names)}). Export "
-            "the fusion as one adapter (`loraflow export --to peft`), which is exact, and put it on top of that."
+            "the fusion as one adapter (`loraflow export`), which is exact, and put it on top of that."
         )

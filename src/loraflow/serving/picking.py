@@ -64,8 +64,8 @@ def method_of(auto: Auto, adapters: Sequence[str], fusions: Collection[str]) -> 
     method = get_method(auto.method, list(adapters), auto.options)
     if method.learns:
         raise MethodError(
-            f"The method {method.name!r} learns, and picks nothing before. Fit it (`loraflow fit --method "
-            f"{method.name}`), serve the fusion too, and name that in its place."
+            f"The method {method.name!r} learns, and picks nothing before. Fit it (`loraflow fit`), "
+            "serve the fusion too, and name that in its place."
         )
     check_method(method)
     return method
@@ -98,7 +98,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if "top_k" in options:
         raise MethodError(
             f"`top_k` (={options['top_k']!r}) is among the method's options, and `{AUTO}` says how many are picked. "
-            f'Give it there: `--auto-top-k`, or `"{AUTO}": {{"top_k": ...}}` in a request.'
+            f'Give it there: `auto_top_k=1`, say, or `"{AUTO}": {{"top_k": ...}}` in a request.'
         )
 
 

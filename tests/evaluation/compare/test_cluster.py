@@ -298,7 +298,7 @@ def test_a_worker_that_sees_no_folder_carries_everything(setting: Any, tmp_path:
     again = Store(tmp_path).read(cell)
     assert again is not None
     assert again.weights
-    assert dataclasses.replace(again, weights=None) == record
+    assert dataclasses.replace(again, weights=None, chosen=()) == record
 
 
 def test_what_was_learned_is_replaced_whole(tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def test_weights_of_finished_cells_are_recorded_when_they_are_asked_for(
     halves = {"zh-chat": (0.5, 0.0), "math": (0.5, 0.0)}
     found = list(records(asking, tmp_path).values())
     assert [record.weights for record in found] == [halves, {}]
-    assert [dataclasses.replace(record, weights=None) for record in found] == list(before.values())
+    assert [dataclasses.replace(record, weights=None, chosen=()) for record in found] == list(before.values())
     assert "2 cells, 2 of them finished before" in run(asking, tmp_path)[1]
 
 

@@ -51,7 +51,7 @@ def test_every_study_opens_on_the_recipe(study):
     comparison = open_comparison(read_plan(study, setting=str(RECIPE)), allow_code=True)
     assert {cell.method for cell in comparison.cells} >= {comparison.reference}
     if study == "methods":
-        assert len(comparison.left_out) == 3 * len(comparison.setting.tasks)
+        assert len(comparison.left_out) == 4 * len(comparison.setting.tasks)
 
 
 @needs_data

@@ -151,7 +151,8 @@ class Store:
             weights = content["weights"]
             if weights is not None:
                 weights = {name: (mean, spread) for name, (mean, spread) in weights.items()}
-            return Record(**{**content, "cell": Cell(**content["cell"]), "weights": weights})
+            chosen = tuple(content.get("chosen", ()))
+            return Record(**{**content, "cell": Cell(**content["cell"]), "weights": weights, "chosen": chosen})
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise LoraflowError(f"{path} is no readable cell ({error}). Remove it, to measure it again.") from error
 

@@ -28,7 +28,7 @@ def learner_of(method: Method) -> Learner:
         raise MethodError(
             f"The fusion has {', '.join(map(repr, method.names))} on top of {method.name!r}, trained over its gates as "
             "they are: fitting those would move what it stands on. Fit a fusion without it, and train on top of that "
-            "(`loraflow finetune --on`)."
+            "(`loraflow finetune`)."
         )
     if method.learns is None:
         raise MethodError(f"The method {method.name!r} learns nothing: there is nothing to fit. Use it as it is.")

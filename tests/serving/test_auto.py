@@ -607,7 +607,7 @@ def test_an_adapter_that_the_method_cannot_compare_does_not_come_in(root, tmp_pa
         (("math",), "`auto` cannot pick by 'math': there is no such method"),
         (("average",), "The method 'average' weighs all requests alike"),
         (("base",), "The method 'base' weighs all requests alike"),
-        (("centroid",), "The method 'centroid' learns, and picks nothing before. Fit it (`loraflow fit --method"),
+        (("centroid",), "The method 'centroid' learns, and picks nothing before. Fit it (`loraflow fit`)"),
         (("lora-flow",), "The method 'lora-flow' learns, and picks nothing before."),
         (("logo", {"top_k": 2}), "`top_k` (=2) is among the method's options, and `auto` says how many are picked."),
         (("logo", {"scor": 2}), "Did you mean 'score'?"),

@@ -332,9 +332,70 @@ def test_a_running_call_keeps_its_version(folder):
 
 
 def test_files_that_changed_under_a_bank_are_refused_when_they_are_used(folder):
-    _, model, _ = both(folder)
+    _, model, whole = both(folder, "few")
     edit_config(folder / "rs", lora_alpha=3)
     with pytest.raises(AdapterError, match=r"'rs': the files in .* have changed"), model.using("rs"):
         pass
-    with model.using("plain"):
+    # What failed is not what answers next.
+    assert_same(model, whole)
+    model.training_record = {"steps": 1}
+    with pytest.raises(AdapterError, match=r"'rs': the files in .* have changed"):
+        model.set_method("rs")
+    assert model.method.parameters() == whole.method.parameters()
+    assert model.training_record == {"steps": 1}
+    assert_same(model, whole)
+
+
+def test_a_method_that_the_banks_adapters_do_not_let_go_on_comes_back_with_them(folder):
+    bank = AdapterBank({name: folder / name for name in ("plain", "few")})
+    model = FusedModel.from_adapters(tiny_model().double(), bank, "arrow")
+    before = logits(model)
+    bank.device_bytes = model.attachment.stock.size_bytes((0, 1))
+    bank.add("rs", folder / "rs")
+    for _ in range(2):
+        with pytest.raises(MethodError, match=r"of the bank's 3 adapters"):
+            logits(model)
+    bank.remove("rs")
+    torch.testing.assert_close(logits(model), before)
+    assert model.method.name == "arrow"
+
+
+def test_a_method_may_be_replaced_whose_adapter_has_left_or_that_has_learned(folder):
+    bank = AdapterBank({name: folder / name for name in ("plain", "few")})
+    model = FusedModel.from_adapters(tiny_model().double(), bank, "plain")
+    bank.remove("plain")
+    with pytest.raises(MethodError, match=r"names the unknown adapter 'plain'"):
         logits(model)
+    model.set_method("few")
+    logits(model)
+    model.set_method("lora-flow")
+    bank.add("rs", folder / "rs")
+    model.set_method("rs")
+    assert model.adapter_names == ["few", "rs"]
+    assert_same(model, FusedModel.from_adapters(tiny_model().double(), {"rs": folder / "rs"}, "rs"))
+
+
+def test_blocks_around_the_one_that_finds_the_banks_change_go_on(folder):
+    bank = AdapterBank({name: folder / name for name in ("plain", "few")})
+    model = FusedModel.from_adapters(tiny_model().double(), bank, "base")
+    with model.using("plain"):
+        expected = logits(model)
+        with model.using("few"):
+            bank.add("rs", folder / "rs")
+            logits(model)
+        torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_banks_adapter_may_be_called_otherwise(folder):
+    stored = {one.name: one for one in AdapterBank(folder).stored()}
+    model = FusedModel.from_adapters(tiny_model().double(), {"zh": stored["plain"].called("zh")}, "zh")
+    assert model.adapter_names == ["zh"]
+    assert_same(model, FusedModel.from_adapters(tiny_model().double(), {"plain": folder / "plain"}, "plain"))
+
+
+def test_an_exchange_that_fails_leaves_the_bank(folder, tmp_path):
+    bank, model, _ = both(folder)
+    wide = load_adapter("wide", save_adapter(tiny_model(hidden_size=64).double(), tmp_path / "wide"))
+    with pytest.raises(AdapterError):
+        model.exchange_adapters([wide])
+    assert model.bank is bank

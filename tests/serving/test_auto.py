@@ -14,7 +14,18 @@ import openai
 import pytest
 import torch
 
-from loraflow import Arrow, Centroid, FusedModel, Logo, Method, Phatgoose, PromptFormat, QaFlora, QueryMethod
+from loraflow import (
+    Arrow,
+    Centroid,
+    FusedModel,
+    Logo,
+    LoraRetriever,
+    Method,
+    Phatgoose,
+    PromptFormat,
+    QaFlora,
+    QueryMethod,
+)
 from loraflow.core.probe import Prompt
 from loraflow.errors import LoraflowError, MethodError
 from loraflow.methods.base import QueryGate
@@ -143,6 +154,25 @@ def test_a_fusions_method_picks_from_its_own_adapters(root):
         one = picked(catalog, text, adapters=["code"])
         assert (one.adapters, one.picks.weights) == (("code",), {"code": pytest.approx(1)})
         assert one.picks.scores == {"code": weigher.picks.scores["code"]}
+
+
+def test_retrieved_adapters_have_their_shares_as_if_there_were_no_others(root, tmp_path):
+    model = FusedModel.from_pretrained(root / "cents")
+    kept = model.gates["model"].kept_samples()
+    model.set_method(LoraRetriever(center=False))
+    model.gates["model"].set_samples(kept)
+    model.save_pretrained(tmp_path / "retriever")
+    catalog = Catalog.open(None, None, {"picks": str(tmp_path / "retriever")}, auto=Auto("picks"))
+    for text in PROMPTS[:3]:
+        whole = picked(catalog, text, top_k=3)
+        assert (whole.picks.measure, len(whole.adapters)) == ("inner product", 3)
+        assert whole.weights.tolist() == pytest.approx([[1 / 3] * 3] * 3)
+        one = picked(catalog, text, top_k=1)
+        assert one.picks.weights == {next(iter(whole.picks.scores)): pytest.approx(1)}
+        for name in NAMES[:3]:
+            assert picked(catalog, text, adapters=[name]).picks.weights == {name: pytest.approx(1)}
+        best, second, _ = whole.picks.scores.values()
+        assert len(picked(catalog, text, floor=(best + second) / 2).adapters) == 1
 
 
 class Fixed(QueryMethod):
@@ -607,6 +637,7 @@ def test_an_adapter_that_the_method_cannot_compare_does_not_come_in(root, tmp_pa
         (("math",), "`auto` cannot pick by 'math': there is no such method"),
         (("average",), "The method 'average' weighs all requests alike"),
         (("base",), "The method 'base' weighs all requests alike"),
+        (("arrow", {"on_top": ["zh"]}), "`on_top` (=['zh']) is among the method's options, and what is picked has"),
         (("centroid",), "The method 'centroid' learns, and picks nothing before. Fit it (`loraflow fit`)"),
         (("lora-flow",), "The method 'lora-flow' learns, and picks nothing before."),
         (("logo", {"top_k": 2}), "`top_k` (=2) is among the method's options, and `auto` says how many are picked."),

@@ -158,6 +158,7 @@ class StoredAdapter(Adapter):
             known[kind] = match_adapter(bare, base)
         placed, outline = StoredAdapter(self._bank, self._entry, self._bare), known[kind]
         same = all(self._bare.modules.get(name) is module for name, module in outline.modules.items())
+        vars(placed)["name"] = self.name
         vars(placed).update(outline=outline, config=outline.config, placed=True, _base=base, _same_names=same)
         return placed
 

@@ -186,20 +186,24 @@ class Attachment:
 
         Without any, the base answers alone.
         """
-        lanes = self._lanes_of(method, gates)
+        lanes = self.ready(method, gates)
         with self._modules_lock:
             for index, fusion in enumerate(self.fusions):
                 # What is the whole model's belongs to its first layer; the others only call it.
                 mine = (f"layers.{index}", KEEPER)[: 2 if index == 0 else 1]
                 fusion.install(lanes, {n: gate for n, gate in gates.items() if any(_owns(one, n) for one in mine)})
-        prepare(self._slots, lanes, len(self.adapters), self.stock)
 
     def use(self, method: Method, gates: Gates) -> None:
         """Let a method's gates give the fusion weights from now on; the modules of the model stay as they are."""
-        lanes = self._lanes_of(method, gates)
+        lanes = self.ready(method, gates)
         for context in self.contexts:
             context.set_own(lanes)
+
+    def ready(self, method: Method, gates: Gates) -> Lanes:
+        """Make and load what a method's gates are known to use, before anything is changed: that may fail."""
+        lanes = self._lanes_of(method, gates)
         prepare(self._slots, lanes, len(self.adapters), self.stock)
+        return lanes
 
     @contextlib.contextmanager
     def using(self, method: Method, gates: Gates) -> Iterator[None]:

@@ -157,8 +157,7 @@ class FusionState(Asking, _OfBase):
         """
         with self.attachment.turn():
             self.attachment.check_attached()
-            self._follow_bank()
-            self._choice.change(self._choice.fresh(method, self.attachment))
+            self._choice.change(self._replacement(method))
             if not self._choice.in_block:
                 self.training_record = None
                 self._register()
@@ -185,6 +184,29 @@ class FusionState(Asking, _OfBase):
                 yield self
         finally:
             self._install()
+
+    def _replacement(self, method: str | Method | Mapping[str, float]) -> Use:
+        """Another method in place of the caller's, of the adapters that the bank has by now; or all stays as it is."""
+        alone = not self._choice.in_block
+        # The method before may be one that cannot go on: then this is the way out.
+        with contextlib.suppress(LoraflowError) if alone else contextlib.nullcontext():
+            self._follow_bank()
+        own, adapters, changes = self._choice.own, self.adapters, self.bank_changes
+        try:
+            if alone:
+                self._follow_bank(replaced=True)
+            use = self._choice.fresh(method, self.attachment)
+            self.attachment.ready(use.method, use.gates)
+        except BaseException:
+            if self.adapters is not adapters:
+                self._choice.own = Use(get_method("base", []), {}, self.adapters)
+                self._swap_adapters(adapters)
+            if self._choice.own is not own:
+                self._choice.own, self.bank_changes = own, changes
+                with contextlib.suppress(LoraflowError):
+                    self._register()
+            raise
+        return use
 
     def _register(self) -> None:
         """Make the gates of the fusion's own method the model's modules; they are what is trained and moved."""
@@ -218,6 +240,10 @@ class FusionState(Asking, _OfBase):
             self.attachment.check_attached()
             self._follow_bank()
             use = self._choice.now
+            if self.bank is not None and use.method.learns is None and not use.fits(self.adapters):
+                # Another thread, or a block inside, was the first to find that the bank has others.
+                use = self._choice.fresh(use.method, self.attachment)
+                self._choice.change(use)
             if not use.fits(self.adapters):
                 raise LoraflowError(
                     f"The adapters were exchanged, and {use.method.name!r} is in use here for those before. Leave the "
@@ -307,12 +333,12 @@ class FusionState(Asking, _OfBase):
         read while it runs (quantised, offloaded), all of it has. Where it fails the model is as it was, but for its
         method.
         """
-        self.bank = None
         aside = not self._choice.own.gates and self.attachment.reads_aside
         built = self.attachment.build(adapters) if aside else None
         with self.attachment.turn():
             try:
                 self._swap_adapters(adapters, built)
+                self.bank = None
             finally:
                 if self.attachment.is_attached:
                     self._choice.own = self._choice.fresh("base", self.attachment)
@@ -336,29 +362,36 @@ class FusionState(Asking, _OfBase):
             finally:
                 self.bank = bank
 
-    def _follow_bank(self) -> None:
+    def _follow_bank(self, *, replaced: bool = False) -> None:
         """Have the adapters that the bank has by now, unless a call runs: that keeps those that it began with.
 
+        A fusion whose own method learns keeps its adapters, unless that is `replaced`. Where it fails, the next call
+        tries again.
+
         Raises:
-            MethodError: if the fusion's own method, or the caller's, names one that is no longer there.
+            MethodError: if the fusion's own method, which is to go on, names an adapter that is no longer there.
         """
         own = self._choice.own.method
-        if self.bank is None or self._calls or own.learns is not None or self.bank.changes == self.bank_changes:
+        if self.bank is None or self._calls or self.bank.changes == self.bank_changes:
+            return
+        if own.learns is not None and not replaced:
             return
         changes, adapters = self.bank.changes, self.bank.stored()
         names = [adapter.name for adapter in adapters]
         check_adapter_names(names)
-        get_method(own, names)
+        if not replaced:
+            get_method(own, names)
         self._choice.own = Use(get_method("base", []), {}, self.adapters)
         try:
             self._swap_adapters(adapters)
+            if not replaced:
+                self._choice.own = self._choice.fresh(own, self.attachment)
+                self._register()
             self.bank_changes = changes
-        finally:
-            self._choice.own = self._choice.fresh(own, self.attachment)
-            self._register()
-        now = self._choice.now
-        if not now.fits(self.adapters) and now.method.learns is None:
-            self._choice.change(self._choice.fresh(now.method, self.attachment))
+        except BaseException:
+            # Without gates nobody answers by it: every call comes here first, until this succeeds.
+            self._choice.own = Use(own, {}, self.adapters)
+            raise
 
     def _swap_adapters(self, adapters: Sequence[Adapter], built: Built | None = None) -> None:
         """Take all adapters out and put others in; where that fails, the same ones again."""

@@ -37,14 +37,14 @@ from torch import Tensor
 from loraflow.errors import MethodError
 from loraflow.methods._shared.centroids import BASE, Centroids, EmbedsPrompts
 from loraflow.methods._shared.mixed import check_equal_ranks, check_mixable
-from loraflow.methods.base import Learning, Mixing, Place, Query, QueryMethod, Site
+from loraflow.methods.base import Learning, Mixing, Place, Query, ScoredMethod, Site
 from loraflow.methods.checks import check_choice, check_top_k
 
 _TOP_K = 3
 
 
 @dataclass(frozen=True)
-class LoraRetriever(EmbedsPrompts, QueryMethod):
+class LoraRetriever(EmbedsPrompts, ScoredMethod):
     """LoraRetriever's choice.
 
     Attributes:
@@ -109,13 +109,12 @@ class LoraRetriever(EmbedsPrompts, QueryMethod):
         embedding, centroids = self.compared(query, gate, center=center)
         return centroids @ embedding
 
-    def weigh(self, query: Query, gate: Any) -> Float[Tensor, " adapters"]:
-        """1/k for each adapter that is retrieved; of equal ones, those named first.
+    @property
+    def measure(self) -> str:  # noqa: D102
+        return "inner product"
 
-        Raises:
-            MethodError: if the adapters have no vectors yet.
-        """
-        scores = self.scores(query, gate)
+    def weights_of(self, scores: Float[Tensor, " adapters"]) -> Float[Tensor, " adapters"]:
+        """1/k for each adapter that is retrieved; of equal ones, those named first."""
         retrieved = scores.argsort(descending=True, stable=True)[: self._count(len(scores))]
         return torch.zeros_like(scores).index_fill(0, retrieved, 1 / len(retrieved))
 
@@ -123,4 +122,4 @@ class LoraRetriever(EmbedsPrompts, QueryMethod):
         check_top_k(self.top_k, adapters)
 
     def _count(self, adapters: int) -> int:
-        return 1 if self.mode == "selection" else self.top_k or min(_TOP_K, adapters)
+        return 1 if self.mode == "selection" else min(self.top_k or _TOP_K, adapters)

@@ -95,6 +95,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         MethodError: if they do not.
     """
+    if "on_top" in options:
+        raise MethodError(
+            f"`on_top` (={options['on_top']!r}) is among the method's options, and what is picked has nothing on top. "
+            "Leave it out."
+        )
     if "top_k" in options:
         raise MethodError(
             f"`top_k` (={options['top_k']!r}) is among the method's options, and `{AUTO}` says how many are picked. "

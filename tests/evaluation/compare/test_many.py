@@ -58,6 +58,12 @@ def test_own_is_the_adapter_of_each_task(setting: dict[str, Any]) -> None:
         assert row.adapters(found) == [name for name in ALL if name != own]
         row, found = planned(setting, {"finetune": "own"}, task)
         assert row.tuned_from(found) == setting["adapters"][own]
+        row, found = planned(setting, {"finetune": "new", "on_top_of": "own"}, task)
+        assert row.below(found).method(found).weights == {own: 1.0}
+        assert row.uses_own(found) == own
+        # What is left out is not below either.
+        row, found = planned(setting, {"finetune": "new", "on_top_of": "average", "without": "own"}, task)
+        assert row.below(found).adapters(found) == [name for name in ALL if name != own]
 
 
 @given(st.data())

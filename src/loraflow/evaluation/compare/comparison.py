@@ -172,7 +172,9 @@ def unfinished(comparison: Comparison, store: Store, *, overwrite: bool) -> dict
                 )
             store.remove(cell)
             record = None
-        if record is None or (comparison.plan.weights and record.weights is None):
+        # Runs of before had weights without who was chosen by them.
+        weighed = record is not None and record.weights is not None and (not record.weights or bool(record.chosen))
+        if record is None or (comparison.plan.weights and not weighed):
             missing[cell] = identity
     return missing
 

@@ -54,7 +54,7 @@ class PlannedRow:
         Raises:
             DataError: if it is, and the task has none or several.
         """
-        told = self.spec.adapter == OWN or self.spec.finetune == OWN or OWN in self.spec.without
+        told = OWN in (self.spec.adapter, self.spec.finetune, self.spec.on_top_of, *self.spec.without)
         return self._own(task) if told else None
 
     def method(self, task: Task) -> Method | None:
@@ -76,12 +76,12 @@ class PlannedRow:
             DataError: if there is no such adapter.
             MethodError: if there is no such method, or nothing can be on top of it.
         """
-        on, adapters = self.spec.on_top_of, self.spec.adapters
+        on, among = self.spec.on_top_of, {"adapters": self.spec.adapters, "without": self.spec.without}
         if on is None:
             return None
-        if isinstance(on, int) or on in self.adapters(task):
-            return dataclasses.replace(self, spec=_row_spec(adapter=self._adapter(on, task), adapters=adapters))
-        row = dataclasses.replace(self, spec=_row_spec(method=on, adapters=adapters))
+        if isinstance(on, int) or on == OWN or on in self.adapters(task):
+            return dataclasses.replace(self, spec=_row_spec(adapter=self._adapter(on, task), **among))
+        row = dataclasses.replace(self, spec=_row_spec(method=on, **among))
         put_on_top(cast(Method, row.method(task)), self.name)
         if row.learns(task) and not row.reads_adapters(task):
             return dataclasses.replace(row, spec=row.spec.model_copy(update={"examples": self.spec.examples}))

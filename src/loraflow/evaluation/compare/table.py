@@ -253,7 +253,7 @@ def _own_chosen(comparison: Comparison, records: Sequence[Record]) -> float | No
     shares = []
     for record in records:
         own = comparison.setting.tasks[record.cell.task].own
-        if not own or not record.weights or not set(own) <= record.weights.keys():
+        if not own or not record.weights or not record.chosen or not set(own) <= record.weights.keys():
             return None
         chosen = [name == own[at % len(own)] for at, name in enumerate(record.chosen)]
         shares.append(sum(chosen) / len(chosen))

@@ -51,9 +51,10 @@ def check_plan(plan: FusionPlan, *, requests: bool, unverified: bool = False) ->
             "requests, or with `loraflow serve`."
         )
     if method.mixing == "parameters":
+        other = 'mode="mixture"' if method.level == "query" else 'mixes="outputs"'
         raise MethodError(
             f"The method {method.name!r} mixes parameters, whose cross terms are not computed in vLLM. Serve it with "
-            '`loraflow serve`, export it as one adapter, or fit it with `mixes="outputs"`.'
+            f"`loraflow serve`, export it as one adapter, or fit it with `{other}`."
         )
     if not plan.gates and not requests:
         raise MethodError(f"The method {method.name!r} is the base alone. Serve the base without a fusion.")

@@ -224,3 +224,13 @@ def test_what_is_wrong_is_said(arguments, said):
 def test_the_library_says_the_same():
     with pytest.raises(LoraflowError, match=r"`adapters` \(=0\) must be at least 1"):
         advise_on(Situation(0))
+
+
+def test_the_page_of_many_adapters_names_what_was_not_run():
+    study = ROOT / "src" / "loraflow" / "evaluation" / "studies" / "many.yaml"
+    text = (ROOT / "docs" / "many.md").read_text(encoding="utf-8")
+    (unmeasured,) = (part for part in text.split("\n\n") if part.startswith("Not measured: "))
+    for method in ("spectr", "norm-max", "lag", "lora-retriever", "ramole"):
+        assert method in study.read_text(encoding="utf-8")
+        assert not any(row.startswith(method) for row in rows("docs/many.md"))
+        assert f"`{method}`" in unmeasured

@@ -166,7 +166,7 @@ def test_retrieved_adapters_have_their_shares_as_if_there_were_no_others(root, t
     for text in PROMPTS[:3]:
         whole = picked(catalog, text, top_k=3)
         assert (whole.picks.measure, len(whole.adapters)) == ("inner product", 3)
-        assert whole.weights.tolist() == pytest.approx([[1 / 3] * 3] * 3)
+        assert whole.weights.flatten().tolist() == pytest.approx([1 / 3] * 9)
         one = picked(catalog, text, top_k=1)
         assert one.picks.weights == {next(iter(whole.picks.scores)): pytest.approx(1)}
         for name in NAMES[:3]:

@@ -253,8 +253,8 @@ def test_a_run_says_who_was_chosen(setting: dict[str, Any], tmp_path: Path) -> N
     comparison, store = open_comparison(plan), Store(tmp_path / "run")
     records = {(cell.method, cell.task): store.read(cell) for cell in comparison.cells}
     assert [list(records["math", task].chosen) for task in ("zh", "es", "both")] == [["math", "math"]] * 3
-    assert records["average", "zh"].chosen == [None, None]
-    assert records["base", "zh"].chosen == []
+    assert records["average", "zh"].chosen == (None, None)
+    assert records["base", "zh"].chosen == ()
     table = make_table(comparison, store)
 
     def found(row: str) -> list[float | None]:

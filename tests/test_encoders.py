@@ -73,6 +73,15 @@ def test_a_plain_models_vector_is_the_mean_of_its_last_states(plain):
     torch.testing.assert_close(instructed.embed(TEXT, CPU), states(plain, "3 4 " + TEXT).mean(dim=0))
 
 
+def test_a_text_that_is_too_long_is_cut_and_one_without_tokens_refused(plain):
+    encoder = TextEncoder(plain)
+    positions = BertModel.from_pretrained(plain).config.max_position_embeddings
+    cut = " ".join(["5"] * (positions - 2))
+    torch.testing.assert_close(encoder.embed(cut + " 7" * 90, CPU), encoder.embed(cut, CPU))
+    with pytest.raises(MethodError, match=r"makes no token of ''\. Give a text, or another encoder"):
+        encoder.embed("", CPU)
+
+
 def test_a_model_that_says_how_is_run_by_sentence_transformers(sentence):
     pytest.importorskip("sentence_transformers", reason="needs loraflow[retrieval]")
     encoder = TextEncoder(sentence)

@@ -131,8 +131,14 @@ def _plain_model(name: str) -> _Model:
     except (OSError, ValueError) as error:
         raise MethodError(_unusable(name, "transformers", error)) from error
 
+    # A tokenizer need not know how much the model reads. Of RoBERTa's positions, padding has two.
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(tokenizer.model_max_length, positions - 2 if tokenizer.model_max_length > positions else positions)
+
     def embed(text: str, instruction: str, device: torch.device) -> Tensor:
-        inputs = tokenizer(instruction + text, return_tensors="pt", truncation=True).to(device)
+        inputs = tokenizer(instruction + text, return_tensors="pt", truncation=True, max_length=longest).to(device)
+        if inputs["input_ids"].shape[1] == 0:
+            raise MethodError(f"`encoder` (={name!r}) makes no token of {text!r}. Give a text, or another encoder.")
         return model.to(device)(**inputs).last_hidden_state[0].float().mean(dim=0)
 
     return _Model(model.config.hidden_size, embed)

@@ -41,6 +41,8 @@ def test_an_adapter_joins_without_the_samples_of_the_others(base, console, tmp_p
     three = make(base, "abc", method)
     vectors = AdapterVectors.read(path)
     assert take_vectors(three, vectors) == ["c"]
+    with pytest.raises(MethodError, match=r"There is no centroid of 'c' yet\. Fit the method on samples of what those"):
+        three.weigh(random_ids())
     fit(three, {"c": OWN["c"]}, console=console)
     whole = make(base, "abc", method)
     fit(whole, OWN, console=console)

@@ -90,10 +90,16 @@ class EmbedsPrompts:
         """The embedding of a prompt and the centroids, in float64; the centroids' mean taken from both or not.
 
         Raises:
-            MethodError: if there are no centroids yet.
+            MethodError: if there are no centroids yet, or one is missing.
         """
         if not gate.centroids.any():
             raise MethodError("The centroids are not made yet. Fit the method on samples of each adapter's own data.")
+        if not bool((known := gate.centroids.any(dim=1)).all()):
+            missing = [name for name, is_known in zip(query.adapters, known.tolist(), strict=True) if not is_known]
+            raise MethodError(
+                f"There is no centroid of {', '.join(map(repr, missing))} yet. Fit the method on samples of what those "
+                "adapters are for, or leave them out."
+            )
         embedding = self.embed(query, gate).double()
         centroids = gate.centroids.to(embedding)
         if not center:

@@ -6,8 +6,8 @@ each direction. Nothing as wide as the input is multiplied a second time.
 
 A need not have full rank, nor B: of singular values below `TOLERANCE` times the largest, of A and then of $B A$, there
 is no direction. M makes rounding errors of u larger, by $\lVert M \rVert \lVert A \rVert$ at most, which is near to 1
-where A is well conditioned; adapters in practice have less than 10. Above `MOST_AMPLIFIED`, scores are those of the
-input itself.
+where A is well conditioned (the demo's adapters have 6.5 at most); what u loses in half precision grows with it. Above
+`MOST_AMPLIFIED`, scores are those of the input itself.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class ProjectionGate(nn.Module, ABC):
         self._project = project
         found = [None if update is None else project(update) for update in self.updates]
         present = [(u, one) for u, one in zip(self.updates, found, strict=True) if u is not None and one is not None]
-        self.height = max((len(one.rows) for _, one in present), default=0)
+        self.height = max((len(one.rows) for _, one in present), default=1)
         self.score_rows = len(found) * self.height
         targets = [
             u is not None and one is not None and _adds(u, one) for u, one in zip(self.updates, found, strict=True)

@@ -117,9 +117,10 @@ def test_what_a_way_needs_is_what_its_method_learns_from(way):
     [
         (Situation(2), "arrow", []),
         (Situation(2, adapter_data=True), "phatgoose", ["arrow"]),
-        (Situation(2, examples=200), "module, normalised input", ["lora-flow, module", "new LoRA"]),
-        (Situation(2, examples=200, may_change=True), "skill adapter, tuned", []),
-        (Situation(2, examples=200, one_adapter=True), "new LoRA", []),
+        (Situation(2, examples=200), "adapter-core", []),
+        (Situation(2, examples=200, may_change=True), "adapter-core", ["skill adapter, tuned"]),
+        (Situation(2, examples=200, one_adapter=True), "adapter-core", []),
+        (Situation(2, examples=200, token_cost=1.2), "module, normalised input", ["lora-flow, module", "new LoRA"]),
         (Situation(2, examples=200, token_cost=1.05), "lora-flow", ["lora-flow, step"]),
         (Situation(2, prompt_cost=1.13), "average", []),
     ],
@@ -142,7 +143,7 @@ def test_the_best_measured_row_that_is_allowed_is_advised(situation, row, equal)
         (Situation(1), "With one adapter there is nothing to weigh"),
         (Situation(2, examples=20), "Measured with 200 examples, and there are 20: with so few, no page says"),
         (Situation(2, examples=2000), "Measured with 200 examples: no page says what more of them change."),
-        (Situation(2, examples=200, may_change=True), "On the paper's models fusing is ahead of training weights"),
+        (Situation(2, examples=200, may_change=True, token_cost=1.2), "On the paper's models fusing is ahead of training weights"),
         (Situation(2, token_cost=1.0), "can be merged into the base by PEFT"),
     ],
 )
@@ -177,9 +178,31 @@ def test_commands_exist_in_every_situation(tasks):
     assert {words[1] for words in run} >= wanted
 
 
+@pytest.mark.parametrize("way", ways(many=True), ids=lambda way: way.row)
+def test_rows_of_many_adapters_are_those_of_their_page(way):
+    assert cell(way.page, way.row, way.column) == way.answers
+    method = get_method(way.method, ["zh", "math", "code"], dict(o.split("=") for o in way.options if "top_k" not in o))
+    assert way.needs == {None: "nothing", "samples": "adapter data"}[method.learns]
+    assert read_table()["measured"]["adapters"] < read_table()["many"]["above"] < read_table()["many"]["adapters"]
+
+
+def test_among_many_adapters_samples_of_their_data_decide_and_their_folder_is_named():
+    shown = CliRunner().invoke(app, ["advise", "--adapters", "50", "--adapter-data", "--base", "B"]).output.splitlines()
+    assert shown[0].startswith("centroid, top 1: learns from each adapter's own data")
+    assert "  docs/many.md: centroid, top 1: average of 16 tasks 89.7 [85.6, 93.4]*" in shown
+    (fit,) = (line for line in shown if line.startswith("  loraflow fit"))
+    assert fit.startswith("  loraflow fit --base B --adapters FOLDER --method centroid --method-option top_k=1 ")
+    assert "  loraflow serve fusion --adapters FOLDER" in shown
+    without = CliRunner().invoke(app, ["advise", "--adapters", "50"]).output
+    assert "no method that looks at weights alone was worth its place here" in " ".join(without.split())
+    assert advise_on(Situation(50, examples=200)).way.row == "adapter-core"
+
+
 def test_it_prints_the_advice_its_evidence_and_its_commands():
     arguments = ["--lora-modules", "zh=user/zh", "math=user/math", "--base", "user/base", "--examples", "200"]
-    shown = CliRunner().invoke(app, ["advise", *arguments, "--memory-gib", "30", "--tasks", "many"])
+    shown = CliRunner().invoke(
+        app, ["advise", *arguments, "--memory-gib", "30", "--token-cost", "1.2", "--tasks", "many"]
+    )
     assert shown.exit_code == 0, shown.output
     for line in (
         "module, normalised input: learns from examples of the task; looks at the input",
@@ -188,7 +211,6 @@ def test_it_prints_the_advice_its_evidence_and_its_commands():
         "  docs/scale.md: one GPU of 24 GiB: 7B in bfloat16 with gradient checkpointing; 13B in 4-bit; "
         "`--quantization bnb-4bit`",
         "  Its interval overlaps with those of: lora-flow, module; new LoRA. The table does not tell them apart.",
-        "  adapter-core: allowed, and in no table of docs/.",
         "  trains an adapter further (--may-change-adapters): language adapter, tuned; skill adapter, tuned",
         "  loraflow fit --base user/base --lora-modules zh=user/zh math=user/math --method lora-flow --method-option "
         "granularity=module reads=normalized --data task-a-train.jsonl --dev task-a-dev.jsonl --output task-a",

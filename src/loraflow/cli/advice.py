@@ -40,13 +40,15 @@ class Way:
     """One way to a fusion, and what was measured of it.
 
     Attributes:
-        row: its row in docs/world.md.
+        row: its row in the page.
         method: the method's name, or `finetune`.
         options: parameters as `--method-option` takes them.
         needs: what it learns from.
         constant: its weights do not look at the input.
         adapter: which of the adapters it trains further, if it does.
-        answers: mean and interval over the small world's tasks, per cent, as the page has them.
+        answers: mean and interval over the page's tasks, per cent, as it has them.
+        page: docs/world.md, or docs/many.md.
+        column: what that calls the mean.
     """
 
     row: str
@@ -57,6 +59,8 @@ class Way:
     adapter: int | None = None
     answers: str | None = None
     cost: Cost | None = None
+    page: str = ANSWERS_PAGE
+    column: str = "average"
 
     @property
     def interval(self) -> tuple[float, float, float]:
@@ -118,13 +122,20 @@ def read_table() -> Mapping[str, Any]:
     return read_yaml(TABLE)
 
 
-def ways() -> list[Way]:
-    """Every way of the table."""
+def ways(*, many: bool = False) -> list[Way]:
+    """Every way of the table, or every one of many adapters."""
+    table = read_table()["many"] if many else read_table()
+    place = {"page": table["page"], "column": table["column"]} if many else {}
     found = []
-    for row, fields in read_table()["ways"].items():
+    for row, fields in table["ways"].items():
         cost = Cost(**fields["cost"]) if "cost" in fields else None
-        found.append(Way(**{**fields, "row": row, "options": tuple(fields.get("options", ())), "cost": cost}))
+        found.append(Way(**{**fields, **place, "row": row, "options": tuple(fields.get("options", ())), "cost": cost}))
     return found
+
+
+def are_many(situation: Situation) -> bool:
+    """Whether one of many adapters is to be chosen, and nothing is known of the task."""
+    return situation.adapters > read_table()["many"]["above"] and not situation.examples
 
 
 def advise_on(situation: Situation) -> Advice:
@@ -136,7 +147,7 @@ def advise_on(situation: Situation) -> Advice:
     if situation.adapters < 1:
         raise LoraflowError(f"`adapters` (={situation.adapters}) must be at least 1: there is nothing to fuse.")
     left_out, allowed = {}, []
-    for way in ways():
+    for way in ways(many=are_many(situation)):
         if reason := _why_not(way, situation):
             left_out[way.row] = reason
         else:
@@ -177,7 +188,7 @@ def _why_not(way: Way, situation: Situation) -> str:
 
 def _undecided(best: Way | None, situation: Situation) -> list[str]:
     """What the evidence does not say: the situation is another one than was measured."""
-    measured = read_table()["measured"]
+    measured = read_table()["many"] if are_many(situation) else read_table()["measured"]
     found = []
     if situation.adapters == 1:
         found.append("With one adapter there is nothing to weigh but how loud it is; no page has measured that.")
@@ -186,7 +197,9 @@ def _undecided(best: Way | None, situation: Situation) -> list[str]:
             f"Measured with {measured['adapters']} adapters, and there are {situation.adapters}: the order may be "
             "another."
         )
-    if 0 < situation.examples < measured["examples"]:
+    if not situation.examples:
+        pass
+    elif situation.examples < measured["examples"]:
         found.append(
             f"Measured with {measured['examples']} examples, and there are {situation.examples}: with so few, no page "
             "says whether what learns from them is ahead of what learns nothing."

@@ -34,9 +34,12 @@ class Places:
 
     base: str
     adapters: dict[str, str]
+    folder: str | None = None
 
     def words(self) -> str:
-        """The options that name them."""
+        """The options that name them; where there are many, the folder that they are in."""
+        if self.folder is not None:
+            return f"--base {shlex.quote(self.base)} --adapters {self.folder}"
         modules = " ".join(shlex.quote(f"{name}={path}") for name, path in self.adapters.items())
         return f"--base {shlex.quote(self.base)} --lora-modules {modules}"
 
@@ -90,7 +93,8 @@ def advise(
         count, examples, adapter_data, may_change, prompt_cost, token_cost, one_adapter=one_adapter
     )
     found = advice.advise_on(situation)
-    places = Places(base, named or {f"adapter-{i}": f"PATH-{i}" for i in range(1, count + 1)})
+    folder = "FOLDER" if not named and advice.are_many(situation) else None
+    places = Places(base, named or {f"adapter-{i}": f"PATH-{i}" for i in range(1, count + 1)}, folder)
 
     from rich.console import Console
 
@@ -137,7 +141,7 @@ def _evidence(found: advice.Advice, memory_gib: float | None) -> list[str]:
 
 
 def _rows(way: advice.Way) -> Iterator[str]:
-    yield f"{advice.ANSWERS_PAGE}: {way.row}: average {way.answers}"
+    yield f"{way.page}: {way.row}: {way.column} {way.answers}"
     if way.cost:
         yield f"{advice.COST_PAGE}: {way.cost.row}: prompt {way.cost.prompt}, token {way.cost.token}"
 
@@ -149,8 +153,10 @@ def _quotes(found: advice.Advice, tasks: Tasks) -> list[str]:
         names.append("paper")
     if any(way.method == "lora-flow" for way in near):
         names.append("real")
-    if any(way.method == "adapter-core" for way in found.unmeasured):
+    if any(way.method == "adapter-core" for way in near):
         names.append("core")
+    if any(way.page != advice.ANSWERS_PAGE for way in near):
+        names.append("many")
     if found.way is not None and found.way.constant and found.way.method != advice.FINETUNE:
         names.append("one")
     return [*names, "served"] if tasks is Tasks.MANY else names
@@ -201,7 +207,8 @@ def commands(found: advice.Advice, situation: advice.Situation, places: Places, 
     measured = advice.read_table()["measured"]
     studies = ["methods"] if situation.examples else []
     studies += ["examples"] if 0 < situation.examples < measured["examples"] else []
-    studies += ["adapters"] if situation.adapters > measured["adapters"] else []
+    if situation.adapters > measured["adapters"]:
+        studies.append("many" if advice.are_many(situation) else "adapters")
     # What decides on one's own task; docs/compare.md has the fields of a setting.
     return lines + [f"loraflow compare {study} --setting mine.yaml --output runs/{study}" for study in studies]
 
@@ -224,7 +231,10 @@ def _making(way: advice.Way, places: Places, name: str, *, exported: bool) -> li
         made = [f'loraflow generate {places.words()} {chosen} --prompt "..."']
         return [*made, f"loraflow export {places.words()} {chosen} --output {name}-adapter"] if way.constant else made
     if way.needs == "adapter data":
-        data = "--adapter-data " + " ".join(shlex.quote(f"{adapter}={adapter}.jsonl") for adapter in places.adapters)
+        adapters = list(places.adapters) if places.folder is None else [*list(places.adapters)[:2], "..."]
+        data = "--adapter-data " + " ".join(
+            adapter if adapter == "..." else shlex.quote(f"{adapter}={adapter}.jsonl") for adapter in adapters
+        )
     made = [f"loraflow fit {places.words()} {chosen} {data} --output {name}"]
     return [*made, f"loraflow export {name} --output {name}-adapter"] if way.constant else made
 
@@ -240,4 +250,5 @@ def _serving(way: advice.Way, situation: advice.Situation, places: Places, names
         if way.options:
             asked["options"] = parse_method_options(way.options)
         return [f'loraflow serve {places.words()}  # requests say "fusion": {json.dumps(asked)}']
-    return [f"loraflow serve {' '.join(names)}"]
+    # Else those of a folder would all be loaded at the start.
+    return [f"loraflow serve {' '.join(names)}" + ("" if places.folder is None else f" --adapters {places.folder}")]

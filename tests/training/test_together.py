@@ -137,6 +137,12 @@ def test_other_recipes_learn_too(make_model, console, extra):
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-2, atol=1e-3)
 
 
+def test_a_step_is_planned_where_adapters_are_retrieved(make_model, console, capsys):
+    planned = FitConfig(max_steps=2, learning_rate=1e-2, gradient_accumulation="auto")
+    assert fit(make_model(Ramole(retrieve=1)), OWN, config=planned, console=console).steps == 2
+    assert "cannot be planned" not in capsys.readouterr().err
+
+
 def test_an_interrupted_fit_goes_on_with_the_same_draws(make_model, console, tmp_path):
     config = FitConfig(max_steps=6, learning_rate=1e-2, checkpoint_steps=2, keep_last=5)
     whole, broken = make_model(), make_model()

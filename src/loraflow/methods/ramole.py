@@ -17,8 +17,8 @@ A score is $u_i^T (s_i B_i^T B_r)\, q / \sqrt{r_r}$: of an adapter it needs u an
 `lora_bias` is a part of what its adapter would say, and of its key; a DoRA is asked by its $B A$.
 
 Paper: Zhao et al. 2024, "Retrieval-Augmented Mixture of LoRA Experts for Uploadable Machine Learning",
-[arXiv 2406.16989](https://arxiv.org/abs/2406.16989). Cost: one low-rank pass, and for each linear one of the router's
-rank more; $r_r (d_{in} + d_{out})$ values for each linear, however many adapters there are, learned from their own data
+[arXiv 2406.16989](https://arxiv.org/abs/2406.16989). Cost: a second product with all A, and for each linear one
+of the router's rank; $r_r (d_{in} + d_{out})$ values for each linear, however many adapters there are, learned from their own data
 or from that of some of them; no examples of the task at hand.
 """
 
@@ -95,7 +95,8 @@ class RouterGate(nn.Module):
         Raises:
             MethodError: if some were to be retrieved, and no prompt was read.
         """
-        if self.retrieves and prior is None and self.among is None:
+        # While it learns it weighs whom it is told to; a plan of a step passes before anybody is drawn.
+        if self.retrieves and prior is None and self.among is None and not self.training:
             raise MethodError(
                 "The router weighs what was retrieved for a prompt, and a bare forward does not say what the prompt "
                 "is. Call `generate`, or give `prompt_mask`, 1 at its tokens."

@@ -143,7 +143,7 @@ def test_the_best_measured_row_that_is_allowed_is_advised(situation, row, equal)
         (Situation(1), "With one adapter there is nothing to weigh"),
         (Situation(2, examples=20), "Measured with 200 examples, and there are 20: with so few, no page says"),
         (Situation(2, examples=2000), "Measured with 200 examples: no page says what more of them change."),
-        (Situation(2, examples=200, may_change=True, token_cost=1.2), "On the paper's models fusing is ahead of training weights"),
+        (Situation(2, examples=200, may_change=True, token_cost=1.2), "models fusing is ahead of training weights"),
         (Situation(2, token_cost=1.0), "can be merged into the base by PEFT"),
     ],
 )

@@ -18,8 +18,8 @@ A score is $u_i^T (s_i B_i^T B_r)\, q / \sqrt{r_r}$: of an adapter it needs u an
 
 Paper: Zhao et al. 2024, "Retrieval-Augmented Mixture of LoRA Experts for Uploadable Machine Learning",
 [arXiv 2406.16989](https://arxiv.org/abs/2406.16989). Cost: a second product with all A, and for each linear one
-of the router's rank; $r_r (d_{in} + d_{out})$ values for each linear, however many adapters there are, learned from their own data
-or from that of some of them; no examples of the task at hand.
+of the router's rank; $r_r (d_{in} + d_{out})$ values for each linear, however many adapters there are, learned from
+their own data or from that of some of them; no examples of the task at hand.
 """
 
 from __future__ import annotations

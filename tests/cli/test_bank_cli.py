@@ -68,7 +68,7 @@ def test_a_broken_adapter_is_named_and_left_out_only_if_that_is_asked_for(run):
     assert refused.exit_code != 0
     message = str(refused.exception) + refused.output
     assert "1 of 2 adapters cannot be used: Adapter 'zh'" in message
-    assert "(--skip-broken)" in message
+    assert "--skip-broken" in message
     found = run(*ask, "--skip-broken", "--method", "law")
     assert found.exit_code == 0, found.output
     assert "left out zh: Adapter 'zh'" in found.stderr
